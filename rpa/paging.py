@@ -1,0 +1,428 @@
+"""Rung 2: paged attention. The KV cache becomes a pool of pages, a sequence a list of pages.
+
+A server cannot know how long an answer will be. Reserving the longest possible one for every
+sequence wastes most of the memory; pages of a few tokens, handed out as a sequence grows, waste
+less than one page a sequence (Kwon et al. 2023, PagedAttention, arXiv 2309.06180).
+
+The file has three parts: the *layout* (how the K and V of a token lie in memory), the *pool*
+(which page belongs to whom; a host-side book), and *attention through a page table*.
+
+The layout is the one of the production kernel (arXiv 2604.15464, section 3):
+
+    kv_cache [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)]
+
+K and V of a head are neighbours (combined head `2h` is K, `2h + 1` is V) and `packing` of them
+share 32 bits (2 for bfloat16, 4 for float8). Why: a TPU tiles the last two dimensions of an array,
+and a DMA can only cut along untiled ones. Here one token is a slice of an untiled dimension, so a
+single DMA moves all heads of any number of tokens, and one 32-bit lane holds K and V together.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpa import dense
+
+LANES = 128
+"""A TPU vector register is 8 x 128 words of 32 bits; head_dim is padded to whole rows of it."""
+
+
+def cdiv(a, b):
+    """How many `b` it takes to hold `a`: division rounded up; ints or arrays.
+
+    >>> cdiv(17, 16)
+    2
+    """
+    return (a + b - 1) // b
+
+
+# --- The layout -----------------------------------------------------------------------------
+
+
+def packing_of(dtype) -> int:
+    """How many values of a dtype share one 32-bit lane: 1 for float32, 2 for bfloat16, 4 for float8.
+
+    >>> packing_of(jnp.bfloat16)
+    2
+    """
+    return 4 // jnp.dtype(dtype).itemsize
+
+
+def get_kv_cache_shape(
+    total_num_pages, page_size, actual_num_kv_heads, actual_head_dim, kv_dtype
+) -> tuple[int, int, int, int, int]:
+    """Shape of the cache array; name and arguments are those of the production kernel.
+
+    Eight KV heads of 128 in bfloat16: 16 combined heads, in 8 rows of packed pairs.
+
+    >>> get_kv_cache_shape(100, 16, 8, 128, jnp.bfloat16)
+    (100, 16, 8, 2, 128)
+    """
+    packing = packing_of(kv_dtype)
+    rows = cdiv(2 * actual_num_kv_heads, packing)
+    return (total_num_pages, page_size, rows, packing, cdiv(actual_head_dim, LANES) * LANES)
+
+
+def kv_token_bytes(kv_cache_shape, dtype) -> int:
+    """Bytes that one token takes in the cache of one layer, padding included.
+
+    >>> kv_token_bytes(get_kv_cache_shape(100, 16, 8, 128, jnp.bfloat16), jnp.bfloat16)
+    4096
+    """
+    return int(np.prod(kv_cache_shape[2:])) * jnp.dtype(dtype).itemsize
+
+
+def pack_kv(keys, values):
+    """Lay K and V of some tokens out as the cache holds them; all padding is written as zeros.
+
+    Args:
+        keys, values: [num_tokens, num_kv_heads, head_dim], of one dtype.
+
+    Returns:
+        [num_tokens, ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)].
+
+    >>> keys = jnp.full((1, 2, 64), 3.0); values = jnp.full((1, 2, 64), 4.0)
+    >>> pack_kv(keys, values)[0, :, 0, 0]  # K and V of head 0, K and V of head 1
+    Array([3., 4., 3., 4.], dtype=float32)
+    """
+    num_tokens, num_kv_heads, head_dim = keys.shape
+    _, _, rows, packing, lanes = get_kv_cache_shape(1, 1, num_kv_heads, head_dim, keys.dtype)
+    combined = jnp.stack([keys, values], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)
+    pad_heads, pad_lanes = rows * packing - 2 * num_kv_heads, lanes - head_dim
+    combined = jnp.pad(combined, ((0, 0), (0, pad_heads), (0, pad_lanes)))
+    return combined.reshape(num_tokens, rows, packing, lanes)
+
+
+def unpack_kv(packed, num_kv_heads, head_dim):
+    """Undo `pack_kv`; any number of leading dimensions, so a page or a whole cache will do.
+
+    Args:
+        packed: [..., ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)].
+        num_kv_heads, head_dim: the true sizes, without padding.
+
+    Returns:
+        keys, values: [..., num_kv_heads, head_dim].
+
+    >>> keys, values = unpack_kv(jnp.zeros((10, 16, 8, 2, 128), jnp.bfloat16), 8, 128)
+    >>> keys.shape
+    (10, 16, 8, 128)
+    """
+    *lead, rows, packing, lanes = packed.shape
+    combined = packed.reshape(*lead, rows * packing, lanes)[..., : 2 * num_kv_heads, :head_dim]
+    paired = combined.reshape(*lead, num_kv_heads, 2, head_dim)
+    return paired[..., 0, :], paired[..., 1, :]
+
+
+def store_kv(kv_cache, keys, values, pages, slots):
+    """Write new tokens into the cache, each at its page and slot; all other bits stay as they are.
+
+    Args:
+        kv_cache: see the layout above.
+        keys, values: [num_tokens, num_kv_heads, head_dim] in the dtype of the cache.
+        pages: i32[num_tokens]; a page of `num_pages` or more means "do not store this token".
+        slots: i32[num_tokens], the row of the token in its page.
+
+    Returns:
+        The new cache; the argument is untouched.
+
+    >>> cache = jnp.zeros(get_kv_cache_shape(2, 4, 1, 128, jnp.float32))
+    >>> ones = jnp.ones((1, 1, 128))
+    >>> store_kv(cache, ones, ones, jnp.array([1]), jnp.array([2]))[1, :, 0, 0, 0]
+    Array([0., 0., 1., 0.], dtype=float32)
+    """
+    # mode="drop": JAX otherwise clamps an index past the end, onto a page that is somebody's.
+    return kv_cache.at[pages, slots].set(pack_kv(keys, values), mode="drop")
+
+
+def copy_pages(kv_cache, copies):
+    """Carry out the page copies that a copy-on-write asked for (see `PagePool.append`).
+
+    >>> cache = jnp.arange(3.0).reshape(3, 1, 1, 1, 1)
+    >>> copy_pages(cache, [PageCopy(source=2, target=0)])[:, 0, 0, 0, 0]
+    Array([2., 1., 2.], dtype=float32)
+    """
+    if not copies:
+        return kv_cache
+    sources, targets = (np.array(column, np.int32) for column in zip(*copies, strict=True))
+    return kv_cache.at[targets].set(kv_cache[sources])
+
+
+# --- The pool -------------------------------------------------------------------------------
+
+
+class PageCopy(NamedTuple):
+    """One page whose content must be copied on the device before new tokens are stored."""
+
+    source: int
+    target: int
+
+
+class OutOfPages(ValueError):
+    """The pool has fewer free pages than a request needs; nothing was changed."""
+
+
+@dataclass
+class _Sequence:
+    pages: list[int]
+    kv_len: int
+
+
+class PagePool:
+    """The book of who owns which page; it lives on the host and never touches the cache itself.
+
+    Invariants, which `check()` asserts and every method keeps, also when it raises:
+
+    1. A page's reference count is the number of sequences that list it; free pages have none.
+    2. A sequence of `kv_len` tokens lists exactly `ceil(kv_len / page_size)` pages, each once.
+    3. Only a page with one owner is written: `append` first replaces a shared last page by a copy
+       (copy-on-write), and full shared pages are never written again.
+    4. A request that does not fit raises before anything is changed.
+
+    Args:
+        num_pages: pages of the cache array.
+        page_size: tokens of a page.
+
+    >>> pool = PagePool(num_pages=8, page_size=4)
+    >>> pool.allocate("a", 6), pool.pages("a")
+    ([], [0, 1])
+    >>> pool.fork("a", "b")  # the same prefix, no new page
+    >>> pool.append("b", 1)  # b writes: it gets its own copy of the last page
+    [PageCopy(source=1, target=2)]
+    >>> pool.pages("b"), pool.num_free
+    ([0, 2], 5)
+    """
+
+    def __init__(self, num_pages: int, page_size: int):
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(
+                f"num_pages and page_size must be at least 1, but are {num_pages} and {page_size}."
+            )
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages))[::-1]  # a stack: the page freed last is used first
+        self._references: Counter[int] = Counter()
+        self._sequences: dict[object, _Sequence] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody owns."""
+        return len(self._free)
+
+    def pages(self, name) -> list[int]:
+        """The pages of a sequence, in the order of its tokens."""
+        return list(self._known(name).pages)
+
+    def kv_len(self, name) -> int:
+        """How many tokens the sequence has in the cache."""
+        return self._known(name).kv_len
+
+    def allocate(self, name, num_tokens: int) -> list[PageCopy]:
+        """Open a sequence with room for `num_tokens`; raises OutOfPages or ValueError."""
+        if name in self._sequences:
+            raise ValueError(f"Sequence {name!r} exists already: free it, or append to it.")
+        self._sequences[name] = _Sequence([], 0)
+        try:
+            return self.append(name, num_tokens)
+        except ValueError:
+            del self._sequences[name]
+            raise
+
+    def append(self, name, num_tokens: int) -> list[PageCopy]:
+        """Make room for new tokens; returns the page copies to carry out before they are stored.
+
+        Raises:
+            ValueError: for a negative number, or a sequence that does not exist.
+            OutOfPages: if the free pages do not suffice; nothing was changed.
+        """
+        sequence = self._known(name)
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens must not be negative, but is {num_tokens}.")
+        kv_len = sequence.kv_len + num_tokens
+        fresh = cdiv(kv_len, self.page_size) - len(sequence.pages)
+        # The new tokens begin in the middle of the last page, which another sequence reads too.
+        splits = (
+            num_tokens > 0
+            and sequence.kv_len % self.page_size > 0
+            and self._references[sequence.pages[-1]] > 1
+        )
+        self._require(fresh + splits, name, num_tokens)
+        copies = []
+        if splits:
+            shared = sequence.pages.pop()
+            self._references[shared] -= 1
+            sequence.pages.append(self._take())
+            copies.append(PageCopy(shared, sequence.pages[-1]))
+        sequence.pages += [self._take() for _ in range(fresh)]
+        sequence.kv_len = kv_len
+        return copies
+
+    def fork(self, parent, child, num_tokens: int | None = None) -> None:
+        """Open `child` with the first `num_tokens` of `parent` (default all), sharing its pages."""
+        source = self._known(parent)
+        num_tokens = source.kv_len if num_tokens is None else num_tokens
+        if child in self._sequences:
+            raise ValueError(f"Sequence {child!r} exists already: fork into a new name.")
+        if not 0 <= num_tokens <= source.kv_len:
+            raise ValueError(
+                f"num_tokens must be between 0 and the {source.kv_len} tokens of {parent!r}, but "
+                f"is {num_tokens}: only what is in the cache can be shared."
+            )
+        shared = source.pages[: cdiv(num_tokens, self.page_size)]
+        self._references.update(shared)
+        self._sequences[child] = _Sequence(list(shared), num_tokens)
+
+    def free(self, name) -> None:
+        """Close a sequence; pages that no other sequence lists become free."""
+        for page in self._known(name).pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                del self._references[page]
+                self._free.append(page)
+        del self._sequences[name]
+
+    def page_table(self, names, pages_per_seq: int) -> np.ndarray:
+        """The page table of some sequences, i32[len(names), pages_per_seq]; padding is page 0.
+
+        Raises:
+            ValueError: if a sequence has more pages than the table is wide.
+        """
+        table = np.zeros((len(names), pages_per_seq), np.int32)
+        for row, name in zip(table, names, strict=True):
+            pages = self._known(name).pages
+            if len(pages) > pages_per_seq:
+                raise ValueError(
+                    f"Sequence {name!r} has {len(pages)} pages, but the table has room for "
+                    f"pages_per_seq={pages_per_seq}: widen it to at least {len(pages)}."
+                )
+            row[: len(pages)] = pages
+        return table
+
+    def check(self) -> None:
+        """Assert the invariants of the class docstring; for tests, and for the curious."""
+        listed = Counter(page for seq in self._sequences.values() for page in seq.pages)
+        assert listed == +self._references, "1: reference counts do not match the page lists"
+        assert not listed.keys() & set(self._free), "1: a page is free and owned"
+        assert len(listed) + len(self._free) == self.num_pages, "1: a page got lost"
+        for name, seq in self._sequences.items():
+            assert len(seq.pages) == cdiv(seq.kv_len, self.page_size), f"2: page count of {name!r}"
+            assert len(set(seq.pages)) == len(seq.pages), f"2: {name!r} lists a page twice"
+
+    def _known(self, name) -> _Sequence:
+        if name not in self._sequences:
+            raise ValueError(
+                f"Sequence {name!r} is not in the pool, which holds {list(self._sequences)}: "
+                "allocate it first."
+            )
+        return self._sequences[name]
+
+    def _require(self, needed: int, name, num_tokens: int) -> None:
+        if needed > self.num_free:
+            raise OutOfPages(
+                f"{num_tokens} new tokens of sequence {name!r} need {needed} more pages, but only "
+                f"{self.num_free} of {self.num_pages} are free: free a sequence, or wait."
+            )
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._references[page] += 1
+        return page
+
+
+# --- Attention through a page table -----------------------------------------------------------
+
+
+def paged_attention(
+    q,
+    kv_cache,
+    pages,
+    kv_len,
+    q_start,
+    *,
+    num_kv_heads,
+    sm_scale=None,
+    score_scale=1.0,
+    causal=True,
+    sliding_window=None,
+    soft_cap=None,
+    sinks=None,
+):
+    """Attention of one sequence whose K and V are gathered page by page: rung 2.
+
+    Pass 1 walks over the sequence's pages and fills in the scores, then comes the softmax, and
+    pass 2 walks over the same pages to mix the values. Only live pages are touched: not the
+    padding of the table, not a page before the sliding window. (That it takes two passes, and a
+    row of scores as long as the context, is what rung 4 mends.)
+
+    Args:
+        q: [q_len, num_q_heads, head_dim].
+        kv_cache: the whole cache, see the layout above; the new tokens are in it already.
+        pages: i32[pages_per_seq], the sequence's row of the page table; entries behind the live
+            ones are not looked at, whatever they hold.
+        kv_len: i32[], tokens of the sequence in the cache, the new ones included.
+        q_start: i32[], the position of the first query in the sequence.
+        num_kv_heads: the true number of KV heads; the cache may be padded.
+        sm_scale: None stands for `head_dim ** -0.5`.
+        score_scale: a further factor on the scores, for a quantised cache.
+        causal, sliding_window, soft_cap, sinks: see `rpa.dense`.
+
+    Returns:
+        f32[q_len, num_q_heads, head_dim].
+
+    >>> cache = jnp.ones(get_kv_cache_shape(4, 8, 2, 64, jnp.float32))
+    >>> paged_attention(jnp.ones((1, 4, 64)), cache, jnp.array([3, 999]), 5, 4,
+    ...                 num_kv_heads=2).shape
+    (1, 4, 64)
+    """
+    q_len, num_q_heads, head_dim = q.shape
+    page_size, pages_per_seq = kv_cache.shape[1], pages.shape[0]
+    sm_scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * score_scale
+    first_page, end_page = live_pages(kv_len, q_start, page_size, sliding_window)
+
+    def score_page(p, scores):  # scores: f32[num_kv_heads, group, q_len, max_kv_len]
+        keys, _ = unpack_kv(kv_cache[pages[p]], num_kv_heads, head_dim)
+        page_scores = dense.scores_of(q, keys, sm_scale, soft_cap)
+        return jax.lax.dynamic_update_slice_in_dim(scores, page_scores, p * page_size, axis=3)
+
+    group = num_q_heads // num_kv_heads
+    scores = jnp.zeros((num_kv_heads, group, q_len, pages_per_seq * page_size), jnp.float32)
+    scores = jax.lax.fori_loop(first_page, end_page, score_page, scores)
+
+    kv_positions = jnp.arange(pages_per_seq * page_size)
+    mask = dense.visible(
+        q_start + jnp.arange(q_len), kv_positions, causal=causal, sliding_window=sliding_window
+    )
+    mask &= kv_positions[None, :] < kv_len
+    if sinks is not None:
+        sinks = sinks.reshape(num_kv_heads, group)
+    weights = dense.masked_softmax(scores, mask, sinks)
+
+    def mix_page(p, output):  # output: f32[q_len, num_q_heads, head_dim]
+        _, values = unpack_kv(kv_cache[pages[p]], num_kv_heads, head_dim)
+        # The tail of the last page holds whatever the page held before: it may be NaN, and a
+        # weight of zero does not make that go away.
+        live = p * page_size + jnp.arange(page_size) < kv_len
+        values = jnp.where(live[:, None, None], values, 0)
+        page_weights = jax.lax.dynamic_slice_in_dim(weights, p * page_size, page_size, axis=3)
+        return output + dense.weighted_values(page_weights, values)
+
+    return jax.lax.fori_loop(first_page, end_page, mix_page, jnp.zeros(q.shape, jnp.float32))
+
+
+def live_pages(kv_len, q_start, page_size, sliding_window=None):
+    """Which pages of a sequence have to be read: `[first_page, end_page)` of its page list.
+
+    The first one is 0, or with a sliding window the page of the first token in the window of the
+    first query.
+
+    >>> live_pages(kv_len=33, q_start=32, page_size=16)
+    (0, 3)
+    >>> [int(page) for page in live_pages(33, 32, 16, sliding_window=2)]
+    [1, 3]
+    """
+    end_page = cdiv(kv_len, page_size)
+    if sliding_window is None:
+        return 0, end_page
+    return jnp.maximum(q_start - sliding_window + 1, 0) // page_size, end_page
