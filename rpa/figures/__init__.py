@@ -1,0 +1,9 @@
+"""The pictures of the course, one module a chapter's subject, all in one style.
+
+Every function here takes plain numbers or rpa objects and returns a `Picture`: a figure that knows
+the words which describe it. It computes nothing that a reader should see computed.
+"""
+
+from rpa.figures.style import COLORS, Picture, alt, new_figure, png_bytes, show_source, style
+
+__all__ = ["COLORS", "Picture", "alt", "new_figure", "png_bytes", "show_source", "style"]
