@@ -136,9 +136,8 @@ class Picture:
 
         data, metadata = self._repr_mimebundle_()
         display(data, metadata=metadata, raw=True)
-        folded = (
-            f"<details><summary>What this figure shows, in words</summary>{self.text}</details>"
-        )
+        summary = "<summary>What this figure shows, in words</summary>"
+        folded = f"<details>{summary}{html.escape(self.text)}</details>"
         display({"text/html": folded, "text/plain": self.text}, raw=True)
 
 
