@@ -85,7 +85,7 @@ def pack_kv(keys, values):
     Returns:
         [num_tokens, ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)].
 
-    >>> keys = jnp.full((1, 2, 64), 3.0); values = jnp.full((1, 2, 64), 4.0)
+    >>> keys, values = jnp.ones((1, 2, 64)) * 3, jnp.ones((1, 2, 64)) * 4
     >>> pack_kv(keys, values)[0, :, 0, 0]  # K and V of head 0, K and V of head 1
     Array([3., 4., 3., 4.], dtype=float32)
     """
@@ -123,7 +123,7 @@ def store_kv(kv_cache, keys, values, pages, slots):
     Args:
         kv_cache: see the layout above.
         keys, values: [num_tokens, num_kv_heads, head_dim] in the dtype of the cache.
-        pages: i32[num_tokens]; a page of `num_pages` or more means "do not store this token".
+        pages: i32[num_tokens]; a page that does not exist means "do not store this token".
         slots: i32[num_tokens], the row of the token in its page.
 
     Returns:
@@ -134,7 +134,9 @@ def store_kv(kv_cache, keys, values, pages, slots):
     >>> store_kv(cache, ones, ones, jnp.array([1]), jnp.array([2]))[1, :, 0, 0, 0]
     Array([0., 0., 1., 0.], dtype=float32)
     """
-    # mode="drop": JAX otherwise clamps an index past the end, onto a page that is somebody's.
+    # JAX counts a negative index from the end and clamps one past the end: both would land on a
+    # page that is somebody's. A page that does not exist is sent past the end, and dropped there.
+    pages = jnp.where(pages < 0, kv_cache.shape[0], pages)
     return kv_cache.at[pages, slots].set(pack_kv(keys, values), mode="drop")
 
 
@@ -403,8 +405,8 @@ def paged_attention(
         _, values = unpack_kv(kv_cache[pages[p]], num_kv_heads, head_dim)
         # The tail of the last page holds whatever the page held before: it may be NaN, and a
         # weight of zero does not make that go away.
-        live = p * page_size + jnp.arange(page_size) < kv_len
-        values = jnp.where(live[:, None, None], values, 0)
+        seen = jax.lax.dynamic_slice_in_dim(mask.any(axis=0), p * page_size, page_size)
+        values = jnp.where(seen[:, None, None], values, 0)
         page_weights = jax.lax.dynamic_slice_in_dim(weights, p * page_size, page_size, axis=3)
         return output + dense.weighted_values(page_weights, values)
 

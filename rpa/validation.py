@@ -1,0 +1,320 @@
+"""Errors for people: what is checked before anything is computed or written.
+
+Two kinds, because they are known at different times. Shapes and dtypes are known when a function
+is traced, so `check_arguments` always runs. Values (lengths, page indices) live in arrays; they
+are read on the host, by `check_values`, where that costs nothing or the caller asks for it.
+
+Every message has three parts: what was given, what was expected, and what to do.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from rpa.paging import cdiv, get_kv_cache_shape, packing_of
+
+
+def check_arguments(
+    queries,
+    keys,
+    values,
+    kv_cache,
+    batch,
+    *,
+    use_causal_mask=True,
+    skip_kv_mask=False,
+    sliding_window=None,
+    soft_cap=None,
+    mask_value=None,
+    q_scale=None,
+    k_scale=None,
+    v_scale=None,
+    chunk_prefill_size=None,
+    attention_sink=None,
+):
+    """Check shapes, dtypes and plain options of the drop-in function; arrays are not read.
+
+    Args: see `rpa.ragged.ref_ragged_paged_attention`.
+
+    Raises:
+        ValueError: naming the argument, what was given, what was expected and what to do.
+
+    >>> from rpa.ragged import RaggedBatch
+    >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[0]])
+    >>> kv = np.ones((1, 2, 64), np.float32)
+    >>> cache = np.ones((4, 8, 4, 1, 128), np.float32)
+    >>> check_arguments(np.ones((1, 4, 64), np.float32), kv, kv, cache, batch)
+    >>> check_arguments(np.ones((1, 3, 64), np.float32), kv, kv, cache, batch)
+    Traceback (most recent call last):
+        ...
+    ValueError: queries has 3 heads and keys has 2: num_q_heads must be a multiple of num_kv_heads.
+    """
+    _check_tokens(queries, keys, values)
+    _check_cache(queries, keys, values, kv_cache)
+    _check_metadata_shapes(batch)
+    if use_causal_mask and skip_kv_mask:
+        raise ValueError(
+            "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "
+            "behind kv_len. Set use_causal_mask=False, or leave skip_kv_mask out."
+        )
+    for name, value in [("sliding_window", sliding_window), ("soft_cap", soft_cap)]:
+        _check_positive(name, value, "None switches it off")
+    _check_positive("chunk_prefill_size", chunk_prefill_size, "None if the batch has no chunks")
+    for name, value in [("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)]:
+        _check_positive(name, value, "it is what stored values are multiplied with; None for 1")
+    if isinstance(mask_value, (int, float)) and not (np.isfinite(mask_value) and mask_value < 0):
+        raise ValueError(
+            f"mask_value must be a finite negative number, but is {mask_value}: it stands for a "
+            "score below all others, and (-inf) - (-inf) is NaN. Leave it out for the default."
+        )
+    if attention_sink is not None and attention_sink.shape != (queries.shape[1],):
+        raise ValueError(
+            f"attention_sink has shape {attention_sink.shape}, but must be ({queries.shape[1]},): "
+            "one number for each query head."
+        )
+
+
+def _check_tokens(queries, keys, values):
+    for name, array in [("queries", queries), ("keys", keys), ("values", values)]:
+        if len(array.shape) != 3:
+            raise ValueError(
+                f"{name} has shape {array.shape}, but must have three dimensions [num_tokens, "
+                "num_heads, head_dim]: concatenate the tokens of all sequences along the first."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {array.dtype}, but must be floating point: cast it, or "
+                "dequantise it first."
+            )
+        if 0 in array.shape[1:]:
+            raise ValueError(f"{name} has shape {array.shape}: no dimension of heads may be 0.")
+    if keys.shape != values.shape:
+        raise ValueError(
+            f"keys has shape {keys.shape} and values has {values.shape}: they must be equal, every "
+            "token brings one key and one value for each KV head."
+        )
+    if queries.shape[0] != keys.shape[0]:
+        raise ValueError(
+            f"queries has {queries.shape[0]} tokens and keys has {keys.shape[0]}: pass the K and V "
+            "of the new tokens only, the cached ones are in kv_cache."
+        )
+    if queries.shape[2] != keys.shape[2]:
+        raise ValueError(
+            f"queries has head_dim {queries.shape[2]} and keys has {keys.shape[2]}: they must be "
+            "equal. Do not pad head_dim, the cache layout does that."
+        )
+    if queries.shape[1] % keys.shape[1]:
+        raise ValueError(
+            f"queries has {queries.shape[1]} heads and keys has {keys.shape[1]}: num_q_heads must "
+            "be a multiple of num_kv_heads."
+        )
+
+
+def _check_cache(queries, keys, values, kv_cache):
+    if keys.dtype != kv_cache.dtype or values.dtype != kv_cache.dtype:
+        raise ValueError(
+            f"keys has dtype {keys.dtype}, values {values.dtype} and kv_cache {kv_cache.dtype}: "
+            "they must be equal. Quantise keys and values before the call (see k_scale, v_scale)."
+        )
+    if len(kv_cache.shape) != 5:
+        raise ValueError(
+            f"kv_cache has shape {kv_cache.shape}, but must have five dimensions [num_pages, "
+            "page_size, ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)]: make it "
+            "with rpa.get_kv_cache_shape."
+        )
+    num_pages, page_size = kv_cache.shape[:2]
+    expected = get_kv_cache_shape(
+        num_pages, page_size, keys.shape[1], queries.shape[2], kv_cache.dtype
+    )
+    if kv_cache.shape != expected:
+        raise ValueError(
+            f"kv_cache has shape {kv_cache.shape}, but for {keys.shape[1]} KV heads of "
+            f"{queries.shape[2]} in {kv_cache.dtype} must have {expected}: make it with "
+            "rpa.get_kv_cache_shape."
+        )
+    if num_pages == 0 or page_size == 0 or page_size % packing_of(kv_cache.dtype):
+        raise ValueError(
+            f"kv_cache has {num_pages} pages of {page_size} tokens: there must be at least one "
+            f"page, and page_size must be a multiple of {packing_of(kv_cache.dtype)} for "
+            f"{kv_cache.dtype}."
+        )
+
+
+def _check_metadata_shapes(batch):
+    for name in ("kv_lens", "page_indices", "cu_q_lens", "distribution"):
+        array = getattr(batch, name)
+        if array.dtype != np.int32 or len(array.shape) != 1:
+            raise ValueError(
+                f"{name} has dtype {array.dtype} and shape {array.shape}, but must be one row of "
+                f"int32: convert it with np.asarray({name}, np.int32).reshape(-1)."
+            )
+    max_num_seqs = batch.kv_lens.shape[0]
+    if max_num_seqs == 0:
+        raise ValueError("kv_lens is empty, but must have room for at least one sequence.")
+    if batch.cu_q_lens.shape != (max_num_seqs + 1,):
+        raise ValueError(
+            f"cu_q_lens has shape {batch.cu_q_lens.shape}, but kv_lens has room for {max_num_seqs} "
+            f"sequences, so it must be ({max_num_seqs + 1},): a running sum with a leading 0."
+        )
+    if batch.distribution.shape != (3,):
+        raise ValueError(
+            f"distribution has shape {batch.distribution.shape}, but must be (3,): the end of the "
+            "decode, of the chunked prefill and of the mixed sequences."
+        )
+    if batch.page_indices.shape[0] % max_num_seqs or batch.page_indices.shape[0] == 0:
+        raise ValueError(
+            f"page_indices has {batch.page_indices.shape[0]} entries, but must have "
+            f"pages_per_seq for each of the {max_num_seqs} sequences: flatten a table of shape "
+            "[max_num_seqs, pages_per_seq]."
+        )
+
+
+def _check_positive(name, value, otherwise):
+    if isinstance(value, (int, float, np.number)) and not (value > 0 and np.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, but is {value} ({otherwise}).")
+
+
+def check_values(
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    distribution,
+    *,
+    num_tokens,
+    num_pages,
+    page_size,
+    chunk_prefill_size=None,
+    update_kv_cache=True,
+):
+    """Check the values of a batch's metadata, which must be NumPy arrays of the right shapes.
+
+    At most 1 ms for 256 sequences x 256 pages, so that a server can afford it every step: all of
+    it is vectorised, the one loop is over what has already gone wrong.
+
+    Raises:
+        ValueError: naming the sequence, what was given, what was expected and what to do.
+
+    >>> def check(kv_len):
+    ...     arrays = ([kv_len], [0], [0, 2], [0, 0, 1])
+    ...     check_values(*(np.array(a, np.int32) for a in arrays),
+    ...                  num_tokens=2, num_pages=4, page_size=8)
+    >>> check(8)
+    >>> check(1)
+    Traceback (most recent call last):
+        ...
+    ValueError: kv_lens[0] is 1, but sequence 0 brings 2 new tokens: kv_lens counts the new \
+tokens too, so it must be at least 2.
+    """
+    i, j, k = _check_distribution(distribution, len(kv_lens))
+    q_lens = _check_cu_q_lens(cu_q_lens, k, num_tokens)
+    _check_q_lens(q_lens, i, j, chunk_prefill_size)
+    kv_lens = kv_lens[:k].astype(np.int64)
+    pages_per_seq = len(page_indices) // (len(cu_q_lens) - 1)
+    _check_kv_lens(kv_lens, q_lens, pages_per_seq, page_size)
+
+    table = page_indices.reshape(-1, pages_per_seq)[:k]  # [k, pages_per_seq]
+    column = np.arange(pages_per_seq)
+    # Only live entries are looked at: whatever pads the table may hold anything.
+    live = column[None, :] < cdiv(kv_lens, page_size)[:, None]
+    _refuse(
+        live & ((table < 0) | (table >= num_pages)),
+        lambda s, p: (
+            f"page_indices of sequence {s}, page {p} is {table[s, p]}, but kv_cache has "
+            f"{num_pages} pages: it must be between 0 and {num_pages - 1}."
+        ),
+    )
+    if update_kv_cache:
+        first_written = (kv_lens - q_lens) // page_size
+        written = live & (column[None, :] >= first_written[:, None]) & (q_lens > 0)[:, None]
+        _check_ownership(table, live, written, num_pages)
+
+
+def _check_distribution(distribution, max_num_seqs):
+    i, j, k = (int(x) for x in distribution)
+    if not 0 <= i <= j <= k <= max_num_seqs:
+        raise ValueError(
+            f"distribution is ({i}, {j}, {k}), but must satisfy 0 <= i <= j <= k <= "
+            f"{max_num_seqs} (max_num_seqs): sequences [0, i) decode, [i, j) are chunked prefill, "
+            "[j, k) are mixed, and k is how many sequences there are."
+        )
+    return i, j, k
+
+
+def _check_cu_q_lens(cu_q_lens, k, num_tokens):
+    cu_q_lens = cu_q_lens[: k + 1].astype(np.int64)
+    if cu_q_lens[0] != 0:
+        raise ValueError(f"cu_q_lens[0] is {cu_q_lens[0]}, but must be 0: the first token's row.")
+    q_lens = np.diff(cu_q_lens)
+    _refuse(
+        q_lens < 0,
+        lambda s: (
+            f"cu_q_lens falls from {cu_q_lens[s]} to {cu_q_lens[s + 1]} at sequence {s}, but must "
+            "not: it is the running sum of the q_lens."
+        ),
+    )
+    if cu_q_lens[k] > num_tokens:
+        raise ValueError(
+            f"cu_q_lens[{k}] is {cu_q_lens[k]}, but queries has only {num_tokens} tokens: pass the "
+            "queries of all sequences, or fewer sequences."
+        )
+    return q_lens
+
+
+def _check_q_lens(q_lens, i, j, chunk_prefill_size):
+    _refuse(
+        q_lens[:i] > 1,
+        lambda s: (
+            f"sequence {s} has q_len {q_lens[s]}, but distribution says that sequences [0, {i}) "
+            "decode, with q_len at most 1: order the batch with RaggedBatch.from_lengths, or move "
+            "it to the mixed range."
+        ),
+    )
+    if chunk_prefill_size is not None:
+        _refuse(
+            q_lens[i:j] > chunk_prefill_size,
+            lambda s: (
+                f"sequence {i + s} has q_len {q_lens[i + s]}, but distribution says that sequences "
+                f"[{i}, {j}) are chunks of at most chunk_prefill_size={chunk_prefill_size} tokens: "
+                "move it to the mixed range, or raise chunk_prefill_size."
+            ),
+        )
+
+
+def _check_kv_lens(kv_lens, q_lens, pages_per_seq, page_size):
+    _refuse(
+        kv_lens < q_lens,
+        lambda s: (
+            f"kv_lens[{s}] is {kv_lens[s]}, but sequence {s} brings {q_lens[s]} new tokens: "
+            f"kv_lens counts the new tokens too, so it must be at least {q_lens[s]}."
+        ),
+    )
+    _refuse(
+        kv_lens > pages_per_seq * page_size,
+        lambda s: (
+            f"kv_lens[{s}] is {kv_lens[s]}, but its row of the page table has room for "
+            f"{pages_per_seq} pages of {page_size} tokens, {pages_per_seq * page_size} in all: "
+            "widen the page table."
+        ),
+    )
+
+
+def _check_ownership(table, live, written, num_pages):
+    """A page that receives new tokens must stand in one place of the table only."""
+    owners = np.bincount(table[live], minlength=num_pages)  # [num_pages]
+    pages = np.where(live, table, 0)
+
+    def message(s, p):
+        others = np.argwhere(live & (table == table[s, p])).tolist()
+        other, at = next(place for place in others if place != [s, p])
+        return (
+            f"page {table[s, p]} receives new tokens of sequence {s} (its page {p}), but page {at} "
+            f"of sequence {other} is the same one: a shared page may only be read. Copy it first "
+            "(PagePool.append does: copy-on-write)."
+        )
+
+    _refuse(written & (owners[pages] > 1), message)
+
+
+def _refuse(wrong, message):
+    """Raise `message(*index)` for the first True of a mask, if there is one."""
+    if wrong.any():
+        raise ValueError(message(*np.argwhere(wrong)[0]))
