@@ -1,0 +1,143 @@
+"""Write the notebooks from the sources, or say which of them are stale.
+
+python -m course.build                 # build and execute all chapters
+python -m course.build 1 2             # build and execute chapters 1 and 2
+python -m course.build --no-execute 1  # only the text: quick, leaves notebooks without outputs
+python -m course.build --check         # exit 1 with a list of what is not up to date
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nbformat
+
+from course.notebook import (
+    EXECUTED,
+    ROOT,
+    execute,
+    not_fully_executed,
+    notebooks_of,
+    to_text,
+    without_outputs,
+)
+from course.source import Source, SourceError, count_lines, find_sources, with_solution
+from rpa.check import Exercise, exercises_of_chapter
+
+
+def build(sources: list[Source], run: bool) -> None:
+    """Write the notebooks of these sources and the tables of all exercises."""
+    for source in sources:
+        for path, notebook in notebooks_of(source).items():
+            if run and path.parts[0] in EXECUTED:
+                print(f"executing {path}", flush=True)
+                notebook = execute(notebook, ROOT / path.parent)
+            (ROOT / path).parent.mkdir(exist_ok=True)
+            (ROOT / path).write_text(to_text(notebook), encoding="utf-8")
+
+
+def stale(sources: list[Source]) -> list[str]:
+    """What a build would change, outputs aside, and which notebooks lack outputs."""
+    found, expected_paths = [], set()
+    for source in sources:
+        for path, notebook in notebooks_of(source).items():
+            expected_paths.add(path)
+            if problem := _compare(path, notebook):
+                found.append(f"{path}: {problem}")
+    for folder in ("notebooks", "exercises", "solutions"):
+        for file in sorted((ROOT / folder).glob("*.ipynb")):
+            if file.relative_to(ROOT) not in expected_paths:
+                found.append(f"{file.relative_to(ROOT)}: no source makes this notebook")
+    for path, text in tables(sources).items():
+        if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text:
+            found.append(f"{path}: not what the build writes")
+    return found
+
+
+def tables(sources: list[Source]) -> dict[Path, str]:
+    """README of exercises/ and solutions/: what each exercise teaches, what its check knows."""
+    exercises, solutions = [], []
+    for source in sources:
+        checks = _checks_of(source)
+        for exercise in source.exercises:
+            link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
+            mistakes = "<br>".join(f"if {m.words}" for m in checks[exercise.number].mistakes)
+            lines = count_lines(with_solution(exercise))
+            exercises.append(f"| {link} | {exercise.teaches} | {mistakes} |")
+            solutions.append(f"| {link} | `{exercise.name}` | {lines} | {exercise.teaches} |")
+    return {
+        Path("exercises/README.md"): _page(
+            "Exercises",
+            "Each is a function to write; `rpa.check` says whether it is right, and if not, why.\n"
+            "Three folded hints wait above each: the idea, the API, nearly the code.\n"
+            "`make notebooks` writes this page and the notebooks from `course/`.",
+            ("exercise", "what it teaches", "mistakes that its check recognises"),
+            exercises,
+        ),
+        Path("solutions/README.md"): _page(
+            "Solutions",
+            "One way to solve each exercise, run, with a paragraph on why it is right.\n"
+            "Try first: the checks tell you more than reading does.\n"
+            "`make notebooks` writes this page and the notebooks from `course/`.",
+            ("exercise", "function", "lines", "what it teaches"),
+            solutions,
+        ),
+    }
+
+
+def _checks_of(source: Source) -> dict[str, Exercise]:
+    checks = exercises_of_chapter(source.chapter)
+    numbers = {exercise.number for exercise in source.exercises}
+    if source.kind == "exercises" and numbers != set(checks):
+        raise SourceError(
+            f"{source.path.name} has the exercises {sorted(numbers)}, but "
+            f"rpa/check/chapter{source.chapter:02d}.py checks {sorted(checks)}: they must be equal"
+        )
+    return checks
+
+
+def _compare(path: Path, expected: nbformat.NotebookNode) -> str | None:
+    file = ROOT / path
+    if not file.exists():
+        return "missing"
+    committed = nbformat.read(file, as_version=4)
+    if to_text(without_outputs(committed)) != to_text(without_outputs(expected)):
+        return "not what its source says"
+    if path.parts[0] in EXECUTED:
+        return not_fully_executed(committed)
+    if to_text(committed) != to_text(expected):
+        return "has outputs; exercises are committed without"
+    return None
+
+
+def _page(title: str, text: str, columns: tuple[str, ...], rows: list[str]) -> str:
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([f"# {title}", "", text, "", *head, *rows, ""])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build or check; the exit code is 1 where something is stale or a source is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m course.build", description=__doc__)
+    parser.add_argument("chapters", nargs="*", type=int, help="numbers; none means all")
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--no-execute", action="store_true", help="write without outputs")
+    options = parser.parse_args(arguments)
+    try:
+        sources = find_sources()
+        pages = tables(sources)
+    except ValueError as error:  # a source or a check that its teacher has to finish
+        print(error, file=sys.stderr)
+        return 1
+    if options.check:
+        found = stale(sources)
+        print("\n".join(found + ["run `python -m course.build`"]) if found else "up to date")
+        return 1 if found else 0
+    chosen = [s for s in sources if not options.chapters or s.chapter in options.chapters]
+    build(chosen, run=not options.no_execute)
+    for path, text in pages.items():
+        (ROOT / path).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

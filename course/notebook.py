@@ -1,0 +1,194 @@
+"""Turn a source into notebooks: lesson, exercises with stubs, solutions; execute and tidy them."""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from course.source import HINTS, Cell, ExerciseSource, Source, with_solution, without_solution
+from rpa._repository import BRANCH, REPOSITORY
+
+ROOT = Path(__file__).parents[1]
+EXECUTED = ("notebooks", "solutions")
+"""Folders whose notebooks are committed with their outputs."""
+TIMEOUT_S = 300
+
+SETUP = f"""\
+# Uses rpa where it is installed, or the clone around this notebook, or gets it from its repository.
+# Installs only what is missing: the jax and libtpu of Colab and Kaggle stay as they are.
+import importlib.util, pathlib, subprocess, sys
+
+absent = [name for name in ("jax", "matplotlib", "tqdm") if not importlib.util.find_spec(name)]
+installs = [absent] if absent else []
+if (pathlib.Path.cwd().parent / "rpa" / "check").is_dir():
+    sys.path.insert(0, str(pathlib.Path.cwd().parent))
+elif not importlib.util.find_spec("rpa"):
+    installs.append(["--no-deps", "git+{REPOSITORY}"])
+for packages in installs:
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", *packages])
+importlib.invalidate_caches()
+
+import rpa
+
+rpa.doctor()
+"""
+
+MACHINE_TEXT = re.compile(r"\bat 0x[0-9a-f]{6,}|/home/|/tmp/|/root/|/Users/")
+"""What must not be in a committed output: it changes from run to run or names a machine's paths."""
+
+
+class OutputError(RuntimeError):
+    """A notebook ran, but what it printed cannot be committed."""
+
+
+def notebooks_of(source: Source) -> dict[Path, nbformat.NotebookNode]:
+    """The notebooks that a source becomes, not executed, by path inside the repository."""
+    if source.kind == "lesson":
+        folders = {"notebooks": source.opening}
+    else:
+        folders = {
+            "exercises": source.opening + _each(source.exercises, _exercise_cells),
+            "solutions": source.opening + _each(source.exercises, _solution_cells),
+        }
+    return {
+        Path(folder) / f"{source.stem}.ipynb": _notebook(folder, source.stem, cells)
+        for folder, cells in folders.items()
+    }
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+    """Run a notebook in its folder, and tidy its outputs so that they can be committed.
+
+    Raises:
+        OutputError: an output holds a memory address or a path of this machine.
+        nbclient.exceptions.CellExecutionError: a cell raises.
+    """
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT_S,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+    notebook.metadata = _metadata()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _keep(output)]
+    return notebook
+
+
+def to_text(notebook: nbformat.NotebookNode) -> str:
+    """The notebook as it lies on disk, the same bytes for the same notebook."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy as it was before it ran: what the build compares."""
+    copy = nbformat.from_dict(json.loads(json.dumps(notebook)))
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return copy
+
+
+def not_fully_executed(notebook: nbformat.NotebookNode) -> str | None:
+    """What is wrong with the outputs of a notebook that should have them, in words."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        return "not executed from its first cell to its last"
+    if any(output.output_type == "error" for cell in cells for output in cell.outputs):
+        return "a cell ended with an error"
+    return None
+
+
+def _each(exercises: list[ExerciseSource], cells_of) -> list[Cell]:
+    return [cell for exercise in exercises for cell in cells_of(exercise)]
+
+
+def _exercise_cells(exercise: ExerciseSource) -> list[Cell]:
+    cells = []
+    for cell in exercise.cells:
+        if cell.tag == "exercise":
+            cells.append(Cell("code", without_solution(exercise)))
+        elif cell.tag == "hint":
+            if cell is exercise.tagged("hint")[0]:
+                cells.append(Cell("markdown", _fold(exercise.tagged("hint"))))
+        elif cell.tag in ("", "check"):
+            cells.append(cell)
+    return cells
+
+
+def _solution_cells(exercise: ExerciseSource) -> list[Cell]:
+    cells = []
+    for cell in exercise.cells:
+        if cell.tag == "exercise":
+            cells.append(Cell("code", with_solution(exercise)))
+        elif cell.tag in ("", "check", "explanation"):
+            cells.append(cell)
+    return cells
+
+
+def _fold(hints: list[Cell]) -> str:
+    folded = (
+        f"<details>\n<summary>Hint {number}: {title}</summary>\n\n{hint.text}\n\n</details>"
+        for number, (title, hint) in enumerate(zip(HINTS, hints, strict=True), start=1)
+    )
+    return "\n\n".join(folded)
+
+
+def _notebook(folder: str, stem: str, cells: list[Cell]) -> nbformat.NotebookNode:
+    title = Cell("markdown", f"{cells[0].text}\n\n{badges(folder, stem)}")
+    notebook = new_notebook(metadata=_metadata())
+    taken = set()
+    for cell in [title, Cell("code", SETUP), *cells[1:]]:
+        new = new_markdown_cell if cell.kind == "markdown" else new_code_cell
+        notebook.cells.append(new(cell.text.strip("\n"), id=_cell_id(cell, taken)))
+    return notebook
+
+
+def badges(folder: str, stem: str) -> str:
+    """Markdown that opens a notebook in Colab or Kaggle."""
+    page = f"{REPOSITORY}/blob/{BRANCH}/{folder}/{stem}.ipynb"
+    colab = page.replace("https://github.com/", "https://colab.research.google.com/github/")
+    kaggle = f"https://kaggle.com/kernels/welcome?src={page}"
+    return (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle})"
+    )
+
+
+def _metadata() -> dict:
+    return {
+        "accelerator": "TPU",
+        "colab": {"gpuType": "V5E1", "provenance": [], "toc_visible": True},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+
+
+def _cell_id(cell: Cell, taken: set[str]) -> str:
+    """An id from the text, so that a cell keeps it when others come and go."""
+    attempt = 0
+    while True:
+        identity = f"{cell.kind}:{cell.text}:{attempt}".encode()
+        found = hashlib.sha256(identity).hexdigest()[:12]
+        if found not in taken:
+            taken.add(found)
+            return found
+        attempt += 1
+
+
+def _keep(output) -> bool:
+    """Whether an output is committed; refuses what would differ on the next machine."""
+    if output.output_type == "stream" and output.name == "stderr":
+        sys.stderr.write(output.text)  # warnings are for whoever builds, not for readers
+        return False
+    text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+    if str(ROOT) in text or MACHINE_TEXT.search(text):
+        raise OutputError(f"an output holds a memory address or a path of this machine: {text!r}")
+    return True

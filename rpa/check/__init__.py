@@ -1,0 +1,37 @@
+"""Checks of the course's exercises: `rpa.check("1.2", your_function)`.
+
+| file | what it holds |
+|---|---|
+| `exercise.py` | what a teacher declares: cases, the truth, known mistakes |
+| `engine.py` | runs the cases, names the mistake, writes the message |
+| `compare.py` | whether two outputs agree, and where they first do not |
+| `places.py` | an index of a ragged batch in words: sequence, token, page |
+| `runner.py` | where the learner's function runs, and its time limit |
+| `chapterNN.py` | the exercises of one chapter |
+"""
+
+import sys
+import types
+
+from rpa.check.engine import check, exercises_of_chapter, find_exercise
+from rpa.check.errors import CheckFailed, NotStarted
+from rpa.check.exercise import Exercise
+
+__all__ = [
+    "CheckFailed",
+    "Exercise",
+    "NotStarted",
+    "check",
+    "exercises_of_chapter",
+    "find_exercise",
+]
+
+
+class _CallableModule(types.ModuleType):
+    """Makes `rpa.check(...)` work although `rpa.check` also is the name of this package."""
+
+    def __call__(self, number, function):
+        return check(number, function)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,17 @@
+"""What a failed check raises: short in a notebook, an ordinary exception everywhere else."""
+
+
+class CheckFailed(AssertionError):
+    """The check refuses the answer; the text says where it is wrong and, if it can, why."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks for this instead of printing the stack of the engine, in which a learner has
+        # nothing to look for.
+        return str(self).splitlines()
+
+
+class NotStarted(NotImplementedError):
+    """The exercise still is the stub; the text is the stub's own."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
