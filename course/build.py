@@ -1,8 +1,8 @@
 """Write the notebooks from the sources, or say which of them are stale.
 
-python -m course.build                 # build and execute all chapters
-python -m course.build 1 2             # build and execute chapters 1 and 2
-python -m course.build --no-execute 1  # only the text: quick, leaves notebooks without outputs
+python -m course.build --execute       # build and run all chapters
+python -m course.build --execute 1 2   # build and run chapters 1 and 2
+python -m course.build 1               # text only: quick, leaves notebooks without outputs
 python -m course.build --check         # exit 1 with a list of what is not up to date
 """
 
@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import CellExecutionError
 
 from course.notebook import (
     EXECUTED,
     ROOT,
+    OutputError,
     execute,
     not_fully_executed,
     notebooks_of,
@@ -115,27 +117,30 @@ def _page(title: str, text: str, columns: tuple[str, ...], rows: list[str]) -> s
     return "\n".join([f"# {title}", "", text, "", *head, *rows, ""])
 
 
+def check(sources: list[Source]) -> int:
+    """Print what is stale; the exit code is 1 if anything is."""
+    found = stale(sources)
+    print("\n".join([*found, "run: python -m course.build --execute"] if found else ["up to date"]))
+    return 1 if found else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Build or check; the exit code is 1 where something is stale or a source is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m course.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m course.build")
     parser.add_argument("chapters", nargs="*", type=int, help="numbers; none means all")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--no-execute", action="store_true", help="write without outputs")
+    parser.add_argument("--execute", action="store_true", help="run lessons and solutions")
     options = parser.parse_args(arguments)
     try:
-        sources = find_sources()
-        pages = tables(sources)
-    except ValueError as error:  # a source or a check that its teacher has to finish
+        if options.check:
+            return check(find_sources())
+        build(find_sources(options.chapters), run=options.execute)
+        # Last, because they need every chapter to be in order, and one may be half written.
+        for path, text in tables(find_sources()).items():
+            (ROOT / path).write_text(text, encoding="utf-8")
+    except (SourceError, OutputError, CellExecutionError) as error:
         print(error, file=sys.stderr)
         return 1
-    if options.check:
-        found = stale(sources)
-        print("\n".join(found + ["run `python -m course.build`"]) if found else "up to date")
-        return 1 if found else 0
-    chosen = [s for s in sources if not options.chapters or s.chapter in options.chapters]
-    build(chosen, run=not options.no_execute)
-    for path, text in pages.items():
-        (ROOT / path).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -81,7 +81,7 @@ def answers(exercise: ExerciseSource) -> list[tuple[str, str, str]]:
 def main(numbers: list[str]) -> int:
     """Print what the checks say; the exit code is 1 where a check says something unexpected."""
     surprises = 0
-    for source in find_sources():
+    for source in find_sources([int(number.split(".")[0]) for number in numbers]):
         for exercise in source.exercises:
             if numbers and exercise.number not in numbers:
                 continue

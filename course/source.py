@@ -1,7 +1,7 @@
 """Read a chapter's py:percent source, and say in words what a teacher got wrong."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,9 +83,11 @@ class Source:
         return f"{self.chapter:02d}_{self.name}"
 
 
-def find_sources(folder: Path = COURSE) -> list[Source]:
-    """All sources of the course, read and validated, in the order of the chapters."""
-    return [read_source(path) for path in sorted(folder.glob("ch[0-9][0-9]_*.py"))]
+def find_sources(chapters: Sequence[int] = ()) -> list[Source]:
+    """The sources of these chapters (none means all), read and validated, in order."""
+    paths = sorted(COURSE.glob("ch[0-9][0-9]_*.py"))
+    chosen = [path for path in paths if not chapters or int(path.stem[2:4]) in chapters]
+    return [read_source(path) for path in chosen]
 
 
 def read_source(path: Path) -> Source:

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("jupytext", reason="the course is built where the extra [dev] is installed")
+
 from course.build import stale
 from course.proof import answers, mentions, says
 from course.source import find_sources
