@@ -69,12 +69,12 @@ class _Impatient(threading.Condition):
         raise RuntimeError("deadlock: the kernel waits for a semaphore that nobody signals")
 
 
-def aliased_memory_space(interpret):
-    """Where a buffer that is input and output of a kernel has to live: HBM, unless interpreted.
+def hbm_memory_space(interpret):
+    """The memory space for arrays that a kernel moves by its own DMAs: HBM, unless interpreted.
 
-    Without the constraint XLA may place it in VMEM of a v6e, and "DMA" becomes loads and stores.
-    In the interpreter of jax 0.7.2 to 0.9.0 an aliased HBM buffer loses what the kernel does not
-    write; `pl.ANY` is right there, and in the later ones.
+    Compiled, `pl.ANY` leaves the choice to XLA, which copies what is small enough into VMEM, and
+    every "DMA from HBM" of the kernel becomes something else. Interpreted, jax 0.7.2 to 0.9.0 lose
+    what a kernel does not write of an aliased HBM buffer; `pl.ANY` is right in all of them.
     """
     return pl.ANY if interpret else pltpu.HBM
 

@@ -22,10 +22,10 @@ from unittest import mock
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from kernel_harness import KernelFault
 
 import rpa
 from rpa import compat
+from tests.kernel_harness import KernelFault
 
 ACTIONS = ("drop", "other_semaphore")
 PACKAGE = str(Path(rpa.__file__).parent)

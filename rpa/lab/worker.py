@@ -1,0 +1,71 @@
+"""The subprocess of `rpa.lab.compile`: lowers and compiles one function, writes one JSON file."""
+
+import functools
+import importlib
+import json
+import pickle
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import rpa
+from rpa.lab.compile import file_hash
+
+
+def compile_spec(spec, shapes) -> dict:
+    """Compile for one chip of the topology; returns the fields of a CompileResult, and the HLO."""
+    module, name = spec["function"].split(":")
+    function = functools.partial(getattr(importlib.import_module(module), name), **spec["kwargs"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
+    mesh = Mesh(np.array(topology.devices[:1]), "x")
+    on_chip = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
+    start = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    compile_time_s = time.perf_counter() - traced
+    memory = compiled.memory_analysis()
+    return {
+        "trace_time_s": traced - start,
+        "compile_time_s": compile_time_s,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "hlo": compiled.as_text(),
+    }
+
+
+def loaded_files(spec) -> dict:
+    """The source files that the result depends on: those of rpa, and those beside the function."""
+    module = sys.modules.get(spec["function"].split(":")[0])
+    homes = {str(Path(rpa.__file__).parent)}
+    if getattr(module, "__file__", None):
+        homes.add(str(Path(module.__file__).parent))
+    files = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
+    return {f: file_hash(f) for f in files if f and f.startswith(tuple(homes))}
+
+
+def main(order, answer):
+    """Read the order, compile, write the answer; whatever goes wrong is the answer's "message"."""
+    spec, shapes = pickle.loads(Path(order).read_bytes())
+    try:
+        result = compile_spec(spec, shapes)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        result = {
+            "message": f"{type(error).__name__}: {error}",
+            "where": f"{where.filename}:{where.lineno}, in {where.name}",
+        }
+    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

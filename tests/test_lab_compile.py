@@ -1,0 +1,136 @@
+"""`rpa.lab.compile`: the compiler's answer, its refusals in words, and the cache of both."""
+
+import functools
+import platform
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rpa import lab
+from rpa.lab import words
+from rpa.lab.compile import file_hash
+from tests import lab_programs
+
+HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
+needs_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason=f"libtpu is not installed ({platform.system()} {platform.machine()})"
+)
+ROWS = jax.ShapeDtypeStruct((1024, 8, 128), jnp.float32)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@needs_libtpu
+def test_a_kernel_compiles_and_its_vmem_is_read(empty_cache):
+    compile_rows = functools.partial(
+        lab.compile_for, "v5e", lab_programs.copy_rows, ROWS, kwargs={"num_rows": 64}
+    )
+    first, second = compile_rows(), compile_rows()
+    assert first.ok and first.compile_time_s > 0 and not first.from_cache
+    assert 64 * 4096 <= first.vmem_used_bytes < 80 * 4096
+    assert second.from_cache and second.compile_time_s == first.compile_time_s
+
+
+@needs_libtpu
+def test_vmem_overflow_says_how_much(empty_cache):
+    rows = jax.ShapeDtypeStruct((8192, 8, 128), jnp.float32)
+    kwargs = {"num_rows": 6400, "vmem_limit_bytes": 20 << 20}
+    result = lab.compile_for("v5e", lab_programs.copy_rows, rows, kwargs=kwargs)
+    assert (result.ok, result.error_kind) == (False, "vmem overflow")
+    assert "25.00M of 20.00M" in result.error
+
+
+@needs_libtpu
+def test_hbm_overflow_says_how_much(empty_cache):
+    rows = jax.ShapeDtypeStruct((1 << 23, 8, 128), jnp.float32)
+    result = lab.compile_for("v5e", lab_programs.copy_rows, rows, kwargs={"num_rows": 64})
+    assert (result.ok, result.error_kind) == (False, "hbm overflow")
+    assert "32.00G of 15.75G" in result.error
+
+
+@needs_libtpu
+@pytest.mark.parametrize("donate", [True, False])
+def test_donation_shows_in_the_hlo(empty_cache, donate):
+    cache, row = (
+        jax.ShapeDtypeStruct((4096, 8, 128), jnp.float32),
+        jax.ShapeDtypeStruct((), "int32"),
+    )
+    result = lab.compile_for(
+        "v5e",
+        lab_programs.add_one_row,
+        cache,
+        row,
+        donate_argnums=(0,) if donate else (),
+        keep_hlo=True,
+    )
+    assert result.ok, result.error
+    assert result.alias_bytes == (4096 * 4096 if donate else 0)
+    assert bool(result.copies_of(cache)) == (not donate)
+
+
+@needs_libtpu
+def test_a_mistake_in_the_function_names_its_place(empty_cache):
+    result = lab.compile_for("v5e", lab_programs.broken, ROWS)
+    assert not result.ok and "no_such_method" in result.error and "in broken" in result.error
+
+
+@needs_libtpu
+def test_a_changed_source_is_compiled_anew(empty_cache, monkeypatch):
+    (empty_cache / "learner.py").write_text("def double(x):\n    return x * 2\n")
+    monkeypatch.syspath_prepend(empty_cache)
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    assert not lab.compile_for("v5e", "learner:double", x).from_cache
+    assert lab.compile_for("v5e", "learner:double", x).from_cache
+    (empty_cache / "learner.py").write_text("def double(x):\n    return x + x\n")
+    assert not lab.compile_for("v5e", "learner:double", x).from_cache
+
+
+def test_without_libtpu_it_says_so(empty_cache, monkeypatch):
+    versions = {"jax": "0", "jaxlib": "0", "libtpu": None, "python": "3"}
+    monkeypatch.setattr("rpa.lab.compile.compile_versions", lambda: versions)
+    result = lab.compile_for("v5e", lab_programs.copy_rows, ROWS, kwargs={"num_rows": 64})
+    assert (result.ok, result.error_kind) == (False, "no libtpu")
+    assert not list(empty_cache.rglob("*.json"))
+
+
+def test_a_function_that_cannot_be_imported_is_refused():
+    with pytest.raises(ValueError, match="another process compiles it"):
+        lab.compile_for("v5e", lambda x: x, ROWS)
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(ValueError, match="v9"):
+        lab.compile_for("v9", lab_programs.copy_rows, ROWS)
+
+
+MESSAGES = {
+    "libtpu busy": "Internal error when accessing libtpu multi-process lockfile",
+    "unknown chip": "INVALID_ARGUMENT: Invalid TPU external name: TPU7x",
+    "old libtpu": "Unsupported version: expected <= 7 but got 8",
+    "smem overflow": "Ran out of memory in memory space smem. Used 2.0M of 1.0M smem",
+    "unsupported": "Mosaic failed to compile TPU kernel: unsupported unaligned shape\nat foo",
+    "timeout": f"{words.TIMED_OUT} after 3 s",
+    "crash": f"{words.DIED} (exit code -11): ",
+    "error": "TypeError: no",
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_errors_are_put_in_words(kind):
+    found, text = words.explain(MESSAGES[kind], "tpu7x", {"libtpu": "0.0.23", "jax": "0.7.2"})
+    assert found == kind and text
+
+
+def test_a_result_without_hlo_cannot_be_asked_for_copies():
+    result = lab.CompileResult(chip="v5e", function="m:f", ok=True)
+    with pytest.raises(ValueError, match="keep_hlo"):
+        result.copies_of(ROWS)
+
+
+def test_a_missing_file_has_no_hash(tmp_path):
+    assert file_hash(tmp_path / "none") is None
