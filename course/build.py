@@ -25,6 +25,7 @@ from course.notebook import (
 )
 from course.source import Source, SourceError, count_lines, find_sources, with_solution
 from rpa.check import Exercise, exercises_of_chapter
+from rpa.check.errors import UnfinishedCheck
 
 
 def build(sources: list[Source], run: bool) -> None:
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Last, because they need every chapter to be in order, and one may be half written.
         for path, text in tables(find_sources()).items():
             (ROOT / path).write_text(text, encoding="utf-8")
-    except (SourceError, OutputError, CellExecutionError) as error:
+    except (SourceError, UnfinishedCheck, OutputError, CellExecutionError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -3,8 +3,10 @@
 | file | what it holds |
 |---|---|
 | `exercise.py` | what a teacher declares: cases, the truth, known mistakes |
-| `engine.py` | runs the cases, names the mistake, writes the message |
+| `registry.py` | finds an exercise by its number, refuses unfinished ones |
+| `engine.py` | runs the cases in order, finds the known mistake |
 | `compare.py` | whether two outputs agree, and where they first do not |
+| `messages.py` | what the learner reads |
 | `places.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
 | `chapterNN.py` | the exercises of one chapter |
@@ -13,9 +15,10 @@
 import sys
 import types
 
-from rpa.check.engine import check, exercises_of_chapter, find_exercise
+from rpa.check.engine import check
 from rpa.check.errors import CheckFailed, NotStarted
 from rpa.check.exercise import Exercise
+from rpa.check.registry import exercises_of_chapter, find_exercise
 
 __all__ = [
     "CheckFailed",

@@ -15,3 +15,7 @@ class NotStarted(NotImplementedError):
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
+
+
+class UnfinishedCheck(ValueError):
+    """A teacher's mistake: an exercise whose check could never refuse an answer."""

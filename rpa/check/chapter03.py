@@ -1,0 +1,489 @@
+"""Checks of chapter 3: ragged batching.
+
+References and mistakes are NumPy: quick, and apart from what the chapter teaches with.
+"""
+
+import numpy as np
+
+from rpa.check.exercise import Exercise
+from rpa.check.places import ragged
+from rpa.dense import oracle
+from rpa.paging import cdiv
+from rpa.ragged import RaggedBatch
+
+RNG = np.random.default_rng(3)
+
+
+def normal(*shape):
+    """f32[shape] of standard normal numbers, the same at every run."""
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def ints(*values):
+    """i32[len(values)]."""
+    return np.array(values, np.int32)
+
+
+# 3.1 cu_q_lens, and whose token is this? ----------------------------------------------------------
+
+
+def _cu_q_lens(q_lens):
+    return np.concatenate([[0], np.cumsum(np.asarray(q_lens))]).astype(np.int32)
+
+
+def _token_owner(q_lens, num_tokens):
+    cu_q_lens = _cu_q_lens(q_lens)
+    owner = np.full(num_tokens, -1, np.int32)
+    for s, (start, end) in enumerate(zip(cu_q_lens[:-1], cu_q_lens[1:], strict=True)):
+        owner[start:end] = s
+    return cu_q_lens, owner
+
+
+token_owner = Exercise("3.1", _token_owner, outputs=("cu_q_lens", "owner"))
+token_owner.case("one token of A, three of B", q_lens=ints(1, 3), num_tokens=4)
+token_owner.case("two padding rows", q_lens=ints(1, 1, 3), num_tokens=7)
+token_owner.case("an idle slot in the middle", q_lens=ints(1, 0, 2), num_tokens=4)
+token_owner.case("idle slots at both ends", q_lens=ints(0, 2, 0, 0), num_tokens=4)
+token_owner.case("decodes beside a long chunk", q_lens=ints(1, 1, 1, 1, 40), num_tokens=48)
+
+
+def _searched(q_lens, num_tokens, side="right", minus=1, padding=-1):
+    cu_q_lens = _cu_q_lens(q_lens)
+    owner = np.searchsorted(cu_q_lens, np.arange(num_tokens), side=side) - minus
+    if padding is not None:
+        owner = np.where(np.arange(num_tokens) < cu_q_lens[-1], owner, padding)
+    return cu_q_lens, owner.astype(np.int32)
+
+
+@token_owner.mistake(
+    "searchsorted keeps its default side='left': the first token of each sequence goes to the one "
+    "before it"
+)
+def _left(q_lens, num_tokens):
+    return _searched(q_lens, num_tokens, side="left")
+
+
+@token_owner.mistake(
+    "the 1 is not subtracted: searchsorted counts the entries of cu_q_lens up to t, and the "
+    "leading 0 is one of them"
+)
+def _one_too_high(q_lens, num_tokens):
+    return _searched(q_lens, num_tokens, minus=0)
+
+
+@token_owner.mistake("the padding rows are given to the last sequence and not marked with -1")
+def _padding_to_last(q_lens, num_tokens):
+    return _searched(q_lens, num_tokens, padding=len(q_lens) - 1)
+
+
+@token_owner.mistake("the padding rows are not marked: a search behind the end answers num_seqs")
+def _padding_unmarked(q_lens, num_tokens):
+    return _searched(q_lens, num_tokens, padding=None)
+
+
+@token_owner.mistake("cu_q_lens lacks its leading 0: it has one entry more than there are sequences")
+def _no_leading_zero(q_lens, num_tokens):
+    return _cu_q_lens(q_lens)[1:], _token_owner(q_lens, num_tokens)[1]
+
+
+@token_owner.mistake("cu_q_lens lacks its last entry, the number of all new tokens")
+def _no_total(q_lens, num_tokens):
+    return _cu_q_lens(q_lens)[:-1], _token_owner(q_lens, num_tokens)[1]
+
+
+@token_owner.mistake("the token is looked up in q_lens itself, which is not a running sum")
+def _looked_up_in_q_lens(q_lens, num_tokens):
+    owner = np.searchsorted(np.asarray(q_lens), np.arange(num_tokens), side="right")
+    owned = np.arange(num_tokens) < np.sum(q_lens)
+    return _cu_q_lens(q_lens), np.where(owned, owner, -1).astype(np.int32)
+
+
+# 3.2 the place of each new token ------------------------------------------------------------------
+
+
+def _spread(kv_lens, cu_q_lens, owner):
+    """kv_len, q_len and number within its sequence of each token, i64[num_tokens] each."""
+    kv_lens, cu_q_lens, owner = (np.asarray(x, np.int64) for x in (kv_lens, cu_q_lens, owner))
+    number = np.arange(len(owner)) - cu_q_lens[owner]
+    return kv_lens[owner], np.diff(cu_q_lens)[owner], number
+
+
+def _places(positions, page_table, page_size, rows):
+    """Positions, pages and slots; an index behind the end is clamped, as JAX does it."""
+    page_table = np.asarray(page_table)
+    rows = np.clip(rows, 0, page_table.shape[0] - 1)
+    columns = np.clip(positions // page_size, 0, page_table.shape[1] - 1)
+    pages = page_table[rows, columns]
+    return tuple(x.astype(np.int32) for x in (positions, pages, positions % page_size))
+
+
+def _token_places(kv_lens, cu_q_lens, page_table, page_size, owner):
+    kv_len, q_len, number = _spread(kv_lens, cu_q_lens, owner)
+    return _places(kv_len - q_len + number, page_table, page_size, np.asarray(owner))
+
+
+token_places = Exercise("3.2", _token_places, outputs=("positions", "pages", "slots"))
+token_places.case(
+    "one decode step, the ninth token",
+    kv_lens=ints(9),
+    cu_q_lens=ints(0, 1),
+    page_table=np.array([[5, 2, 7]], np.int32),
+    page_size=4,
+    owner=ints(0),
+)
+token_places.case(
+    "a chunk of three behind four cached tokens, beside a decode",
+    kv_lens=ints(6, 7),
+    cu_q_lens=ints(0, 1, 4),
+    page_table=np.array([[5, 2], [9, 3]], np.int32),
+    page_size=4,
+    owner=ints(0, 1, 1, 1),
+)
+token_places.case(
+    "a chunk that crosses a page, one that ends with it, a fresh prompt",
+    kv_lens=ints(9, 8, 5),
+    cu_q_lens=ints(0, 3, 5, 10),
+    page_table=np.array([[6, 1, 8], [0, 7, 99], [4, 2, -1]], np.int32),
+    page_size=4,
+    owner=ints(0, 0, 0, 1, 1, 2, 2, 2, 2, 2),
+)
+token_places.case(
+    "idle slots and pages of 16",
+    kv_lens=ints(33, 0, 17, 16),
+    cu_q_lens=ints(0, 1, 1, 3, 3),
+    page_table=np.array([[3, 1, 4], [9, 9, 9], [2, 6, 5], [8, 7, 0]], np.int32),
+    page_size=16,
+    owner=ints(0, 2, 2),
+)
+
+
+@token_places.mistake("the cached prefix is forgotten: positions start at 0 with the new tokens")
+def _no_prefix(kv_lens, cu_q_lens, page_table, page_size, owner):
+    _, _, number = _spread(kv_lens, cu_q_lens, owner)
+    return _places(number, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake("kv_len is taken for the cached tokens only; it includes the new ones")
+def _kv_len_as_prefix(kv_lens, cu_q_lens, page_table, page_size, owner):
+    kv_len, _, number = _spread(kv_lens, cu_q_lens, owner)
+    return _places(kv_len + number, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake("every token of a chunk is put at the last position, which is right to decode")
+def _all_at_the_end(kv_lens, cu_q_lens, page_table, page_size, owner):
+    kv_len, _, _ = _spread(kv_lens, cu_q_lens, owner)
+    return _places(kv_len - 1, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake("the row t is added without subtracting where the sequence starts")
+def _row_of_the_batch(kv_lens, cu_q_lens, page_table, page_size, owner):
+    kv_len, q_len, _ = _spread(kv_lens, cu_q_lens, owner)
+    positions = kv_len - q_len + np.arange(len(kv_len))
+    return _places(positions, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake(
+    "the page of the sequence is returned: the page table, which knows the page of the cache, is "
+    "not asked"
+)
+def _logical_page(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, _, slots = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    return positions, positions // page_size, slots
+
+
+@token_places.mistake("row t of the page table is asked and not the row of the token's sequence")
+def _table_row_of_the_token(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, _, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    return _places(positions, page_table, page_size, np.arange(len(positions)))
+
+
+@token_places.mistake("the slot counts from the first new token and not from the page's start")
+def _slot_of_the_chunk(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, pages, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    _, _, number = _spread(kv_lens, cu_q_lens, owner)
+    return positions, pages, (number % page_size).astype(np.int32)
+
+
+# 3.3 the causal mask of a ragged batch ------------------------------------------------------------
+
+
+def _ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, q_positions = _queries(kv_lens, cu_q_lens)
+    same = q_owner[:, None] == np.asarray(kv_owner)[None, :]
+    return same & (np.asarray(kv_positions)[None, :] <= q_positions[:, None])
+
+
+def _queries(kv_lens, cu_q_lens):
+    """Owner and position of every new token."""
+    q_lens = np.diff(np.asarray(cu_q_lens))
+    q_owner = np.repeat(np.arange(len(q_lens)), q_lens)
+    kv_len, q_len, number = _spread(kv_lens, cu_q_lens, q_owner)
+    return q_owner, kv_len - q_len + number
+
+
+def _mask_arguments(kv_lens, q_lens):
+    owners = np.repeat(np.arange(len(kv_lens)), kv_lens)
+    positions = [np.arange(kv_len) for kv_len in kv_lens]
+    return {
+        "kv_lens": ints(*kv_lens),
+        "cu_q_lens": _cu_q_lens(q_lens),
+        "kv_owner": owners.astype(np.int32),
+        "kv_positions": np.concatenate(positions).astype(np.int32),
+    }
+
+
+ragged_mask = Exercise("3.3", _ragged_mask, axes=("token", "key"))
+ragged_mask.case("two new tokens behind two cached", **_mask_arguments([4], [2]))
+ragged_mask.case("a decode beside a fresh prompt", **_mask_arguments([3, 3], [1, 3]))
+ragged_mask.case("the batch of the lesson", **_mask_arguments([6, 9, 7, 4], [1, 1, 3, 4]))
+ragged_mask.case("idle slots", **_mask_arguments([5, 0, 3, 6], [2, 0, 0, 3]))
+
+
+@ragged_mask.mistake("the causal mask ignores the cached prefix: token t sees the keys 0 to t only")
+def _mask_without_prefix(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_lens = np.diff(np.asarray(cu_q_lens))
+    return _ragged_mask(q_lens, cu_q_lens, kv_owner, kv_positions)
+
+
+@ragged_mask.mistake("a token also sees the keys of other sequences")
+def _mask_without_owner(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    _, q_positions = _queries(kv_lens, cu_q_lens)
+    return np.asarray(kv_positions)[None, :] <= q_positions[:, None]
+
+
+@ragged_mask.mistake("a token does not see itself: the comparison is < where it should be <=")
+def _mask_without_itself(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    return _ragged_mask(np.asarray(kv_lens) - 1, cu_q_lens, kv_owner, kv_positions)
+
+
+@ragged_mask.mistake(
+    "a token sees all of its sequence, later tokens too: there is no causal part, or kv_len was "
+    "taken for the length of the cached prefix"
+)
+def _mask_without_causality(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, _ = _queries(kv_lens, cu_q_lens)
+    return q_owner[:, None] == np.asarray(kv_owner)[None, :]
+
+
+@ragged_mask.mistake("only the cached prefix is visible, and none of the new tokens")
+def _mask_of_the_prefix(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, _ = _queries(kv_lens, cu_q_lens)
+    prefix = (np.asarray(kv_lens) - np.diff(np.asarray(cu_q_lens)))[q_owner]
+    same = q_owner[:, None] == np.asarray(kv_owner)[None, :]
+    return same & (np.asarray(kv_positions)[None, :] < prefix[:, None])
+
+
+@ragged_mask.mistake(
+    "the row t is compared as if it were a position: it counts through the whole batch, and where "
+    "the sequence starts was not subtracted"
+)
+def _mask_with_rows(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, _ = _queries(kv_lens, cu_q_lens)
+    kv_len, q_len, _ = _spread(kv_lens, cu_q_lens, q_owner)
+    positions = kv_len - q_len + np.arange(len(q_owner))
+    same = q_owner[:, None] == np.asarray(kv_owner)[None, :]
+    return same & (np.asarray(kv_positions)[None, :] <= positions[:, None])
+
+
+# 3.4 put a batch in order -------------------------------------------------------------------------
+
+
+def _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order = []
+    for wanted in range(3):
+        order += [s for s, q in enumerate(q_lens) if _kind(q, chunk_prefill_size) == wanted]
+    return _in_order(order, q_lens, kv_lens, page_table, chunk_prefill_size)
+
+
+def _kind(q_len, chunk_prefill_size):
+    if q_len <= 1:
+        return 0
+    return 1 if q_len == chunk_prefill_size else 2
+
+
+def _in_order(order, q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.array([_kind(q, chunk_prefill_size) for q in q_lens])
+    ends = ints((kinds == 0).sum(), (kinds <= 1).sum(), len(kinds))
+    order = np.array(order, np.int32)
+    return order, kv_lens[order], page_table[order], _cu_q_lens(q_lens[order]), ends
+
+
+order_batch = Exercise(
+    "3.4",
+    _order_batch,
+    outputs=("order", "kv_lens", "page_table", "cu_q_lens", "distribution"),
+    convert=np.array,
+)
+order_batch.case(
+    "a fresh prompt, then a decode",
+    q_lens=ints(4, 1),
+    kv_lens=ints(4, 6),
+    page_table=np.array([[8, 0], [2, 3]], np.int32),
+    chunk_prefill_size=3,
+)
+order_batch.case(
+    "the batch of the lesson",
+    q_lens=ints(3, 1, 4, 1),
+    kv_lens=ints(7, 6, 4, 9),
+    page_table=np.array([[0, 1, 0], [2, 3, 0], [4, 0, 0], [5, 6, 7]], np.int32),
+    chunk_prefill_size=3,
+)
+order_batch.case(
+    "idle slots, short and long rests of prompts",
+    q_lens=ints(9, 4, 0, 2, 1, 4, 3),
+    kv_lens=ints(9, 8, 5, 7, 3, 4, 11),
+    page_table=np.arange(21, dtype=np.int32).reshape(7, 3)[::-1].copy(),
+    chunk_prefill_size=4,
+)
+order_batch.case(
+    "decodes only",
+    q_lens=ints(1, 1, 0),
+    kv_lens=ints(3, 2, 1),
+    page_table=np.array([[1], [2], [0]], np.int32),
+    chunk_prefill_size=4,
+)
+
+
+@order_batch.mistake(
+    "the distribution counts the sequences of each kind; it should say where each range ends"
+)
+def _counts(q_lens, kv_lens, page_table, chunk_prefill_size):
+    *rest, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return *rest, np.diff(ends, prepend=0).astype(np.int32)
+
+
+@order_batch.mistake("the page table still has its rows as the sequences arrived")
+def _table_as_arrived(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order, lens, _, cu, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return order, lens, page_table, cu, ends
+
+
+@order_batch.mistake("the kv_lens still are as the sequences arrived")
+def _kv_lens_as_arrived(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order, _, table, cu, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return order, kv_lens, table, cu, ends
+
+
+@order_batch.mistake("cu_q_lens sums the q_lens as they arrived, before they are put in order")
+def _cu_as_arrived(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order, lens, table, _, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return order, lens, table, _cu_q_lens(q_lens), ends
+
+
+@order_batch.mistake(
+    "the sequences are sorted by q_len and not by kind: a short rest of a prompt (mixed) then "
+    "comes before a full chunk"
+)
+def _by_q_len(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order = np.argsort(q_lens, kind="stable")
+    return _in_order(order, q_lens, kv_lens, page_table, chunk_prefill_size)
+
+
+@order_batch.mistake("the order is upside down: mixed first, decode last")
+def _upside_down(q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.array([_kind(q, chunk_prefill_size) for q in q_lens])
+    order = np.argsort(-kinds, kind="stable")
+    return _in_order(order, q_lens, kv_lens, page_table, chunk_prefill_size)
+
+
+def _with_other_kinds(kinds, q_lens, kv_lens, page_table):
+    order = np.argsort(kinds, kind="stable").astype(np.int32)
+    ends = ints((kinds == 0).sum(), (kinds <= 1).sum(), len(kinds))
+    return order, kv_lens[order], page_table[order], _cu_q_lens(q_lens[order]), ends
+
+
+@order_batch.mistake(
+    "an idle slot (q_len 0) is not counted among the decodes: there q_len is at most 1, not "
+    "exactly 1"
+)
+def _idle_is_mixed(q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.where(q_lens == 1, 0, np.where(q_lens == chunk_prefill_size, 1, 2))
+    return _with_other_kinds(kinds, q_lens, kv_lens, page_table)
+
+
+@order_batch.mistake(
+    "prompts' rests that are shorter than a chunk stand among the full chunks: legal, but a kernel "
+    "that is built for full chunks computes empty rows for them"
+)
+def _short_is_chunk(q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.where(q_lens <= 1, 0, np.where(q_lens <= chunk_prefill_size, 1, 2))
+    return _with_other_kinds(kinds, q_lens, kv_lens, page_table)
+
+
+@order_batch.mistake(
+    "order is turned round: order[s] should say which arrival stands at place s, not at which "
+    "place arrival s stands"
+)
+def _inverse(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order, *rest = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return np.argsort(order).astype(np.int32), *rest
+
+
+# 3.5 ragged paged attention -----------------------------------------------------------------------
+
+
+def _np_store(keys, values, kv_cache, batch, prefix=None):
+    """The cache with the new tokens in it; `prefix` overrides the cached tokens per sequence."""
+    kv_cache, table = np.array(kv_cache), _table(batch)
+    page_size = kv_cache.shape[1]
+    for s, (start, end) in enumerate(_spans(batch)):
+        first = int(batch.kv_lens[s]) - (end - start) if prefix is None else prefix[s]
+        for t in range(start, end):
+            page, slot = divmod(first + t - start, page_size)
+            page = min(page, table.shape[1] - 1)
+            token = kv_cache[table[s, page], slot]  # [2 * num_kv_heads, 1, lanes]
+            token[:] = 0
+            token[0::2, 0, : keys.shape[2]] = keys[t]
+            token[1::2, 0, : keys.shape[2]] = values[t]
+    return kv_cache
+
+
+def _table(batch):
+    return np.asarray(batch.page_indices).reshape(len(batch.kv_lens), -1)
+
+
+def _spans(batch):
+    cu_q_lens = np.asarray(batch.cu_q_lens)
+    return [(int(cu_q_lens[s]), int(cu_q_lens[s + 1])) for s in range(int(batch.distribution[2]))]
+
+
+def _np_attend(queries, kv_cache, batch, num_kv_heads, *, causal=True, kv_lens=None, table=None):
+    """Attention of every sequence by the float64 oracle, on gathered pages."""
+    table = _table(batch) if table is None else table
+    kv_lens = np.asarray(batch.kv_lens) if kv_lens is None else kv_lens
+    output = np.zeros(queries.shape, np.float32)
+    for s, (start, end) in enumerate(_spans(batch)):
+        pages = table[s, : cdiv(int(kv_lens[s]), kv_cache.shape[1])]
+        tokens = kv_cache[pages].reshape(-1, *kv_cache.shape[2:])[: kv_lens[s], :, 0]
+        k, v = tokens[:, 0 : 2 * num_kv_heads : 2], tokens[:, 1 : 2 * num_kv_heads : 2]
+        k, v = k[..., : queries.shape[2]], v[..., : queries.shape[2]]
+        output[start:end] = oracle(queries[start:end], k, v, causal=causal).output
+    return output
+
+
+def _ragged_attention(queries, keys, values, kv_cache, batch):
+    queries, keys, values = (np.asarray(x) for x in (queries, keys, values))
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    return _np_attend(queries, kv_cache, batch, keys.shape[1]), kv_cache
+
+
+def _attention_arguments(q_lens, kv_lens, page_table, *, num_tokens, max_num_seqs, order=True):
+    """A case of two query heads and one KV head of 8; pages of 4 tokens; NaN in free pages."""
+    batch, _ = RaggedBatch.from_lengths(
+        q_lens, kv_lens, page_table, max_num_seqs=max_num_seqs, pages_per_seq=3
+    )
+    num_seqs = len(q_lens)
+    # Unused slots may hold anything: numbers that no loop should believe.
+    batch.kv_lens[num_seqs:], batch.cu_q_lens[num_seqs + 1 :] = 7, 1
+    kv_cache = np.full((10, 4, 2, 1, 128), np.nan, np.float32)
+    for row, kv_len, q_len in zip(_table(batch), batch.kv_lens, np.diff(batch.cu_q_lens)):
+        for position in range(max(0, kv_len - q_len)):
+            kv_cache[row[position // 4], position % 4] = 0
+            kv_cache[row[position // 4], position % 4, :, :, :8] = normal(2, 1, 8)
+    return {
+        "queries": 2 * normal(num_tokens, 2, 8),
+        "keys": normal(num_tokens, 1, 8),
+        "values": normal(num_tokens, 1, 8),
+        "kv_cache": kv_cache,
+        "batch": batch,
+    }

@@ -1,0 +1,90 @@
+"""What a check says: the case, the first wrong number, the mistake by name; or a line of praise."""
+
+import linecache
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+
+from rpa.check.compare import Wrong, show
+from rpa.check.exercise import Case, Exercise
+
+
+def headline(exercise: Exercise, function: Callable, case: Case) -> str:
+    """Which exercise, which case, and the call as the learner could repeat it."""
+    parts = (_describe(name, value) for name, value in case.arguments.items())
+    name = getattr(function, "__name__", "your_function")
+    return (
+        f"✗ Exercise {exercise.number}: {name} is not right yet.\n"
+        f"Case: {case.title}\n"
+        + textwrap.fill(f"{name}({', '.join(parts)})", 100, subsequent_indent="    ")
+    )
+
+
+def _describe(name: str, value) -> str:
+    """An argument as a message shows it: numbers in full, arrays by dtype and shape."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if value.size <= 8:
+            return f"{name}={show(value)}".replace("\n", "")
+        return f"{name}={value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return f"{name}={text if len(text) <= 60 else type(value).__name__}"
+
+
+def explain_difference(
+    exercise: Exercise, position: int, wrong: Wrong, named: Sequence[str]
+) -> str:
+    """Where the output of a case first differs, and the known mistakes that give the same."""
+    lines = []
+    if wrong.index:
+        lines.append(f"First wrong: {_place(exercise, exercise.cases[position], wrong)}.")
+    lines.append(f"{wrong.sentence[0].upper()}{wrong.sentence[1:]}.".replace("?.", "?"))
+    if wrong.expected is not None:
+        for title, value in (("expected", wrong.expected), ("yours", wrong.actual)):
+            shown = show(value) or "too long to show"
+            lines.append(f"{title:>10}: " + shown.replace("\n", "\n" + " " * 12))
+    if named:
+        lines += ["", textwrap.fill(f"This is what you get if {', or if '.join(named)}.", 100)]
+    if position:
+        titles = "; ".join(passed.title for passed in exercise.cases[:position])
+        lines += ["", textwrap.fill(f"Right so far: {titles}.", 100)]
+    return "\n".join(lines)
+
+
+def _place(exercise: Exercise, case: Case, wrong: Wrong) -> str:
+    """The index in the words of the exercise: names of its axes, or sequence, token, page."""
+    if exercise.place and (not exercise.outputs or wrong.output == f"`{exercise.outputs[0]}`"):
+        return exercise.place(case.arguments, wrong.index)
+    if len(exercise.axes) == len(wrong.index):
+        return ", ".join(f"{a} {i}" for a, i in zip(exercise.axes, wrong.index, strict=True))
+    return f"index {list(wrong.index)}"
+
+
+def explain_changed_argument(name: str) -> str:
+    """The function wrote into its argument, or donated it."""
+    return (
+        f"Your function changes its argument `{name}`. The caller still needs it: make a new array "
+        "instead, for example with `jnp.where` or `.at[].set`."
+    )
+
+
+def explain_exception(error: Exception, function: Callable) -> str:
+    """The exception, and the line of the learner's own code that it came from."""
+    code = getattr(function, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code and frame.filename == code.co_filename]
+    text = f"Your function raises {type(error).__name__}: {error}"
+    if own:
+        line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
+        text += f"\n  line {own[-1].lineno}, in {own[-1].name}" + (f":  {line}" if line else "")
+    return text
+
+
+def praise(exercise: Exercise, function: Callable) -> str:
+    """What was verified, for a right answer."""
+    name = getattr(function, "__name__", "your function")
+    titles = "; ".join(case.title for case in exercise.cases)
+    text = (
+        f"✓ Exercise {exercise.number}: {name} is right. {len(exercise.cases)} cases agree with "
+        f"the reference ({titles}), and none of the {len(exercise.mistakes)} known mistakes."
+    )
+    return textwrap.fill(text, 100)

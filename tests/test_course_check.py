@@ -1,0 +1,267 @@
+"""The engine of the checks: what it says to every kind of wrong answer, and what it refuses."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rpa.check
+from rpa.check import CheckFailed, Exercise, NotStarted
+from rpa.check.compare import equal, first_wrong
+from rpa.check.engine import check_exercise
+from rpa.check.errors import UnfinishedCheck
+from rpa.check.places import ragged
+from rpa.check.registry import collect
+from rpa.check.runner import TookTooLong, time_limit
+
+
+def doubling(**options) -> Exercise:
+    """An exercise: double every number of x."""
+    exercise = Exercise("9.1", lambda x: 2 * np.asarray(x), axes=("row", "column"), **options)
+    exercise.case("four numbers", x=np.float32([[1, 2], [3, 4]]))
+    exercise.case("zero and one", x=np.float32([[0, 1]]))
+    exercise.mistake("x is squared")(lambda x: x * x)
+    exercise.mistake("one is added")(lambda x: x + 1)
+    return exercise
+
+
+def refusal(function, exercise=None) -> str:
+    """The message with which the check refuses this function."""
+    with pytest.raises(CheckFailed) as refused:
+        check_exercise(exercise or doubling(), function)
+    return str(refused.value)
+
+
+def test_right_answer_prints_what_was_verified(capsys):
+    check_exercise(doubling(), lambda x: x + x)
+    said = capsys.readouterr().out
+    assert said.startswith("✓ Exercise 9.1") and "zero and one" in said
+
+
+def test_numpy_answer_is_accepted(capsys):
+    check_exercise(doubling(), lambda x: 2.0 * np.asarray(x, np.float64))
+    assert "✓" in capsys.readouterr().out
+
+
+def test_first_wrong_number_is_named_by_its_axes():
+    said = refusal(lambda x: (2 * x).at[1, 0].set(7.0))
+    assert "First wrong: row 1, column 0." in said
+    assert "Expected 6, your output has 7; 1 of 4 numbers differ." in said
+
+
+def test_known_mistake_is_named():
+    assert "This is what you get if x is squared." in refusal(lambda x: x**2)
+
+
+def test_mistake_that_agrees_in_more_cases_is_the_one_that_is_named():
+    exercise = doubling()
+    # Equal to "x is squared" in the first case only.
+    exercise.mistake("only small numbers are right")(lambda x: jnp.where(x < 0.5, 9.0, x * x))
+    said = refusal(lambda x: x * x, exercise)
+    assert "x is squared" in said and "small" not in said
+
+
+def test_unknown_mistake_is_not_given_a_name():
+    assert "This is what you get" not in refusal(lambda x: x - 100)
+
+
+def test_cases_before_the_failing_one_are_told():
+    said = refusal(lambda x: jnp.where(x == 0, 5.0, 2 * x))
+    assert "Right so far: four numbers." in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "fragment"),
+    [
+        (lambda x: None, "returns None. Is the `return` missing?"),
+        (lambda x: (2 * x)[0], "shape (2,), expected (2, 2)"),
+        (lambda x: (2 * x).astype(jnp.bfloat16), "dtype bfloat16, expected float32"),
+        (lambda x: (2 * x).astype(jnp.int32), "dtype int32, expected float32"),
+        (lambda x: (2 * x).tolist(), "is a list, expected an array or a number"),
+        (lambda x: (2 * x, x), "is a tuple, expected an array"),
+        (lambda x: 2 * x * jnp.nan, "has nan (not a finite number)"),
+        (lambda x: x @ jnp.ones(3), "Your function raises TypeError"),
+        (lambda: 1, "takes 0 positional arguments but 1 was given"),
+    ],
+)
+def test_each_kind_of_wrong_answer_gets_its_message(answer, fragment):
+    assert fragment in refusal(answer)
+
+
+def test_exception_shows_the_learners_own_line():
+    def raises(x):
+        y = 2 * x
+        return y.reshape(17)
+
+    said = refusal(raises)
+    assert "in raises:  return y.reshape(17)" in said
+
+
+def test_stub_passes_through_as_not_started():
+    def stub(x):
+        raise NotImplementedError("Exercise 9.1: write stub (about 1 line)")
+
+    with pytest.raises(NotStarted, match="not started yet: Exercise 9.1"):
+        check_exercise(doubling(), stub)
+
+
+def test_what_jax_has_not_implemented_is_not_mistaken_for_the_stub():
+    def answer(x):
+        raise NotImplementedError("Evaluation rule for 'x' not implemented")
+
+    assert "raises NotImplementedError: Evaluation rule" in refusal(answer)
+
+
+def test_changing_an_argument_is_refused():
+    def in_place(x):
+        x *= 2
+        return x
+
+    said = refusal(in_place, doubling(convert=np.array))
+    assert "changes its argument `x`" in said
+
+
+def test_donating_an_argument_is_refused():
+    donates = jax.jit(lambda x: 2 * x, donate_argnums=0)
+    assert "changes its argument `x`" in refusal(lambda x: donates(x))
+
+
+def test_endless_loop_is_stopped():
+    def endless(x):
+        while True:
+            pass
+
+    assert "never ends" in refusal(endless, doubling(limit_s=0.2))
+
+
+def test_time_limit_leaves_no_alarm_behind():
+    with pytest.raises(TookTooLong), time_limit(0.05):
+        time.sleep(5)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)  # an alarm left behind would end the test here
+
+
+def test_time_limit_off_the_main_thread_runs_without_a_limit():
+    finished = []
+
+    def body():
+        with time_limit(0.001):
+            time.sleep(0.02)
+        finished.append(True)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert finished == [True]
+
+
+def test_several_outputs_are_named():
+    exercise = Exercise("9.1", lambda n: (2 * n, n + 1), outputs=("flops", "bytes"))
+    exercise.case("three", n=3)
+    exercise.mistake("bytes forget the one")(lambda n: (2 * n, n))
+    exercise.mistake("flops are not doubled")(lambda n: (n, n + 1))
+    said = refusal(lambda n: (2 * n, n), exercise)
+    assert "Expected 4, `bytes` has 3." in said and "bytes forget the one" in said
+    assert "returns one value, expected 2 (flops, bytes)" in refusal(lambda n: 6, exercise)
+
+
+def test_plain_python_values_are_compared_with_equality():
+    assert first_wrong([[0, 1], [2]], [[0, 1], [2]], 0.0) is None
+    assert first_wrong({"a": 1}, {"a": 2}, 0.0).sentence == "your output is not what was expected"
+    assert first_wrong(3, 3.0, 0.0) is None
+
+
+def test_nan_equals_nan_and_infinity_itself():
+    array = np.float32([np.nan, np.inf, -np.inf])
+    assert equal(array, array.copy(), 1e-6)
+    assert not equal(array, np.float32([np.nan, -np.inf, -np.inf]), 1e-6)
+
+
+def test_a_driver_can_use_a_class():
+    class Doubler:
+        def __init__(self):
+            self.seen = []
+
+        def push(self, x):
+            self.seen.append(2 * x)
+
+    def use(cls, count):
+        doubler = cls()
+        for x in range(count):
+            doubler.push(x)
+        return doubler.seen
+
+    exercise = Exercise("9.1", Doubler, drive=use)
+    exercise.case("three", count=3)
+    check_exercise(exercise, Doubler)
+    wrong = type("Wrong", (Doubler,), {"push": lambda self, x: self.seen.append(x)})
+    assert "expected: [0, 2, 4]" in refusal(wrong, exercise)
+
+
+def test_a_runner_of_its_own_is_used():
+    def runner(drive, function, arguments, limit_s):
+        raise TookTooLong(f"stopped after {limit_s:g} s")
+
+    assert "stopped after 30 s" in refusal(lambda x: 2 * x, doubling(runner=runner))
+
+
+def test_matmuls_run_in_full_precision():
+    seen = []
+    check_exercise(
+        doubling(), lambda x: seen.append(jax.config.jax_default_matmul_precision) or 2 * x
+    )
+    assert seen == ["highest", "highest"]
+
+
+def test_ragged_place_knows_sequence_position_and_page():
+    batch = SimpleNamespace(
+        cu_q_lens=np.int32([0, 1, 4, 99]),
+        kv_lens=np.int32([5, 9, 99]),
+        page_indices=np.int32([7, 3, 8, 1, 4, 2, 99, 99, 99]),
+        distribution=np.int32([1, 1, 2]),
+    )
+    arguments = {"batch": batch, "kv_cache": np.zeros((9, 4, 1, 1, 128))}
+    assert ragged(arguments, (0, 2)) == (
+        "sequence 0, new token 0 of 1 (position 4; page 1 of the sequence, page 3 of the cache), "
+        "head 2"
+    )
+    assert ragged(arguments, (3, 0, 5)) == (
+        "sequence 1, new token 2 of 3 (position 8; page 2 of the sequence, page 2 of the cache), "
+        "head 0, lane 5"
+    )
+    assert "padding row" in ragged(arguments, (4, 0))
+
+
+def test_notebook_shows_the_message_without_the_engine():
+    error = CheckFailed("first\nsecond")
+    assert error._render_traceback_() == ["first", "second"]
+    assert NotStarted("x")._render_traceback_() == ["x"]
+
+
+def test_rpa_check_is_callable_although_it_is_a_package():
+    with pytest.raises(ValueError, match="there is no exercise 1.99; chapter 1 has: 1.1"):
+        rpa.check("1.99", lambda: None)
+    with pytest.raises(ValueError, match='expected "chapter.exercise"'):
+        rpa.check("one", lambda: None)
+    with pytest.raises(ValueError, match="there is no exercise 77.1"):
+        rpa.check("77.1", lambda: None)
+    with pytest.raises(ValueError, match="without brackets"):
+        rpa.check("1.1", 3.0)
+
+
+def test_checks_that_cannot_fail_are_refused():
+    with pytest.raises(UnfinishedCheck, match="has no case"):
+        collect(9, [Exercise("9.1", abs)])
+    unfinished = Exercise("9.1", abs)
+    unfinished.case("one", x=1)
+    with pytest.raises(UnfinishedCheck, match="knows 0 mistakes, expected at least 2"):
+        collect(9, [unfinished])
+    with pytest.raises(UnfinishedCheck, match="is taken"):
+        collect(9, [doubling(), doubling()])
+    with pytest.raises(UnfinishedCheck, match="is not of chapter 8"):
+        collect(8, [doubling()])
