@@ -1,0 +1,300 @@
+"""The build: a teacher's mistakes are refused in words, and notebooks come out the same."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jupytext", reason="the course is built where the extra [dev] is installed")
+
+import nbformat
+
+from course import build, notebook
+from course.notebook import OutputError, execute, not_fully_executed, notebooks_of, to_text
+from course.source import SourceError, read_source, with_solution, without_solution
+from rpa._repository import REPOSITORY
+
+LESSON = """\
+# %% [markdown]
+# # Chapter 9: Counting
+#
+# **Time:** 5 minutes. **You need:** fingers. **You will be able to:** count.
+
+# %%
+import rpa
+
+print(2 + 1)
+
+# %% [markdown]
+# **Takeaway.** Three.
+"""
+
+EXERCISES = '''\
+# %% [markdown]
+# # Chapter 9: Counting, exercises
+
+# %%
+import rpa
+
+TWO = 2
+
+# %% [markdown]
+# ## Exercise 9.1: Add one
+#
+# **Teaches:** to add
+# one.
+
+# %% [markdown] tags=["hint"]
+# idea
+
+# %% [markdown] tags=["hint"]
+# api
+
+# %% [markdown] tags=["hint"]
+# nearly
+
+# %% tags=["exercise"]
+def add_one(x):
+    """x plus one."""
+    ### BEGIN SOLUTION
+    # a comment does not count
+
+    y = x + 1
+    return y
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("9.1", add_one)
+
+# %% [markdown] tags=["explanation"]
+# Because.
+
+# %% tags=["wrong"] refused="two"
+def add_one(x):
+    return x + 2
+
+
+# %% tags=["wrong"] refused="three"
+def add_one(x):
+    return x + 3
+'''
+
+
+def read(folder: Path, text: str, name: str = "ch09_count_exercises.py"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return read_source(path)
+
+
+def cells(source, folder: str) -> list[str]:
+    made = notebooks_of(source)[Path(folder) / f"{source.stem}.ipynb"]
+    nbformat.validate(made)
+    return [cell.source for cell in made.cells]
+
+
+def test_stub_keeps_the_docstring_and_says_how_many_lines(tmp_path):
+    exercise = read(tmp_path, EXERCISES).exercises[0]
+    assert without_solution(exercise) == (
+        'def add_one(x):\n    """x plus one."""\n'
+        '    raise NotImplementedError("Exercise 9.1: write add_one (about 2 lines)")'
+    )
+    assert with_solution(exercise).endswith("    y = x + 1\n    return y")
+    assert exercise.teaches == "to add one."
+
+
+def test_exercises_have_the_stub_and_three_folded_hints_and_nothing_that_tells(tmp_path):
+    made = "\n".join(cells(read(tmp_path, EXERCISES), "exercises"))
+    assert made.count("<details>") == 3 and "<summary>Hint 3: nearly the code</summary>" in made
+    assert "NotImplementedError" in made and 'rpa.check("9.1", add_one)' in made
+    assert "y = x + 1" not in made and "Because." not in made and "x + 2" not in made
+
+
+def test_solutions_have_solution_and_explanation_but_no_wrong_answer(tmp_path):
+    made = "\n".join(cells(read(tmp_path, EXERCISES), "solutions"))
+    assert "y = x + 1" in made and "Because." in made and "### BEGIN" not in made
+    assert "x + 2" not in made and "<details>" not in made
+
+
+def test_every_notebook_begins_with_badges_and_the_setup_cell(tmp_path):
+    sources = [read(tmp_path, EXERCISES), read(tmp_path, LESSON, "ch09_count_lesson.py")]
+    for source in sources:
+        for path, made in notebooks_of(source).items():
+            assert f"{REPOSITORY.removeprefix('https://github.com/')}/blob" in made.cells[0].source
+            assert str(path) in made.cells[0].source
+            assert made.cells[1].source == notebook.SETUP.strip()
+
+
+def test_the_address_of_the_repository_stands_in_one_place():
+    root = Path(__file__).parents[1]
+    address = REPOSITORY.removeprefix("https://")
+    sources = [p for folder in ("rpa", "course") for p in (root / folder).rglob("*.py")]
+    assert [p.name for p in sources if address in p.read_text("utf-8")] == ["_repository.py"]
+
+
+def test_building_twice_gives_the_same_bytes_and_ids_survive_a_new_cell(tmp_path):
+    path = Path("notebooks/09_count.ipynb")
+    one = notebooks_of(read(tmp_path, LESSON, "ch09_count_lesson.py"))[path]
+    two = notebooks_of(read(tmp_path, LESSON, "ch09_count_lesson.py"))[path]
+    assert to_text(one) == to_text(two)
+    longer = LESSON.replace("# %%\nimport", "# %%\n1 + 1\n\n# %%\nimport")
+    three = notebooks_of(read(tmp_path, longer, "ch09_count_lesson.py"))[path]
+    assert {cell.id for cell in one.cells} < {cell.id for cell in three.cells}
+
+
+TEACHERS_MISTAKES = {
+    "no title": (("# # Chapter 9", "# # Chapter 8"), 'must be markdown that begins with "# Chap'),
+    "a missing hint": (
+        ('# %% [markdown] tags=["hint"]\n# api\n', ""),
+        '2 cells tagged "hint", expected 3: the idea; the API; nearly the code',
+    ),
+    "no explanation": (('tags=["explanation"]', ""), 'no cell tagged "explanation"'),
+    "no end of the solution": (("    ### END SOLUTION\n", ""), "### END SOLUTION around"),
+    "no solution": (
+        ("### BEGIN SOLUTION", "# begin"),
+        "needs ### BEGIN SOLUTION and ### END SOLUTION",
+    ),
+    "no function": (('def add_one(x):\n    """x', 'if True:\n    """x'), "defines no function"),
+    "no exercise cell": (('tags=["exercise"]', ""), '0 cells tagged "exercise", expected 1'),
+    "one wrong answer": (
+        ('# %% tags=["wrong"] refused="three"\ndef add_one(x):\n    return x + 3\n', ""),
+        '1 cells tagged "wrong", expected at least 2',
+    ),
+    "no message": ((' refused="three"', ""), 'a wrong answer needs refused="..."'),
+    "the same message twice": (('"three"', '"two"'), "each must be refused with its own"),
+    "a wrong answer of another name": (
+        ("def add_one(x):\n    return x + 3", "def add_two(x):\n    return x + 3"),
+        "a wrong answer must define add_one, it has ['add_two']",
+    ),
+    "the check of another exercise": (
+        ('rpa.check("9.1", add_one)', 'rpa.check("9.2", add_one)'),
+        'exactly: rpa.check("9.1", add_one)',
+    ),
+    "a number out of order": (("Exercise 9.1:", "Exercise 9.3:"), "stands where 9.1 is expected"),
+    "nothing taught": (("**Teaches:**", "Teaches"), 'no paragraph "**Teaches:** ..."'),
+    "an unknown tag": (('tags=["wrong"]', 'tags=["wrogn"]'), "expected at most one of hint"),
+    "two tags": (('tags=["check"]', 'tags=["check", "hint"]'), "expected at most one of"),
+    "no exercise": (("## Exercise 9.1:", "## Exercice 9.1:"), "no exercise found"),
+}
+
+
+@pytest.mark.parametrize("kind", TEACHERS_MISTAKES)
+def test_teachers_mistake_in_exercises_is_refused_in_words(tmp_path, kind):
+    (old, new), words = TEACHERS_MISTAKES[kind]
+    assert old in EXERCISES
+    with pytest.raises(SourceError, match=re.escape(words)):
+        read(tmp_path, EXERCISES.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("**Time:**", "Time:", "the first cell must say **Time:**"),
+        ("**You need:**", "", "the first cell must say **You need:**"),
+        ("**Takeaway.**", "Finally:", "no **Takeaway.** found"),
+        ("print(2 + 1)", "print(2 + 1)\n" * 12, "a code cell has 13 lines, expected at most 12"),
+        ("# **Takeaway", "# ## Exercise 9.1: x\n# **Takeaway", "a lesson has no exercises"),
+        ("# %%\nimport", '# %% tags=["hint"]\nimport', "a lesson has no exercises and no tags"),
+    ],
+)
+def test_teachers_mistake_in_a_lesson_is_refused_in_words(tmp_path, old, new, words):
+    assert old in LESSON
+    with pytest.raises(SourceError, match=re.escape(words)):
+        read(tmp_path, LESSON.replace(old, new), "ch09_count_lesson.py")
+
+
+def test_a_file_of_another_name_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"expected chNN_name_lesson.py"):
+        read(tmp_path, LESSON, "ch9_lesson.py")
+
+
+def test_exercises_without_checks_are_refused(tmp_path):
+    source = read(tmp_path, EXERCISES, "ch09_count_exercises.py")
+    with pytest.raises(SourceError, match=r"has the exercises \['9.1'\], but"):
+        build.tables([source])
+
+
+@pytest.fixture
+def executed(tmp_path):
+    """A two-cell notebook, run in a kernel."""
+    made = nbformat.v4.new_notebook(
+        metadata=notebook._metadata(),
+        cells=[
+            nbformat.v4.new_code_cell("print('out')\nimport sys; print('noise', file=sys.stderr)"),
+            nbformat.v4.new_code_cell("1 + 1"),
+        ],
+    )
+    return execute(made, tmp_path)
+
+
+def test_executed_notebook_has_outputs_without_noise_and_times(executed):
+    assert not_fully_executed(executed) is None
+    assert [output.output_type for output in executed.cells[0].outputs] == ["stream"]
+    assert executed.cells[0].outputs[0].text == "out\n"
+    assert "execution" not in executed.cells[0].metadata
+    assert executed.metadata == notebook._metadata()
+
+
+def test_outputs_of_this_machine_are_refused(tmp_path):
+    for code in ("print(object())", "import os; os.getcwd()"):
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        with pytest.raises(OutputError, match="memory address or a path of this machine"):
+            execute(made, tmp_path)
+
+
+def test_a_notebook_that_did_not_run_to_its_end_is_found(executed):
+    executed.cells[1].execution_count = None
+    assert "not executed" in not_fully_executed(executed)
+    executed.cells[1].execution_count = 2
+    executed.cells[1].outputs = [
+        nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
+    ]
+    assert not_fully_executed(executed) == "a cell ended with an error"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with one built lesson; returns its folder and its sources."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    sources = [read(tmp_path, LESSON, "ch09_count_lesson.py")]
+    build.build(sources, run=False)
+    for path, text in build.tables(sources).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path, sources
+
+
+def test_check_lists_what_is_stale(repository):
+    root, sources = repository
+    path = root / "notebooks/09_count.ipynb"
+    assert build.stale(sources) == [
+        "notebooks/09_count.ipynb: not executed from its first cell to its last"
+    ]
+    made = json.loads(path.read_text())
+    made["cells"][2]["source"] = "print(4)"
+    path.write_text(json.dumps(made))
+    assert build.stale(sources) == ["notebooks/09_count.ipynb: not what its source says"]
+    path.rename(root / "notebooks/10_other.ipynb")
+    (root / "exercises/README.md").write_text("edited by hand")
+    assert build.stale(sources) == [
+        "notebooks/09_count.ipynb: missing",
+        "notebooks/10_other.ipynb: no source makes this notebook",
+        "exercises/README.md: not what the build writes",
+    ]
+
+
+def test_check_says_up_to_date_and_exits_with_zero(repository, monkeypatch, capsys):
+    root, sources = repository
+    path = root / "notebooks/09_count.ipynb"
+    made = nbformat.read(path, as_version=4)
+    code = [cell for cell in made.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        cell.execution_count = count
+    path.write_text(to_text(made))
+    monkeypatch.setattr(build, "find_sources", lambda chapters=(): sources)
+    assert build.main(["--check"]) == 0
+    assert capsys.readouterr().out == "up to date\n"
+    path.unlink()
+    assert build.main(["--check"]) == 1
+    assert "09_count.ipynb: missing" in capsys.readouterr().out
