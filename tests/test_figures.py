@@ -1,0 +1,179 @@
+"""Every figure can be read: fonts, contrast with the page, no overlaps, words for who cannot see.
+
+What a figure shows is tested by its words, which are made from the same numbers.
+"""
+
+import io
+import itertools
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from rpa import figures
+from rpa.chips import CHIPS, chip
+from rpa.figures.style import CYCLE, MIN_FONT_POINTS
+from rpa.serving import LLAMA3_8B
+
+POINTS = [("decode, one token", 4.0), ("chunk of 128", 380.0), ("prefill of 4,096", 1366.0)]
+
+EXAMPLES = {
+    "tpu_v5e": lambda: figures.tpu("v5e"),
+    "tpu_tpu7x": lambda: figures.tpu("tpu7x"),
+    "compare_all": lambda: figures.compare(tuple(CHIPS)),
+    "roofline": lambda: figures.roofline(points=POINTS),
+    "decode_share": lambda: figures.decode_share(LLAMA3_8B),
+}
+
+
+def drawn_texts(fig):
+    """Every piece of text that the reader sees, with its box in pixels."""
+    fig.canvas.draw()
+    pieces = list(fig.texts)
+    for legend in fig.legends:
+        pieces += legend.get_texts()
+    for axes in fig.axes:
+        pieces += [*axes.texts, axes.title, axes._left_title, axes._right_title]
+        if axes.get_legend() is not None:
+            pieces += axes.get_legend().get_texts()
+        if not axes.axison:
+            continue
+        pieces += [axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = axis.get_major_ticks() + axis.get_minor_ticks()
+            pieces += [t.label1 for t in ticks if low <= t.get_loc() <= high]
+    shown = [t for t in pieces if t.get_visible() and t.get_text().strip()]
+    return [(t, t.get_window_extent()) for t in shown]
+
+
+@pytest.fixture(scope="module")
+def texts(picture):
+    return drawn_texts(picture.fig)
+
+
+@pytest.fixture(scope="module", params=EXAMPLES)
+def picture(request):
+    return EXAMPLES[request.param]()
+
+
+def test_no_text_is_small(texts):
+    assert len(texts) >= 5
+    assert not [t.get_text() for t, _ in texts if t.get_fontsize() < MIN_FONT_POINTS]
+
+
+def test_no_text_overlaps_another_or_leaves_the_picture(picture, texts):
+    check_places(texts, *picture.fig.canvas.get_width_height())
+
+
+def check_places(texts, width, height):
+    for text, box in texts:
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"{text.get_text()!r} leaves the picture"
+    for (a, box_a), (b, box_b) in itertools.combinations(texts, 2):
+        assert not box_a.shrunk(0.97, 0.9).overlaps(box_b.shrunk(0.97, 0.9)), (
+            f"{a.get_text()!r} overlaps {b.get_text()!r}"
+        )
+
+
+def test_the_overlap_check_sees_an_overlap():
+    with figures.style():
+        fig = figures.new_figure(3, 2)
+        axes = fig.subplots()
+        axes.text(0.5, 0.5, "one")
+        axes.text(0.52, 0.5, "two")
+    with pytest.raises(AssertionError, match="'one' overlaps 'two'"):
+        check_places(drawn_texts(fig), 300, 200)
+
+
+def test_the_ground_is_opaque_white_and_the_width_fits_a_laptop(picture):
+    pixels = matplotlib.image.imread(io.BytesIO(figures.png_bytes(picture.fig)))
+    assert pixels[0, 0, :3].tolist() == pixels[-1, -1, :3].tolist() == [1, 1, 1]
+    assert (pixels[..., 3] == 1).all()
+    assert 400 <= pixels.shape[1] <= 1100
+
+
+def test_axes_have_units(picture):
+    """An axis with numbers says of what, and in which unit; a bar panel says it in its title."""
+    for axes in picture.fig.axes:
+        if not axes.axison:
+            continue
+        words = f"{axes.get_xlabel()} {axes.get_ylabel()} {axes.get_title(loc='left')}"
+        assert "(" in words and ")" in words, words
+
+
+def test_words_are_there_and_short_enough_to_listen_to(picture):
+    assert 60 < len(picture.text) < 1200
+    assert repr(picture) == f"Figure: {picture.text}"
+
+
+def test_words_carry_the_numbers():
+    assert "0.82 TB/s" in figures.tpu("v5e").text and "197 TFLOP/s" in figures.tpu("v5e").text
+    assert "ridge at 561" in figures.compare().text
+    assert "v5e can do 3 TFLOP/s, 2 % of peak" in figures.roofline(points=POINTS).text
+    assert "from 0.4 % to 53.6 %" in figures.decode_share(LLAMA3_8B).text
+
+
+def test_the_picture_draws_the_numbers_of_the_chip():
+    for name in CHIPS:
+        texts = " ".join(t.get_text() for t, _ in drawn_texts(figures.tpu(name).fig))
+        c = chip(name)
+        assert f"{c.num_mxus} x {c.mxu_size} x {c.mxu_size}" in texts
+        assert f"{c.hbm_bytes / 2**30:g} GiB" in texts
+        assert f"{c.vmem_bytes // 2**20} MiB" in texts
+
+
+def test_a_picture_needs_words():
+    with pytest.raises(ValueError, match="alt: text is empty"):
+        figures.alt(figures.new_figure(1, 1), "  ")
+
+
+def test_a_notebook_gets_a_png_with_alternative_text_and_the_words_folded_below(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "IPython.display.display",
+        lambda data, metadata=None, raw=None: shown.append((data, metadata)),
+    )
+    figures.alt(figures.new_figure(1, 1), "Less <than> 1 & more")._ipython_display_()
+    (image, metadata), (words, _) = shown
+    assert image["image/png"].startswith("iVBORw0KGgo") and metadata["image/png"]["alt"]
+    assert image["text/plain"] == "Figure: Less <than> 1 & more"
+    assert (
+        "<details>" in words["text/html"] and "Less &lt;than&gt; 1 &amp; more" in words["text/html"]
+    )
+    assert "text/html" not in image, "GitHub strips images in HTML: the picture must be the PNG"
+
+
+def test_a_picture_is_saved(tmp_path):
+    path = figures.compare().save(tmp_path / "docs" / "chips.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_show_source_prints_where_and_what(capsys):
+    figures.show_source(figures.alt)
+    out = capsys.readouterr().out
+    assert out.startswith("# rpa/figures/style.py, line ")
+    assert "def alt(fig, text):" in out
+
+
+def test_show_source_is_markdown_in_a_notebook(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.modules["rpa.figures.style"], "_in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda data, raw=None: shown.append(data))
+    figures.show_source(chip)
+    (data,) = shown
+    assert data["text/markdown"].startswith("```python\n# rpa/chips.py, line ")
+    assert data["text/markdown"].endswith("\n```") and "def chip(name):" in data["text/plain"]
+
+
+def test_colours_are_told_apart_by_brightness_on_white():
+    """A line must stand out from the page: contrast at least 2 to 1 (WCAG luminance)."""
+
+    def luminance(colour):
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for colour in CYCLE:
+        assert 1.05 / (luminance(colour) + 0.05) >= 2, colour
