@@ -137,7 +137,15 @@ def store_kv(kv_cache, keys, values, pages, slots):
     # JAX counts a negative index from the end and clamps one past the end: both would land on a
     # page that is somebody's. A page that does not exist is sent past the end, and dropped there.
     pages = jnp.where(pages < 0, kv_cache.shape[0], pages)
-    return kv_cache.at[pages, slots].set(pack_kv(keys, values), mode="drop")
+    # As integers: XLA on a CPU scatters float8 by way of float16, which changes the bits of a NaN
+    # that an untouched page may hold.
+    new_bits = _as_bits(pack_kv(keys, values))
+    stored = _as_bits(kv_cache).at[pages, slots].set(new_bits, mode="drop")
+    return jax.lax.bitcast_convert_type(stored, kv_cache.dtype)
+
+
+def _as_bits(array):
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
 
 
 def copy_pages(kv_cache, copies):
@@ -150,7 +158,8 @@ def copy_pages(kv_cache, copies):
     if not copies:
         return kv_cache
     sources, targets = (np.array(column, np.int32) for column in zip(*copies, strict=True))
-    return kv_cache.at[targets].set(kv_cache[sources])
+    copied = _as_bits(kv_cache).at[targets].set(_as_bits(kv_cache)[sources])
+    return jax.lax.bitcast_convert_type(copied, kv_cache.dtype)
 
 
 # --- The pool -------------------------------------------------------------------------------
@@ -378,6 +387,7 @@ def paged_attention(
     ...                 num_kv_heads=2).shape
     (1, 4, 64)
     """
+    kv_cache, pages = jnp.asarray(kv_cache), jnp.asarray(pages)  # indexed by traced numbers
     q_len, num_q_heads, head_dim = q.shape
     page_size, pages_per_seq = kv_cache.shape[1], pages.shape[0]
     sm_scale = (head_dim**-0.5 if sm_scale is None else sm_scale) * score_scale
