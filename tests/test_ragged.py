@@ -1,4 +1,4 @@
-"""Rungs 2 and 3 against the float64 oracle, on batches of every kind, to the last bit of the cache."""
+"""Rungs 2 and 3 against the float64 oracle, to the last bit of the cache."""
 
 from functools import partial
 
