@@ -5,11 +5,13 @@ file imports from here what has moved, so that a version is dropped by editing o
 """
 
 import contextlib
+import dataclasses
 import importlib
 import threading
 import types
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -30,6 +32,13 @@ def interpreter_params(*, dma_execution_mode="on_wait", detect_races=False):
     if "on_race" in pltpu.InterpretParams.__dataclass_fields__:
         params["on_race"] = "warn"
     return pltpu.InterpretParams(**params)
+
+
+def choose_interpret(interpret):
+    """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere."""
+    if interpret is not None:
+        return interpret
+    return False if jax.default_backend() == "tpu" else interpreter_params()
 
 
 def reset_interpreter():
@@ -88,3 +97,31 @@ def _interpreter():
     if hasattr(module, "races"):
         return module
     return importlib.import_module(_INTERPRETER + ".interpret_pallas_call")
+
+
+def compiler_params(**params):
+    """`pltpu.CompilerParams` of those parameters that this JAX knows.
+
+    `disable_semaphore_checks` is younger than the floor, where the checks are always on.
+    """
+    known = {field.name for field in dataclasses.fields(pltpu.CompilerParams)}
+    return pltpu.CompilerParams(**{name: value for name, value in params.items() if name in known})
+
+
+def loop_once(lower, upper):
+    """`pl.loop(lower, upper)` for bounds known at run time, lowered once.
+
+    jax 0.10 lowers the body of a `fori_loop` of dynamic length twice, as if it were unrolled with
+    a remainder: five nested loops are 32 copies to trace and to compile. A `while_loop` whose
+    condition is not `i < upper` is not recognised as a `fori_loop`.
+    """
+
+    def run(body):
+        def step(i):
+            body(i)
+            return i + 1
+
+        first = jnp.minimum(jnp.int32(lower), upper)
+        jax.lax.while_loop(lambda i: i != upper, step, first)
+
+    return run

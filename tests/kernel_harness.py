@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+import pytest
 
-from rpa import compat, dense
+from rpa import compat, dense, lab
 from rpa.ragged import oracle_ragged
 from tests.batches import bits
 
@@ -101,6 +102,18 @@ def check_output(output, truth, *, tolerance):
     assert relative <= tolerance, f"relative RMS difference {relative:.2e} > {tolerance:.1e}"
     # One row has no other rows to average its rounding errors with.
     assert scaled <= 4 * tolerance, f"worst row's difference {scaled:.2e} > {4 * tolerance:.1e}"
+
+
+def assert_compiles(chip, fn, *args, **options):
+    """The TPU compiler takes it for a chip that is not there; returns the CompileResult.
+
+    Skips, with the reason, where there is no libtpu or it does not know the chip.
+    """
+    result = lab.compile_for(chip, fn, *args, **options)
+    if result.error_kind in ("no libtpu", "unknown chip", "old libtpu"):
+        pytest.skip(result.error)
+    assert result.ok, f"{chip}: {result.error}"
+    return result
 
 
 def _rows(wrong):

@@ -27,7 +27,9 @@ def compile_spec(spec, shapes) -> dict:
     on_chip = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
     start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
+    # Inside the mesh pltpu.get_tpu_info() and Pallas itself see this chip, not the host's CPU.
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
     traced = time.perf_counter()
     compiled = lowered.compile()
     compile_time_s = time.perf_counter() - traced
