@@ -3,6 +3,8 @@
 References and mistakes are NumPy: quick, and apart from what the chapter teaches with.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from rpa.check.exercise import Exercise
@@ -81,7 +83,9 @@ def _padding_unmarked(q_lens, num_tokens):
     return _searched(q_lens, num_tokens, padding=None)
 
 
-@token_owner.mistake("cu_q_lens lacks its leading 0: it has one entry more than there are sequences")
+@token_owner.mistake(
+    "cu_q_lens lacks its leading 0: it has one entry more than there are sequences"
+)
 def _no_leading_zero(q_lens, num_tokens):
     return _cu_q_lens(q_lens)[1:], _token_owner(q_lens, num_tokens)[1]
 
@@ -169,7 +173,9 @@ def _kv_len_as_prefix(kv_lens, cu_q_lens, page_table, page_size, owner):
     return _places(kv_len + number, page_table, page_size, np.asarray(owner))
 
 
-@token_places.mistake("every token of a chunk is put at the last position, which is right to decode")
+@token_places.mistake(
+    "every token of a chunk is put at the last position, which is right to decode"
+)
 def _all_at_the_end(kv_lens, cu_q_lens, page_table, page_size, owner):
     kv_len, _, _ = _spread(kv_lens, cu_q_lens, owner)
     return _places(kv_len - 1, page_table, page_size, np.asarray(owner))
@@ -467,23 +473,219 @@ def _ragged_attention(queries, keys, values, kv_cache, batch):
     return _np_attend(queries, kv_cache, batch, keys.shape[1]), kv_cache
 
 
-def _attention_arguments(q_lens, kv_lens, page_table, *, num_tokens, max_num_seqs, order=True):
-    """A case of two query heads and one KV head of 8; pages of 4 tokens; NaN in free pages."""
+def _attention_arguments(q_lens, kv_lens, page_table, *, num_tokens, max_num_seqs=4, free=None):
+    """A case of two query heads and one KV head of 8 in pages of 4; `free` is what no one owns."""
     batch, _ = RaggedBatch.from_lengths(
         q_lens, kv_lens, page_table, max_num_seqs=max_num_seqs, pages_per_seq=3
     )
     num_seqs = len(q_lens)
-    # Unused slots may hold anything: numbers that no loop should believe.
-    batch.kv_lens[num_seqs:], batch.cu_q_lens[num_seqs + 1 :] = 7, 1
-    kv_cache = np.full((10, 4, 2, 1, 128), np.nan, np.float32)
-    for row, kv_len, q_len in zip(_table(batch), batch.kv_lens, np.diff(batch.cu_q_lens)):
-        for position in range(max(0, kv_len - q_len)):
-            kv_cache[row[position // 4], position % 4] = 0
-            kv_cache[row[position // 4], position % 4, :, :, :8] = normal(2, 1, 8)
+    # Unused slots may hold anything: here numbers that look like one more sequence.
+    batch.kv_lens[num_seqs:], batch.cu_q_lens[num_seqs + 1 :] = 7, num_tokens
+    kv_cache = normal(10, 4, 2, 1, 128) if free is None else np.full((10, 4, 2, 1, 128), free)
+    for s, (start, end) in enumerate(_spans(batch)):
+        for position in range(batch.kv_lens[s] - (end - start)):
+            token = np.pad(normal(2, 1, 8), ((0, 0), (0, 0), (0, 120)))
+            kv_cache[_table(batch)[s, position // 4], position % 4] = token
     return {
         "queries": 2 * normal(num_tokens, 2, 8),
         "keys": normal(num_tokens, 1, 8),
         "values": normal(num_tokens, 1, 8),
-        "kv_cache": kv_cache,
+        "kv_cache": kv_cache.astype(np.float32),
         "batch": batch,
     }
+
+
+ragged_attention = Exercise(
+    "3.5", _ragged_attention, outputs=("output", "kv_cache"), place=ragged, tolerance=1e-5
+)
+ragged_attention.case("one decode step", **_attention_arguments([1], [3], [[2]], num_tokens=1))
+ragged_attention.case(
+    "a chunk of three that crosses a page, pages in any order",
+    **_attention_arguments([3], [6], [[5, 1]], num_tokens=3),
+)
+ragged_attention.case(
+    "a decode, a chunk, a fresh prompt, and one padding row",
+    **_attention_arguments([1, 3, 4], [9, 7, 4], [[7, 2, 4], [0, 3], [6]], num_tokens=9),
+)
+ragged_attention.case(
+    "an idle slot, full pages, and NaN wherever nobody may look",
+    **_attention_arguments(
+        [1, 0, 4, 3], [8, 5, 12, 3], [[9, 1], [3, 8], [2, 7, 4], [5]], num_tokens=9, free=np.nan
+    ),
+)
+
+
+@ragged_attention.mistake("attention reads the cache before the new tokens are stored in it")
+def _reads_before_storing(queries, keys, values, kv_cache, batch):
+    queries, old = np.asarray(queries), np.asarray(kv_cache)
+    output = _np_attend(queries, old, batch, keys.shape[1])
+    return output, _np_store(keys, values, kv_cache, batch)
+
+
+@ragged_attention.mistake("the cache that is returned is the old one, without the new tokens")
+def _returns_old_cache(queries, keys, values, kv_cache, batch):
+    output, _ = _ragged_attention(queries, keys, values, kv_cache, batch)
+    return output, np.asarray(kv_cache)
+
+
+@ragged_attention.mistake(
+    "q_start is kv_len: then every new token counts as the last one, and sees those behind it too"
+)
+def _starts_at_kv_len(queries, keys, values, kv_cache, batch):
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1], causal=False), kv_cache
+
+
+@ragged_attention.mistake("q_start is 0: the new tokens stand before the cached prefix, not behind")
+def _starts_at_zero(queries, keys, values, kv_cache, batch):
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    q_lens = np.diff(np.asarray(batch.cu_q_lens))
+    output = _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1], kv_lens=q_lens)
+    return output, kv_cache
+
+
+@ragged_attention.mistake(
+    "padding rows are stored as well: they have no owner and land on token 0 of sequence 0"
+)
+def _stores_padding(queries, keys, values, kv_cache, batch):
+    queries, keys, values = (np.asarray(x) for x in (queries, keys, values))
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    if _spans(batch)[-1][1] < len(keys):
+        token = kv_cache[_table(batch)[0, 0], 0]
+        token[:] = 0
+        token[:, 0, : keys.shape[2]] = keys[-1, 0], values[-1, 0]
+    return _np_attend(queries, kv_cache, batch, keys.shape[1]), kv_cache
+
+
+@ragged_attention.mistake("rows that no sequence owns hand their query on; they should be zero")
+def _padding_is_query(queries, keys, values, kv_cache, batch):
+    output, kv_cache = _ragged_attention(queries, keys, values, kv_cache, batch)
+    output[_spans(batch)[-1][1] :] = queries[_spans(batch)[-1][1] :]
+    return output, kv_cache
+
+
+@ragged_attention.mistake(
+    "the loop runs over all slots (max_num_seqs): those behind distribution[2] hold garbage"
+)
+def _all_slots(queries, keys, values, kv_cache, batch):
+    queries = np.asarray(queries)
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    all_of_them = replace(batch, distribution=ints(0, 0, len(batch.kv_lens)))
+    return _np_attend(queries, kv_cache, all_of_them, keys.shape[1]), kv_cache
+
+
+@ragged_attention.mistake("every sequence reads through row 0 of the page table")
+def _one_row_for_all(queries, keys, values, kv_cache, batch):
+    kv_cache = _np_store(keys, values, kv_cache, batch)
+    table = np.repeat(_table(batch)[:1], len(batch.kv_lens), axis=0)
+    return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1], table=table), kv_cache
+
+
+# 3.6 a rule for the validator ---------------------------------------------------------------------
+
+
+def _shared_writes(kv_lens, cu_q_lens, page_table, page_size):
+    q_lens = np.diff(cu_q_lens)
+    written = _from((kv_lens - q_lens) // page_size, page_table) & (q_lens > 0)[:, None]
+    return written & _shared(cdiv(kv_lens, page_size), page_table)
+
+
+def _shared(num_pages, page_table):
+    """bool[num_seqs, pages_per_seq]: the page stands twice in the first `num_pages` of the rows."""
+    places = {}
+    for s, row in enumerate(page_table):
+        for p, page in enumerate(row[: num_pages[s]]):
+            places.setdefault(int(page), []).append((s, p))
+    found = np.zeros(page_table.shape, bool)
+    for index in (index for group in places.values() if len(group) > 1 for index in group):
+        found[index] = True
+    return found
+
+
+def _from(first_page, page_table):
+    return np.arange(page_table.shape[1]) >= first_page[:, None]
+
+
+shared_writes = Exercise(
+    "3.6",
+    _shared_writes,
+    axes=("sequence", "page of the sequence"),
+    convert=np.array,
+)
+shared_writes.case(
+    "two decodes into one half-full page",
+    kv_lens=ints(6, 6),
+    cu_q_lens=ints(0, 1, 2),
+    page_table=np.array([[3, 5], [3, 5]], np.int32),
+    page_size=4,
+)
+shared_writes.case(
+    "a shared prefix that is only read",
+    kv_lens=ints(6, 9),
+    cu_q_lens=ints(0, 1, 2),
+    page_table=np.array([[3, 5, 0], [3, 2, 7]], np.int32),
+    page_size=4,
+)
+shared_writes.case(
+    "a chunk over three pages, the first of them shared",
+    kv_lens=ints(10, 3),
+    cu_q_lens=ints(0, 8, 9),
+    page_table=np.array([[1, 4, 6], [1, 9, 9]], np.int32),
+    page_size=4,
+)
+shared_writes.case(
+    "an idle slot on a shared page, padding that is garbage",
+    kv_lens=ints(5, 5, 8),
+    cu_q_lens=ints(0, 0, 0, 1),
+    page_table=np.array([[2, 7, -9], [2, 7, 6], [8, 6, 999]], np.int32),
+    page_size=4,
+)
+shared_writes.case(
+    "one page twice in a sequence, and a last page exactly full",
+    kv_lens=ints(8, 8, 4),
+    cu_q_lens=ints(0, 1, 5, 6),
+    page_table=np.array([[5, 5], [3, 4], [3, 0]], np.int32),
+    page_size=4,
+)
+
+
+@shared_writes.mistake("a shared page is reported though it is only read, which is legal")
+def _reports_reads(kv_lens, cu_q_lens, page_table, page_size):
+    return _shared(cdiv(kv_lens, page_size), page_table)
+
+
+@shared_writes.mistake(
+    "the padding of the page table counts: only the first ceil(kv_len / page_size) entries of a "
+    "row mean something"
+)
+def _counts_padding(kv_lens, cu_q_lens, page_table, page_size):
+    q_lens, width = np.diff(cu_q_lens), page_table.shape[1]
+    written = _from((kv_lens - q_lens) // page_size, page_table) & (q_lens > 0)[:, None]
+    return written & _shared(np.full(len(kv_lens), width), page_table)
+
+
+@shared_writes.mistake("a page counts as shared that only stands in the padding of another row")
+def _padding_owns(kv_lens, cu_q_lens, page_table, page_size):
+    live = ~_from(cdiv(kv_lens, page_size), page_table)
+    return live & _counts_padding(kv_lens, cu_q_lens, page_table, page_size)
+
+
+@shared_writes.mistake("only the last page of a sequence is looked at; a chunk writes several")
+def _last_page_only(kv_lens, cu_q_lens, page_table, page_size):
+    found = _shared_writes(kv_lens, cu_q_lens, page_table, page_size)
+    return found & _from(cdiv(kv_lens, page_size) - 1, page_table)
+
+
+@shared_writes.mistake(
+    "the page that new tokens share with cached ones is left out: the first page written is "
+    "(kv_len - q_len) / page_size rounded down, not up"
+)
+def _rounds_up(kv_lens, cu_q_lens, page_table, page_size):
+    first = cdiv(kv_lens - np.diff(cu_q_lens), page_size)
+    return _from(first, page_table) & _shared(cdiv(kv_lens, page_size), page_table)
+
+
+@shared_writes.mistake("an idle slot (q_len 0) is said to write its last page; it writes nothing")
+def _idle_writes(kv_lens, cu_q_lens, page_table, page_size):
+    first = (kv_lens - np.diff(cu_q_lens)) // page_size
+    return _from(first, page_table) & _shared(cdiv(kv_lens, page_size), page_table)
