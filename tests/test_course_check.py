@@ -170,6 +170,19 @@ def test_several_outputs_are_named():
     assert "returns one value, expected 2 (flops, bytes)" in refusal(lambda n: 6, exercise)
 
 
+def test_two_mistakes_at_once_are_named_one_after_the_other():
+    exercise = Exercise("9.1", lambda n: (2 * n, n + 1), outputs=("flops", "bytes"))
+    exercise.case("three", n=3)
+    exercise.mistake("bytes forget the one")(lambda n: (2 * n, n))
+    exercise.mistake("flops are not doubled")(lambda n: (n, n + 1))
+    assert "if flops are not doubled." in refusal(lambda n: (n, n), exercise)
+
+
+def test_numbers_are_shown_in_their_own_kind():
+    assert "expected True, your output has False" in first_wrong(True, np.bool_(False), 0).sentence
+    assert "expected 16793600, " in first_wrong(16793600, 1, 0).sentence
+
+
 def test_plain_python_values_are_compared_with_equality():
     assert first_wrong([[0, 1], [2]], [[0, 1], [2]], 0.0) is None
     assert first_wrong({"a": 1}, {"a": 2}, 0.0).sentence == "your output is not what was expected"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHOWN_ELEMENTS = 48
+SHOWN_ELEMENTS = 32
 """Arrays up to this many elements are shown in full in a message."""
 
 
@@ -18,6 +18,8 @@ class Wrong(NamedTuple):
     output: str = "your output"
     expected: Any = None
     actual: Any = None
+    position: int | None = None
+    """Which of several outputs is wrong."""
 
 
 def first_wrong(expected, actual, tolerance: float, outputs: Sequence[str] = ()) -> Wrong | None:
@@ -42,7 +44,7 @@ def first_wrong(expected, actual, tolerance: float, outputs: Sequence[str] = ())
     for number, (one_expected, one_actual) in enumerate(zip(expected, actual, strict=True)):
         name = f"`{outputs[number]}`" if outputs else f"output {number}"
         if wrong := _compare_one(one_expected, one_actual, tolerance, name):
-            return wrong
+            return wrong._replace(position=number)
     return None
 
 
@@ -63,6 +65,8 @@ def show(value) -> str | None:
         return None
     if array.dtype.kind not in "biuf":  # bfloat16 and float8 print through float32
         array = array.astype(np.float32)
+    if array.dtype == bool:
+        array = array.astype(int)  # ones and zeros line up, True and False do not
     return np.array2string(array, precision=4, suppress_small=True, floatmode="maxprec")
 
 
@@ -82,21 +86,27 @@ def _compare_one(expected, actual, tolerance: float, name: str) -> Wrong | None:
 
 
 def _compare_numbers(truth, array, tolerance: float, name: str) -> Wrong | None:
-    truth, array = (a.astype(np.float64) for a in (truth, array))
-    finite = np.abs(truth[np.isfinite(truth)])
+    wide_truth, wide = (a.astype(np.float64) for a in (truth, array))
+    finite = np.abs(wide_truth[np.isfinite(wide_truth)])
     allowed = tolerance * max(1.0, finite.max(initial=0.0))
-    same_special = (truth == array) | (np.isnan(truth) & np.isnan(array))
+    same_special = (wide_truth == wide) | (np.isnan(wide_truth) & np.isnan(wide))
     with np.errstate(invalid="ignore"):
-        error = np.where(same_special, 0.0, np.abs(array - truth))
+        error = np.where(same_special, 0.0, np.abs(wide - wide_truth))
     wrong = ~(error <= allowed)  # written so that a NaN error counts as wrong
     if not wrong.any():
         return None
     index = tuple(int(i) for i in np.argwhere(wrong)[0])
-    given = f"expected {truth[index]:.6g}, {name} has {array[index]:.6g}"
-    if not np.isfinite(array[index]) and np.isfinite(truth[index]):
-        given += " (not a finite number)"
-    count = f"{int(wrong.sum())} of {wrong.size} numbers differ" if wrong.size > 1 else ""
-    return Wrong(f"{given}; {count}" if count else given, index, name, truth, array)
+    sentence = f"expected {_word(truth[index])}, {name} has {_word(array[index])}"
+    if not np.isfinite(wide[index]) and np.isfinite(wide_truth[index]):
+        sentence += " (not a finite number)"
+    if wrong.size > 1:
+        sentence += f"; {int(wrong.sum())} of {wrong.size} numbers differ"
+    return Wrong(sentence, index, name, truth, array)
+
+
+def _word(number) -> str:
+    """One number of an array: True, 16793600, 0.0900306."""
+    return str(number) if number.dtype.kind in "biu" else f"{float(number):.6g}"
 
 
 def _is_numeric(value: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from rpa.check.compare import equal, first_wrong
+from rpa.check.compare import Wrong, equal, first_wrong
 from rpa.check.errors import CheckFailed, NotStarted
 from rpa.check.exercise import Case, Exercise
 from rpa.check.messages import (
@@ -49,7 +49,7 @@ def check_exercise(exercise: Exercise, function: Callable) -> None:
         expected = exercise.expected[position]
         wrong = first_wrong(expected, actual, exercise.tolerance, exercise.outputs)
         if wrong:
-            named = _matching_mistakes(exercise, position, function, actual)
+            named = _matching_mistakes(exercise, position, wrong, function, actual)
             text = explain_difference(exercise, position, wrong, named)
             raise _refusal(exercise, case, function, text)
     print(praise(exercise, function))
@@ -90,25 +90,38 @@ def _untouched(given, original) -> bool:
     return len(jax.tree.leaves(given)) == len(jax.tree.leaves(original))
 
 
-def _matching_mistakes(exercise: Exercise, position: int, function: Callable, actual) -> list[str]:
+def _matching_mistakes(
+    exercise: Exercise, position: int, wrong: Wrong, function: Callable, actual
+) -> list[str]:
     """Words of the known mistakes that give the learner's output in this case.
 
     Two mistakes may agree in a small case; the one that also agrees in most other cases is meant.
+    Of several outputs only the wrong one is compared, so that two mistakes at once are found too.
     """
+
+    def agree(theirs, mine) -> bool:
+        pair = (_pick(theirs, wrong.position), _pick(mine, wrong.position))
+        return equal(*pair, exercise.tolerance)
+
     candidates = [
         (mistake, outputs)
         for mistake, outputs in zip(exercise.mistakes, exercise.mistaken, strict=True)
-        if equal(outputs[position], actual, exercise.tolerance)
+        if agree(outputs[position], actual)
     ]
     if len(candidates) < 2:
         return [mistake.words for mistake, _ in candidates]
     elsewhere = [_attempt(exercise, case, function) for case in exercise.cases]
     agreements = [
-        sum(equal(a, b, exercise.tolerance) for a, b in zip(outputs, elsewhere, strict=True))
+        sum(agree(theirs, mine) for theirs, mine in zip(outputs, elsewhere, strict=True))
         for _, outputs in candidates
     ]
     most = max(agreements)
     return [m.words for (m, _), count in zip(candidates, agreements, strict=True) if count == most]
+
+
+def _pick(outputs, position: int | None):
+    several = position is not None and isinstance(outputs, tuple | list)
+    return outputs[position] if several and position < len(outputs) else outputs
 
 
 def _attempt(exercise: Exercise, case: Case, function: Callable):

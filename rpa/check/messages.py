@@ -40,8 +40,8 @@ def explain_difference(
     lines.append(f"{wrong.sentence[0].upper()}{wrong.sentence[1:]}.".replace("?.", "?"))
     if wrong.expected is not None:
         for title, value in (("expected", wrong.expected), ("yours", wrong.actual)):
-            shown = show(value) or "too long to show"
-            lines.append(f"{title:>10}: " + shown.replace("\n", "\n" + " " * 12))
+            if shown := show(value):
+                lines.append(f"{title:>10}: " + shown.replace("\n", "\n" + " " * 12))
     if named:
         lines += ["", textwrap.fill(f"This is what you get if {', or if '.join(named)}.", 100)]
     if position:
