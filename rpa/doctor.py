@@ -229,9 +229,12 @@ def _ask_jax(tpu_hardware):
         return Backend(error="jax is not installed")
     if tpu_hardware or _backend_is_running():
         return query_backend()
+    # A notebook finds a clone's rpa through its own sys.path, which a new process does not inherit.
+    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     try:
         run = subprocess.run(
             [sys.executable, "-c", "from rpa.doctor import print_backend; print_backend()"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
             capture_output=True,
             text=True,
             timeout=BACKEND_TIMEOUT_S,
@@ -451,6 +454,7 @@ def _check_cpu(facts):
             f"libtpu {libtpu} is installed and no TPU is visible: it compiles for chips that are "
             "not here. If this machine does have a TPU, libtpu does not fit jax "
             f"{facts.versions.get('jax', '?')}, and JAX falls back to the CPU silently.",
+            "Nothing. JAX_PLATFORMS=cpu, set before JAX starts, silences what libtpu prints then.",
         )
     if facts.host == "Colab":
         yield Finding(

@@ -244,6 +244,20 @@ def test_collecting_starts_the_backend_only_where_a_tpu_is():
     assert run.returncode == 0, run.stderr
 
 
+def test_a_notebook_beside_a_clone_that_is_not_installed(tmp_path):
+    """It finds rpa by sys.path alone; the process that asks JAX must find it too."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r});"
+        "from rpa.doctor import collect; backend = collect().backend;"
+        "assert backend.platform and not backend.error, backend"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.main(["no-such-command"])
