@@ -38,6 +38,9 @@ import rpa
 rpa.doctor()
 """
 
+FORMATTER_NOTE = "  # fmt: skip"
+"""A note to the formatter of the sources; no reader of a notebook needs it."""
+
 MACHINE_TEXT = re.compile(r"\bat 0x[0-9a-f]{6,}|/home/|/tmp/|/root/|/Users/")
 """What must not be in a committed output: it changes from run to run or names a machine's paths."""
 
@@ -78,7 +81,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
     notebook.metadata = _metadata()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _keep(output)]
+            cell.outputs = _merge([output for output in cell.outputs if _keep(output)])
     return notebook
 
 
@@ -147,7 +150,8 @@ def _notebook(folder: str, stem: str, cells: list[Cell]) -> nbformat.NotebookNod
     taken = set()
     for cell in [title, Cell("code", SETUP), *cells[1:]]:
         new = new_markdown_cell if cell.kind == "markdown" else new_code_cell
-        notebook.cells.append(new(cell.text.strip("\n"), id=_cell_id(cell, taken)))
+        text = cell.text.strip("\n").replace(FORMATTER_NOTE, "")
+        notebook.cells.append(new(text, id=_cell_id(cell, taken)))
     return notebook
 
 
@@ -181,6 +185,18 @@ def _cell_id(cell: Cell, taken: set[str]) -> str:
             taken.add(found)
             return found
         attempt += 1
+
+
+def _merge(outputs: list) -> list:
+    """Join what one cell printed: where a kernel cuts it in pieces differs from run to run."""
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if last and last.output_type == output.output_type == "stream":
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
 
 
 def _keep(output) -> bool:

@@ -209,6 +209,12 @@ def test_a_file_of_another_name_is_refused(tmp_path):
         read(tmp_path, LESSON, "ch9_lesson.py")
 
 
+def test_notes_to_the_formatter_do_not_reach_a_notebook(tmp_path):
+    noted = LESSON.replace("print(2 + 1)", "print(2+1)  # fmt: skip")
+    made = "\n".join(cells(read(tmp_path, noted, "ch09_count_lesson.py"), "notebooks"))
+    assert "print(2+1)" in made and "fmt: skip" not in made
+
+
 def test_exercises_without_checks_are_refused(tmp_path):
     source = read(tmp_path, EXERCISES, "ch09_count_exercises.py")
     with pytest.raises(SourceError, match=r"has the exercises \['9.1'\], but"):
@@ -221,7 +227,10 @@ def executed(tmp_path):
     made = nbformat.v4.new_notebook(
         metadata=notebook._metadata(),
         cells=[
-            nbformat.v4.new_code_cell("print('out')\nimport sys; print('noise', file=sys.stderr)"),
+            nbformat.v4.new_code_cell(
+                "import sys\nprint('one', flush=True)\nprint('noise', file=sys.stderr)\n"
+                "sys.stderr.flush()\nprint('two')"
+            ),
             nbformat.v4.new_code_cell("1 + 1"),
         ],
     )
@@ -231,7 +240,7 @@ def executed(tmp_path):
 def test_executed_notebook_has_outputs_without_noise_and_times(executed):
     assert not_fully_executed(executed) is None
     assert [output.output_type for output in executed.cells[0].outputs] == ["stream"]
-    assert executed.cells[0].outputs[0].text == "out\n"
+    assert executed.cells[0].outputs[0].text == "one\ntwo\n"
     assert "execution" not in executed.cells[0].metadata
     assert executed.metadata == notebook._metadata()
 

@@ -68,6 +68,6 @@ def test_notebooks_are_up_to_date():
 def test_every_chapter_from_one_on_has_four_exercises_and_a_lesson():
     lessons = {source.chapter for source in SOURCES if source.kind == "lesson"}
     for source in SOURCES:
-        if source.kind == "exercises":
+        if source.kind == "exercises" and source.chapter >= 1:
             assert len(source.exercises) >= 4
             assert source.chapter in lessons

@@ -186,6 +186,6 @@ def growing_cache(named_ms, kv_lens, machine):
         axes.set_title(f"Measured on {machine}")
         axes.legend()
     words = "; ".join(
-        f"{label}: median {np.median(steps):.2g} ms" for label, steps in named_ms.items()
+        f"{label}: median {np.median(steps):,.1f} ms" for label, steps in named_ms.items()
     )
     return alt(fig, f"Milliseconds of each decode step, measured on {machine}. {words}.")
