@@ -537,7 +537,7 @@ def report(facts, findings):
     """Return the whole report as text."""
     backend = facts.backend
     count = f"{backend.num_devices} x " if backend.num_devices > 1 else ""
-    device = f"{count}{backend.device_kind} ({backend.platform})" if backend.platform else "none"
+    device = f"{count}{backend.device_kind}" if backend.platform else "none"
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     place = f"{facts.machine}, on {facts.host}" if facts.host else facts.machine
     lines = [
