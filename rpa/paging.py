@@ -222,6 +222,11 @@ class PagePool:
         """Pages that nobody owns."""
         return len(self._free)
 
+    @property
+    def names(self) -> list:
+        """The sequences that are open, in the order in which they were opened."""
+        return list(self._sequences)
+
     def pages(self, name) -> list[int]:
         """The pages of a sequence, in the order of its tokens."""
         return list(self._known(name).pages)
@@ -324,7 +329,7 @@ class PagePool:
     def _known(self, name) -> _Sequence:
         if name not in self._sequences:
             raise ValueError(
-                f"Sequence {name!r} is not in the pool, which holds {list(self._sequences)}: "
+                f"Sequence {name!r} is not in the pool, which holds {self.names}: "
                 "allocate it first."
             )
         return self._sequences[name]

@@ -1,0 +1,432 @@
+"""`python -m rpa demo`: the whole ladder on a real model, one table, and the pictures beside it.
+
+Ten real prompts are served by SmolLM2-135M with continuous batching until they stand at different
+stages: some decode, some are in the middle of a chunked prefill, some have just arrived, and two
+share a prefix. Then the same step is taken once with every rung, from the same cache, and each is
+compared with the float64 oracle. Without the model's package the arrays are random, and the demo
+says so.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from rpa.dense import Truth, relative_error, scaled_error
+from rpa.ladder import LADDER, kv_tokens_needed, q_lens_of, ragged_rung
+from rpa.models import ModelNotInstalled, forward, load_smollm2
+from rpa.models.serving import Request, Scheduler, Step
+from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
+from rpa.ragged import RaggedBatch, oracle_ragged, store_new_tokens
+
+PAGE_SIZE = 16
+NUM_SYNTHETIC_LAYERS = 4
+NUM_PAGES = 96
+TOKEN_BUDGET = 288
+CHUNK_SIZE = 96
+MAX_NUM_SEQS = 10
+PAGES_PER_SEQ = 24
+MEASURED_STEP = 3
+"""The step that every rung takes; by then the requests stand at different stages."""
+
+
+@dataclass
+class Layer:
+    """What attention of one layer is given, and what it must return.
+
+    `kv_cache` holds the pages of this batch only, before the new tokens are stored; `batch` counts
+    the pages in it.
+    """
+
+    queries: np.ndarray  # [num_tokens, num_q_heads, head_dim]
+    keys: np.ndarray  # [num_tokens, num_kv_heads, head_dim]
+    values: np.ndarray  # [num_tokens, num_kv_heads, head_dim]
+    kv_cache: np.ndarray  # [num_pages, page_size, rows, packing, lanes]
+    batch: RaggedBatch
+    truth: Truth
+
+
+@dataclass
+class Scene:
+    """The step that every rung takes, the activations of its layers, and the model if there is one.
+
+    `run_model` is None for synthetic activations; else it takes a rung's attention and returns the
+    logits of the step, f32[max_num_seqs, vocab_size], from the same cache every time.
+    """
+
+    step: Step
+    pool: PagePool
+    kv_token_bytes: int
+    layers: list[Layer]
+    run_model: object = None
+    next_token_ids: np.ndarray | None = None  # with attention in float64
+    prompts: dict = field(default_factory=dict)
+
+
+# --- The scene with the real model --------------------------------------------------------------
+
+
+def read_requests(tokenizer) -> list[Request]:
+    """The prompts of the demo as requests; one that shares a prefix forks the first that has it."""
+    text = resources.files("rpa").joinpath("data/demo_prompts.json").read_text("utf-8")
+    data = json.loads(text)
+    requests, first_with = [], {}
+    for entry in data["requests"]:
+        messages = [{"role": "user", "content": entry["text"]}]
+        prefix = entry.get("prefix")
+        if prefix:
+            messages.insert(0, {"role": "system", "content": data["prefixes"][prefix]})
+        token_ids = tokenizer.encode(tokenizer.chat_prompt(messages))
+        parent = first_with.setdefault(prefix, entry["name"]) if prefix else entry["name"]
+        forks = None
+        if parent != entry["name"]:
+            other = next(r for r in requests if r.name == parent)
+            same = [a == b for a, b in zip(token_ids, other.token_ids, strict=False)]
+            forks = (parent, same.index(False))
+        requests.append(Request(entry["name"], token_ids, len(token_ids), entry["arrives"], forks))
+    return requests
+
+
+def real_scene(model, progress) -> Scene:
+    """Serve the prompts with rung 3 up to the measured step, then take it with the oracle."""
+    config = model.config
+    shape = get_kv_cache_shape(
+        config.num_layers * NUM_PAGES,
+        PAGE_SIZE,
+        config.num_kv_heads,
+        config.head_dim,
+        model.params["embedding"].dtype,
+    )
+    kv_cache = jnp.zeros(shape, model.params["embedding"].dtype)
+    pool = PagePool(NUM_PAGES, PAGE_SIZE)
+    requests = read_requests(model.tokenizer)
+    scheduler = Scheduler(
+        requests,
+        pool,
+        token_budget=TOKEN_BUDGET,
+        chunk_size=CHUNK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        pages_per_seq=PAGES_PER_SEQ,
+    )
+    serve = compile_model(model, ragged_rung)
+    for now in range(MEASURED_STEP):
+        progress(f"serving step {now}")
+        step = scheduler.plan(now)
+        kv_cache = copy_pages_of_all_layers(kv_cache, step.copies, config.num_layers)
+        logits, kv_cache = serve(step, kv_cache)
+        scheduler.finish(step, np.asarray(logits).argmax(axis=-1))
+    step = scheduler.plan(MEASURED_STEP)
+    kv_cache = copy_pages_of_all_layers(kv_cache, step.copies, config.num_layers)
+
+    def run_model(attention):
+        run = serve if attention is ragged_rung else compile_model(model, attention)
+        logits, _ = run(step, jnp.copy(kv_cache))  # the first call compiles
+        fresh = jnp.copy(kv_cache).block_until_ready()
+        start = time.perf_counter()
+        logits = np.asarray(run(step, fresh)[0])
+        return logits, time.perf_counter() - start
+
+    progress("the oracle")
+    layers: list[Layer] = []
+    oracle_attention = partial(oracle_rung, record=layers.append)
+    logits, _ = compile_model(model, oracle_attention)(step, jnp.copy(kv_cache))
+    next_token_ids = np.asarray(logits).argmax(axis=-1)
+    prompts = {r.name: model.tokenizer.decode(r.token_ids[r.prompt_len :]) for r in requests}
+    token_bytes = kv_token_bytes(shape, kv_cache.dtype)
+    return Scene(step, pool, token_bytes, layers, run_model, next_token_ids, prompts)
+
+
+def compile_model(model, attention):
+    """The model with some attention, as a function (step, kv_cache) -> (logits, kv_cache)."""
+
+    @partial(jax.jit, donate_argnames="kv_cache")
+    def run(params, token_ids, positions, kv_cache, batch, logit_rows):
+        return forward(
+            params,
+            model.config,
+            token_ids,
+            positions,
+            kv_cache,
+            batch,
+            attention,
+            logit_rows=logit_rows,
+        )
+
+    return lambda step, kv_cache: run(
+        model.params, step.token_ids, step.positions, kv_cache, step.batch, step.logit_rows
+    )
+
+
+def copy_pages_of_all_layers(kv_cache, copies, num_layers):
+    """Carry out page copies in every layer; layer l's pages start at l * NUM_PAGES."""
+    for source, target in copies:
+        layers = np.arange(num_layers) * NUM_PAGES
+        kv_cache = kv_cache.at[layers + target].set(kv_cache[layers + source])
+    return kv_cache
+
+
+def oracle_rung(queries, keys, values, kv_cache, batch, *, sm_scale, record):
+    """Attention in NumPy float64 under the one signature; records what it was given, and its truth.
+
+    The numbers leave JAX through a callback, with the live pages only: the cache of all layers
+    would be copied 30 times.
+    """
+    pages = jnp.clip(batch.page_indices, 0, kv_cache.shape[0] - 1)
+    own_pages = kv_cache[pages]  # [max_num_seqs * pages_per_seq, page_size, ...]
+    own_batch = RaggedBatch(
+        batch.kv_lens,
+        jnp.arange(len(pages), dtype=jnp.int32),
+        batch.cu_q_lens,
+        batch.distribution,
+    )
+
+    def on_the_host(queries, keys, values, kv_cache, batch):
+        arrays = [np.array(x) for x in (queries, keys, values, kv_cache)]
+        batch = jax.tree.map(np.asarray, batch)
+        after = store_on_host(arrays[3], arrays[1], arrays[2], batch)
+        truth = oracle_ragged(arrays[0], after, batch, keys.shape[1], sm_scale=sm_scale)
+        record(Layer(*arrays, batch, truth))
+        return truth.output.astype(queries.dtype)
+
+    output = jax.pure_callback(
+        on_the_host,
+        jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        queries,
+        keys,
+        values,
+        own_pages,
+        own_batch,
+    )
+    return output, store_new_tokens(kv_cache, keys, values, batch)
+
+
+def store_on_host(kv_cache, keys, values, batch):
+    """What `rpa.ragged.store_new_tokens` does, token by token in NumPy: an oracle uses no rung."""
+    kv_cache = kv_cache.copy()
+    table = batch.page_indices.reshape(batch.max_num_seqs, -1)
+    num_kv_heads, head_dim = keys.shape[1:]
+    combined = kv_cache.reshape(*kv_cache.shape[:2], -1, kv_cache.shape[-1])  # a view
+    for s, q_len in enumerate(q_lens_of(batch)):
+        for t in range(q_len):
+            position = batch.kv_lens[s] - q_len + t
+            token = combined[table[s, position // PAGE_SIZE], position % PAGE_SIZE]
+            row = batch.cu_q_lens[s] + t
+            token[0 : 2 * num_kv_heads : 2, :head_dim] = keys[row]
+            token[1 : 2 * num_kv_heads : 2, :head_dim] = values[row]
+    return kv_cache
+
+
+# --- The scene without it -----------------------------------------------------------------------
+
+
+def synthetic_scene(progress) -> Scene:
+    """Random activations for requests of similar lengths: what is shown without the model."""
+    rng = np.random.default_rng(0)
+    lengths = {"a": (60, 0), "b": (90, 0), "c": (45, 0), "d": (330, 1), "e": (200, 2), "f": (30, 3)}
+    requests = [
+        Request(name, rng.integers(0, 100, prompt_len).tolist(), prompt_len, arrives)
+        for name, (prompt_len, arrives) in lengths.items()
+    ]
+    requests.append(Request("g", requests[0].token_ids[:40] + [1] * 20, 60, 3, ("a", 40)))
+    pool = PagePool(NUM_PAGES, PAGE_SIZE)
+    scheduler = Scheduler(
+        requests,
+        pool,
+        token_budget=TOKEN_BUDGET,
+        chunk_size=CHUNK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        pages_per_seq=PAGES_PER_SEQ,
+    )
+    for now in range(MEASURED_STEP):
+        scheduler.finish(scheduler.plan(now), np.zeros(MAX_NUM_SEQS, int))
+    step = scheduler.plan(MEASURED_STEP)
+    num_q_heads, num_kv_heads, head_dim = 9, 3, 64  # as SmolLM2
+    shape = get_kv_cache_shape(NUM_PAGES, PAGE_SIZE, num_kv_heads, head_dim, np.float32)
+    layers = []
+    for _ in range(NUM_SYNTHETIC_LAYERS):
+        progress("the oracle")
+        queries = rng.standard_normal((TOKEN_BUDGET, num_q_heads, head_dim), np.float32)
+        keys, values = rng.standard_normal((2, TOKEN_BUDGET, num_kv_heads, head_dim), np.float32)
+        kv_cache = rng.standard_normal(shape, np.float32)
+        after = store_on_host(kv_cache, keys, values, step.batch)
+        truth = oracle_ragged(queries, after, step.batch, num_kv_heads)
+        layers.append(Layer(queries, keys, values, kv_cache, step.batch, truth))
+    return Scene(step, pool, kv_token_bytes(shape, np.float32), layers)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One line of the table: what a rung returned, touched and took."""
+
+    rung: str
+    relative_error: float
+    scaled_error: float
+    agreement: str
+    kv_read_bytes: int
+    query_rows: int
+    layer_ms: float
+    step_ms: float | None
+    note: str = ""
+
+
+def measure(rung, scene: Scene, num_layers: int | None = None) -> Row:
+    """Run one rung on the scene: attention of every layer against its truth, then the whole model.
+
+    Args:
+        rung: of `rpa.ladder.LADDER`.
+        scene: see `Scene`.
+        num_layers: how many layers to compare, None for all (an interpreted kernel is slow).
+    """
+    batch = scene.step.batch
+    attention = rung.attention_for(batch)
+    head_dim = scene.layers[0].queries.shape[-1]
+    run = jax.jit(partial(attention, sm_scale=head_dim**-0.5))
+    relative, scaled, times_s = [], [], []
+    for layer in scene.layers[:num_layers]:
+        arrays = [jnp.asarray(x) for x in (layer.queries, layer.keys, layer.values, layer.kv_cache)]
+        if not times_s:
+            jax.block_until_ready(run(*arrays, layer.batch))  # the first call compiles
+        start = time.perf_counter()
+        output = jax.block_until_ready(run(*arrays, layer.batch))[0]
+        times_s.append(time.perf_counter() - start)
+        relative.append(relative_error(output, layer.truth))
+        scaled.append(scaled_error(output, layer.truth))
+    agreement, step_ms = "no model", None
+    if scene.run_model is not None:
+        logits, step_s = scene.run_model(attention)
+        num_seqs = int(batch.num_seqs)
+        same = logits.argmax(axis=-1)[:num_seqs] == scene.next_token_ids[:num_seqs]
+        agreement, step_ms = f"{same.sum()} of {num_seqs}", step_s * 1e3
+    return Row(
+        f"{rung.number} {rung.name}",
+        max(relative),
+        max(scaled),
+        agreement,
+        rung.kv_tokens_read(batch, PAGE_SIZE) * scene.kv_token_bytes,
+        rung.query_rows(batch),
+        float(np.median(times_s)) * 1e3,
+        step_ms,
+    )
+
+
+def format_table(rows: list[Row], scene: Scene) -> str:
+    """The table as text, with what is needed in its first line."""
+    batch = scene.step.batch
+    needed_mb = kv_tokens_needed(batch) * scene.kv_token_bytes / 1e6
+    needed_rows = int(q_lens_of(batch).sum())
+    head = (
+        f"{'rung':<10} {'error':>8} {'worst head':>10} {'next token':>10} {'KV read':>9} "
+        f"{'q rows':>7} {'padding':>8} {'attention':>10} {'whole step':>10}"
+    )
+    units = (
+        f"{'':<10} {'rel. RMS':>8} {'scaled':>10} {'agrees':>10} {'MB/layer':>9} "
+        f"{'':>7} {'waste':>8} {'ms/layer':>10} {'ms':>10}"
+    )
+    lines = [head, units, "-" * len(head)]
+    lines.append(f"{'needed':<10} {'':>8} {'':>10} {'':>10} {needed_mb:>9.2f} {needed_rows:>7}")
+    for row in rows:
+        step = "" if row.step_ms is None else f"{row.step_ms:.0f}"
+        waste = 1 - needed_rows / row.query_rows
+        lines.append(
+            f"{row.rung:<10} {row.relative_error:>8.1e} {row.scaled_error:>10.1e} "
+            f"{row.agreement:>10} {row.kv_read_bytes / 1e6:>9.2f} {row.query_rows:>7} "
+            f"{waste:>8.0%} {row.layer_ms:>10.1f} {step:>10}"
+        )
+    return "\n".join(lines)
+
+
+def describe(scene: Scene) -> str:
+    """Who is in the step, and at which stage."""
+    batch = scene.step.batch
+    lines = []
+    for s, (request, stage) in enumerate(zip(scene.step.requests, scene.step.stages, strict=True)):
+        q_len = int(batch.cu_q_lens[s + 1] - batch.cu_q_lens[s])
+        shares = (
+            f", shares {request.forks[1]} tokens of {request.forks[0]}" if request.forks else ""
+        )
+        lines.append(
+            f"  {request.name:<10} {stage + shares:<46} q_len {q_len:>3}  "
+            f"kv_len {int(batch.kv_lens[s]):>3}"
+        )
+    return "\n".join(lines)
+
+
+def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
+    """The pictures beside the table: who owns which page, the batch, the waste."""
+    from rpa.figures.paging import page_owners
+    from rpa.figures.ragged import batch_figure, waste_figure
+
+    names = [request.name for request in scene.step.requests]
+    batch = scene.step.batch
+    needed_bytes = kv_tokens_needed(batch) * scene.kv_token_bytes
+    needed_rows = int(q_lens_of(batch).sum())
+    bars = [
+        ("KV read by attention, kB in a layer", r.rung, needed_bytes, r.kv_read_bytes) for r in rows
+    ]
+    bars = [(name, rung, round(need / 1e3), round(read / 1e3)) for name, rung, need, read in bars]
+    bars += [("query rows computed", r.rung, needed_rows, r.query_rows) for r in rows]
+    pictures = {
+        "pages.png": page_owners(scene.pool, names, "Who owns which page"),
+        "batch.png": batch_figure(batch, names=names, num_tokens=TOKEN_BUDGET),
+        "waste.png": waste_figure(bars, title="Padded, paged, ragged: what is touched"),
+    }
+    return [picture.save(folder / name) for name, picture in pictures.items()]
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m rpa demo`."""
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead")
+
+
+def main(args) -> int:
+    """Run the demo; returns the exit code."""
+    start = time.perf_counter()
+    bar = tqdm(total=MEASURED_STEP + 2 + len(LADDER), bar_format="{desc:<28}{bar}{elapsed}")
+
+    def progress(what):
+        bar.set_description_str(what)
+        bar.update()
+
+    try:
+        progress("loading SmolLM2-135M")
+        scene = real_scene(load_smollm2(), progress)
+        what = "SmolLM2-135M-Instruct, real prompts, float32"
+    except ModelNotInstalled as missing:
+        tqdm.write(f"{missing}\nSo the arrays below are RANDOM, and there is no whole model.")
+        scene = synthetic_scene(lambda what: None)
+        what = "synthetic activations (random), float32"
+    rows = []
+    for rung in LADDER:
+        progress(f"rung {rung.number} {rung.name}")
+        rows.append(measure(rung, scene))
+    bar.close()
+    pictures = save_pictures(rows, scene, args.out)
+    if args.json:
+        print(json.dumps([vars(row) for row in rows]))
+        return 0
+    device = jax.devices()[0]
+    print(f"\nOne step of a server: {what}, on {device.device_kind} ({device.platform}).")
+    print(describe(scene))
+    print(f"\n{format_table(rows, scene)}\n")
+    print("error: ||output - float64|| / ||float64||, the largest of all layers; worst head: the")
+    print("largest difference, as a fraction of max|score| max|v| there. KV is read from the cache")
+    print(f"of one layer in pages of {PAGE_SIZE} tokens; padding waste counts query rows.")
+    for picture in pictures:
+        print(f"picture: {picture}")
+    print(f"took {time.perf_counter() - start:.0f} s")
+    return 0
