@@ -88,17 +88,6 @@ def hbm_memory_space(interpret):
     return pl.ANY if interpret else pltpu.HBM
 
 
-_INTERPRETER = "jax._src.pallas.mosaic.interpret"
-
-
-def _interpreter():
-    """The module that holds the interpreter's state; a package since it outgrew one file."""
-    module = importlib.import_module(_INTERPRETER)
-    if hasattr(module, "races"):
-        return module
-    return importlib.import_module(_INTERPRETER + ".interpret_pallas_call")
-
-
 def compiler_params(**params):
     """`pltpu.CompilerParams` of those parameters that this JAX knows.
 
@@ -125,3 +114,14 @@ def loop_once(lower, upper):
         jax.lax.while_loop(lambda i: i != upper, step, first)
 
     return run
+
+
+_INTERPRETER = "jax._src.pallas.mosaic.interpret"
+
+
+def _interpreter():
+    """The module that holds the interpreter's state; a package since it outgrew one file."""
+    module = importlib.import_module(_INTERPRETER)
+    if hasattr(module, "races"):
+        return module
+    return importlib.import_module(_INTERPRETER + ".interpret_pallas_call")

@@ -1,0 +1,11 @@
+"""Rung 7: the complete kernel, in rooms.
+
+`api` is the public function. `cases` says which kernel computes which sequences, `plan` what is
+static about one of them, `blocks` how large its blocks are, `launch` how it is called. Inside it,
+`loop` is the loop nest, `walk` the order of the blocks, `transfers` every copy, `layout` how
+values lie in memory, `softmax` the arithmetic of one tile.
+"""
+
+from rpa.kernel.api import ragged_paged_attention
+
+__all__ = ["ragged_paged_attention"]

@@ -1,0 +1,288 @@
+"""The public function: a drop-in for the production kernel (tpu-inference, version 3)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from rpa import chips, compat
+from rpa.kernel import blocks, launch, softmax
+from rpa.kernel.cases import Case, cases_of
+from rpa.kernel.plan import Plan, Problem
+from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
+from rpa.validation import check_arguments
+
+Q_DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+BACKENDS = ("tpu", "interpret", "reference")
+
+
+def ragged_paged_attention(
+    queries,
+    keys,
+    values,
+    kv_cache,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    distribution,
+    *,
+    use_causal_mask=True,
+    update_kv_cache=True,
+    skip_kv_mask=False,
+    sm_scale=1.0,
+    sliding_window=None,
+    soft_cap=None,
+    out_dtype=None,
+    mask_value=None,
+    q_scale=None,
+    k_scale=None,
+    v_scale=None,
+    chunk_prefill_size=None,
+    d_block_sizes=None,
+    p_block_sizes=None,
+    m_block_sizes=None,
+    vmem_limit_bytes=None,
+    debug_mode=False,
+    disable_bounds_checks=True,
+    disable_semaphore_checks=True,
+    attention_sink=None,
+    validate=None,
+    backend=None,
+    donate=True,
+    chip=None,
+):
+    """Ragged paged attention, rung 7: any mix of decode and prefill in one pass over the KV cache.
+
+    First the keys and values of the new tokens are stored in the cache, then every token attends
+    to its own sequence. Same arguments, layouts and results as tpu-inference v3; where that one is
+    wrong (it can lose tokens under a sliding window, drop a prefill range, hang on an idle slot)
+    this one is right. What is computed is specified by `rpa.ref_ragged_paged_attention`.
+
+    Args:
+        queries: [num_tokens, num_q_heads, head_dim], float32 or bfloat16: the new tokens of all
+            sequences in a row.
+        keys, values: [num_tokens, num_kv_heads, head_dim], in the dtype of the cache.
+        kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
+            align(head_dim, 128)], float32, bfloat16, float8_e4m3fn or float8_e5m2; see
+            `rpa.get_kv_cache_shape`.
+        kv_lens, page_indices, cu_q_lens, distribution: int32, see `rpa.RaggedBatch`.
+        use_causal_mask: False lets a token see all of its sequence; the window still applies.
+        update_kv_cache: False ignores keys and values and reads all from the cache, which stays
+            bit-identical (layers that share the KV of another one).
+        skip_kv_mask: accepted and without effect: blocks that need no mask run without one anyway.
+        sm_scale: factor on the scores; a number or a traced scalar, like all scales here.
+        sliding_window: tokens that a query sees, itself included, or None for all.
+        soft_cap: `soft_cap * tanh(score / soft_cap)`, or None.
+        out_dtype: float32 or bfloat16; None is the dtype of queries.
+        mask_value: accepted and without effect: a masked key has weight 0, whatever it is.
+        q_scale: if given, queries are divided by it and rounded to the dtype of the cache.
+        k_scale, v_scale: what the stored keys and values have to be multiplied with.
+        chunk_prefill_size: the largest q_len in the chunked prefill range, which then has a kernel
+            of its own; without it the mixed kernel computes that range.
+        d_block_sizes, p_block_sizes, m_block_sizes: (bq, bkv, bq_c, bkv_c) for decode, chunked
+            prefill and mixed, in tokens: query and KV tokens fetched together, query and KV tokens
+            in one product. None: chosen for the chip.
+        vmem_limit_bytes: VMEM that a kernel may take; None is all of the chip's.
+        debug_mode: print one line for each block of queries.
+        disable_bounds_checks, disable_semaphore_checks: compiler options; the checks are slow.
+        attention_sink: f32[num_q_heads], adds `exp(sink)` to the softmax's denominator, or None.
+        validate: whether to check the values of the lengths and pages on the host; see
+            `rpa.ragged.should_validate`.
+        backend: "tpu" (compiled), "interpret" (the TPU interpreter, or the `InterpretParams` to
+            use), "reference" (plain JAX); None is "tpu" where there is one, else "interpret".
+        donate: whether the cache may be updated in place, which deletes the caller's array; False
+            copies it. Nothing else is ever donated.
+        chip: name of the chip to choose block sizes for; None is the attached one.
+
+    Returns:
+        output: [num_tokens, num_q_heads, head_dim] in out_dtype. Rows that no sequence owns, and
+            rows that see no key, are zero.
+        kv_cache: the cache with the new tokens in it.
+
+    Raises:
+        ValueError: for arguments that do not fit together, or blocks that do not fit in VMEM, in
+            words, before anything is computed.
+
+    >>> batch, _ = RaggedBatch.from_lengths([1, 3], [9, 3], [[0, 1], [2]])
+    >>> q, kv = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64))
+    >>> cache = jnp.zeros((4, 8, 4, 1, 128))
+    >>> output, cache = ragged_paged_attention(
+    ...     q, kv, kv, cache, batch.kv_lens, batch.page_indices, batch.cu_q_lens,
+    ...     batch.distribution, sm_scale=64**-0.5, backend="reference")
+    >>> output.shape
+    (4, 4, 64)
+    """
+    batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
+    semantics = dict(
+        use_causal_mask=use_causal_mask,
+        skip_kv_mask=skip_kv_mask,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        mask_value=mask_value,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        chunk_prefill_size=chunk_prefill_size,
+        attention_sink=attention_sink,
+    )
+    check_arguments(queries, keys, values, kv_cache, batch, **semantics)
+    backend, interpret_params = _choose_backend(backend)
+    out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
+    if backend == "reference":
+        return ref_ragged_paged_attention(
+            queries,
+            keys,
+            values,
+            kv_cache,
+            *(kv_lens, page_indices, cu_q_lens, distribution),
+            **semantics,
+            update_kv_cache=update_kv_cache,
+            sm_scale=sm_scale,
+            out_dtype=out_dtype,
+            validate=validate,
+        )
+    if should_validate(batch, validate):
+        batch.validate(
+            num_tokens=queries.shape[0],
+            num_pages=kv_cache.shape[0],
+            page_size=kv_cache.shape[1],
+            chunk_prefill_size=chunk_prefill_size,
+            update_kv_cache=update_kv_cache,
+        )
+    problem = _make_problem(
+        queries,
+        keys,
+        kv_cache,
+        batch,
+        out_dtype=out_dtype,
+        causal=use_causal_mask,
+        update_kv_cache=update_kv_cache,
+        sliding_window=_static_window(sliding_window),
+        has_soft_cap=soft_cap is not None,
+        has_q_scale=q_scale is not None,
+        has_sinks=attention_sink is not None,
+        debug_mode=debug_mode,
+    )
+    vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
+    given = {
+        Case.DECODE: ("d_block_sizes", d_block_sizes),
+        Case.PREFILL: ("p_block_sizes", p_block_sizes),
+        Case.MIXED: ("m_block_sizes", m_block_sizes),
+        Case.PREFILL_AND_MIXED: ("m_block_sizes", m_block_sizes),
+    }
+    plans = _make_plans(
+        problem, chunk_prefill_size, given, vmem_limit_bytes, interpret=backend == "interpret"
+    )
+    options = launch.Options(
+        interpret_params, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks
+    )
+    scalars = softmax.make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale)
+    run = _run_in_place if donate else _run_on_copy
+    return run(
+        queries,
+        keys,
+        values,
+        kv_cache,
+        batch,
+        scalars,
+        attention_sink,
+        plans=plans,
+        options=options,
+    )
+
+
+_STATIC = ("plans", "options")
+_run_in_place = partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_cache")(
+    launch.run_plans
+)
+_run_on_copy = partial(jax.jit, static_argnames=_STATIC)(launch.run_plans)
+
+
+def _choose_backend(backend):
+    """The backend by name, and the interpreter's parameters."""
+    if isinstance(backend, pltpu.InterpretParams):
+        return "interpret", backend
+    if backend is None:
+        backend = "tpu" if jax.default_backend() == "tpu" else "interpret"
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
+            "InterpretParams of the TPU interpreter, or None to choose by the device."
+        )
+    return backend, compat.interpreter_params() if backend == "interpret" else None
+
+
+def _make_problem(queries, keys, kv_cache, batch, **options):
+    for name, dtype, allowed in [
+        ("queries", queries.dtype, Q_DTYPES),
+        ("kv_cache", kv_cache.dtype, KV_DTYPES),
+        ("out_dtype", options["out_dtype"], Q_DTYPES),
+    ]:
+        if jnp.dtype(dtype).name not in allowed:
+            raise ValueError(
+                f"{name} has dtype {jnp.dtype(dtype).name}, but must be one of "
+                f"{', '.join(allowed)}: cast it, or use backend='reference'."
+            )
+    return Problem(
+        num_tokens=queries.shape[0],
+        num_q_heads=queries.shape[1],
+        num_kv_heads=keys.shape[1],
+        head_dim=queries.shape[2],
+        num_pages=kv_cache.shape[0],
+        page_size=kv_cache.shape[1],
+        max_num_seqs=batch.max_num_seqs,
+        pages_per_seq=batch.pages_per_seq,
+        q_dtype=np.dtype(queries.dtype),
+        kv_dtype=np.dtype(kv_cache.dtype),
+        **options,
+    )
+
+
+def _static_window(sliding_window):
+    if isinstance(sliding_window, jax.core.Tracer):
+        raise ValueError(
+            "sliding_window is a traced value, but must be a Python int: it decides which blocks "
+            "are read. Pass it through static_argnames, or call one function per window."
+        )
+    return None if sliding_window is None else int(sliding_window)
+
+
+def _vmem_limit(vmem_limit_bytes, chip):
+    if vmem_limit_bytes is not None:
+        if vmem_limit_bytes <= 0:
+            raise ValueError(
+                f"vmem_limit_bytes is {vmem_limit_bytes}, but must be positive; None is all of "
+                "the chip's VMEM."
+            )
+        return int(vmem_limit_bytes)
+    known = chips.chip(chip) if chip is not None else chips.current()
+    if known is None:
+        # No TPU and no name: what fits the smallest VMEM fits everywhere.
+        return min(each.vmem_bytes for each in chips.CHIPS.values())
+    return known.vmem_bytes
+
+
+def _make_plans(problem, chunk_prefill_size, given, vmem_limit_bytes, *, interpret):
+    """A Plan for each kernel of the call, with given block sizes checked and others chosen."""
+    cases = cases_of(chunk_prefill_size)
+    plans = []
+    for index, (case, max_q_len) in enumerate(cases):
+        make_plan = partial(
+            _make_plan, problem, case, max_q_len, interpret, index == 0, index == len(cases) - 1
+        )
+        name, sizes = given[case]
+        if sizes is None:
+            sizes = blocks.default_block_sizes(problem, case, max_q_len)
+            plans.append(blocks.shrink_to_fit(make_plan, sizes, vmem_limit_bytes))
+        else:
+            plan = make_plan(blocks.check_block_sizes(name, sizes, problem))
+            blocks.check_fits(name, plan, vmem_limit_bytes)
+            plans.append(plan)
+    return tuple(plans)
+
+
+def _make_plan(problem, case, max_q_len, interpret, is_first, is_last, sizes):
+    return Plan(problem, case, sizes, interpret, is_first, is_last, max_q_len)

@@ -1,0 +1,158 @@
+"""Block sizes: what fits in VMEM, sensible defaults for a chip, and errors that say what to shrink.
+
+A larger KV block means fewer waits and fewer turns of the loops; a larger query block reads the KV
+cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
+"""
+
+import numpy as np
+
+from rpa.kernel.cases import Case
+from rpa.kernel.plan import SUBLANES, BlockSizes, Plan, align
+from rpa.paging import LANES, cdiv, packing_of
+
+KV_BLOCK_BYTES = 4 * 2**20
+"""KV fetched together by default: a few microseconds of HBM, so that a copy's latency is hidden."""
+
+SCORE_ROWS, SCORE_COLUMNS = 512, 512
+"""Largest tile of scores by default: what of it does not fit in registers goes through VMEM."""
+
+DECODE_COLUMNS = 1024
+"""Keys a product takes in decode: a tile has few rows, so it may be longer."""
+
+COMPILER_BYTES = 4 * 2**20
+"""VMEM left to the compiler besides the values of one tile: spilled registers, its own buffers."""
+
+
+def vmem_buffers(plan: Plan):
+    """The kernel's buffers in VMEM, {name: (shape, dtype)}; two slots where a copy runs ahead."""
+    p = plan.problem
+    tiles = (plan.num_q_pieces, plan.num_dots, plan.tile_rows)
+    q_packing, o_packing = packing_of(p.q_dtype), packing_of(p.out_dtype)
+    kv = (2, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
+    q = (2, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
+    o = (2, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
+    return {
+        "kv_buffer": (kv, p.kv_dtype),
+        "q_buffer": (q, p.q_dtype),
+        "o_buffer": (o, p.out_dtype),
+        "q_tiles": ((*tiles, plan.tile_lanes), p.compute_dtype),
+        "m": ((*tiles, LANES), np.dtype(np.float32)),
+        "l": ((*tiles, LANES), np.dtype(np.float32)),
+        "acc": ((*tiles, plan.tile_lanes), np.dtype(np.float32)),
+    }
+
+
+def vmem_bytes(plan: Plan):
+    """VMEM that a plan needs, {what: bytes}: its buffers, and the compiler's share, estimated."""
+    sizes = {
+        name: int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for name, (shape, dtype) in vmem_buffers(plan).items()
+    }
+    columns, lanes = plan.blocks.bkv_c, plan.tile_lanes
+    # Scores and weights of the tile in work and of the one that waits, K and V of both.
+    values = 4 * plan.tile_rows * columns + 4 * columns * lanes
+    return sizes | {"compiler": 4 * values + COMPILER_BYTES}
+
+
+def check_block_sizes(name, sizes, problem):
+    """A `*_block_sizes` argument as BlockSizes, or an error in words.
+
+    Raises:
+        ValueError: naming the argument, the entry that is wrong, and what it must be.
+    """
+    if not (isinstance(sizes, (tuple, list)) and len(sizes) == 4):
+        raise ValueError(
+            f"{name} is {sizes!r}, but must be four numbers (bq, bkv, bq_c, bkv_c): query and KV "
+            "tokens fetched together, and query and KV tokens in one product."
+        )
+    bq, bkv, bq_c, bkv_c = (int(size) for size in sizes)
+    for whole, part, size, part_size in [("bq", "bq_c", bq, bq_c), ("bkv", "bkv_c", bkv, bkv_c)]:
+        if not (part_size > 0 and size > 0 and size % part_size == 0):
+            raise ValueError(
+                f"{name} is {tuple(sizes)}: {part}={part_size} must be positive and divide "
+                f"{whole}={size}."
+            )
+    if bkv_c % problem.page_size:
+        raise ValueError(
+            f"{name} is {tuple(sizes)}: bkv_c={bkv_c} must be a multiple of page_size="
+            f"{problem.page_size}, since a block is made of whole pages."
+        )
+    return BlockSizes(bq, bkv, bq_c, bkv_c)
+
+
+def default_block_sizes(problem, case, max_q_len):
+    """Sizes that suit the shape, before VMEM is looked at."""
+    p = problem
+    most_q = p.num_tokens if max_q_len is None else min(max_q_len, p.num_tokens)
+    whole = align(max(p.page_size, LANES), p.page_size) if LANES % p.page_size == 0 else p.page_size
+    most = align(p.max_kv_len, whole)
+    if case is Case.DECODE:
+        bkv_c = min(most, _down(DECODE_COLUMNS, whole))
+        token_bytes = p.kv_words * 4 * p.lanes
+        bkv = min(align(most, bkv_c), max(bkv_c, _down(KV_BLOCK_BYTES // token_bytes, bkv_c)))
+        return BlockSizes(1, bkv, 1, bkv_c)
+    rows = max(SUBLANES, _down(SCORE_ROWS // p.padded_group, SUBLANES))
+    bq = min(rows, LANES, align(most_q, SUBLANES))
+    bkv_c = min(most, _down(SCORE_COLUMNS, whole))
+    return BlockSizes(bq, min(align(most, bkv_c), 2 * bkv_c), bq, bkv_c)
+
+
+def _down(x, multiple):
+    return max(multiple, x // multiple * multiple)
+
+
+def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
+    """Halve default sizes until they fit: first the KV block, then the tile.
+
+    Args:
+        make_plan: BlockSizes to Plan.
+
+    Raises:
+        ValueError: if not even the smallest blocks fit.
+    """
+    plan = make_plan(sizes)
+    while sum(vmem_bytes(plan).values()) > vmem_limit_bytes:
+        smaller = _smaller(plan)
+        if smaller is None:
+            check_fits("default blocks", plan, vmem_limit_bytes)
+        plan = make_plan(smaller)
+    return plan
+
+
+def _smaller(plan):
+    b, page_size = plan.blocks, plan.problem.page_size
+    if b.bkv > b.bkv_c and b.bkv // 2 % b.bkv_c == 0:
+        return BlockSizes(b.bq, b.bkv // 2, b.bq_c, b.bkv_c)
+    if b.bkv > b.bkv_c:
+        return BlockSizes(b.bq, b.bkv_c, b.bq_c, b.bkv_c)
+    if b.bkv_c > LANES and b.bkv_c % 2 == 0 and b.bkv_c // 2 % page_size == 0:
+        return BlockSizes(b.bq, b.bkv_c // 2, b.bq_c, b.bkv_c // 2)
+    if b.bq > SUBLANES:
+        bq = align(cdiv(b.bq, 2), SUBLANES)
+        return BlockSizes(bq, b.bkv, bq, b.bkv_c)
+    return None
+
+
+def check_fits(name, plan, vmem_limit_bytes):
+    """Raise if a plan needs more VMEM than there is, and say which block to shrink.
+
+    Raises:
+        ValueError: with the bytes of every buffer, largest first.
+    """
+    sizes = vmem_bytes(plan)
+    total = sum(sizes.values())
+    if total <= vmem_limit_bytes:
+        return
+    b = plan.blocks
+    kv_bytes = sizes["kv_buffer"]
+    q_bytes = sum(sizes[key] for key in ("q_buffer", "o_buffer", "q_tiles", "m", "l", "acc"))
+    largest, what = max((kv_bytes, "bkv"), (q_bytes, "bq"), (sizes["compiler"], "bkv_c and bq_c"))
+    listed = ", ".join(
+        f"{key} {size / 2**20:.1f}" for key, size in sorted(sizes.items(), key=lambda x: -x[1])
+    )
+    raise ValueError(
+        f"{name} of the {plan.case.label} kernel, (bq, bkv, bq_c, bkv_c) = "
+        f"{(b.bq, b.bkv, b.bq_c, b.bkv_c)}, need {total / 2**20:.1f} MiB of VMEM, but "
+        f"{vmem_limit_bytes / 2**20:.1f} MiB are there: shrink {what}, which takes "
+        f"{largest / 2**20:.1f} MiB. (MiB: {listed}.)"
+    )

@@ -1,0 +1,317 @@
+"""How arrays lie in VMEM: the one place that knows bitcasts, strides and packing.
+
+Buffers have the shape [slots, tokens, words, packing, lanes]. A *word row* is `packing` rows of
+narrow values that share 32-bit words: it is what the hardware loads. Seen as 32-bit words a buffer
+is a plain matrix of word rows, token by token, and "head h of n tokens" is every `words`-th row of
+it, which is one strided load on the chip. `ref[:, h]` says the same and costs 4 to 5 times as much.
+
+The interpreter knows neither bitcasts nor reshapes of a ref. There the same rows are read by value
+and packed into words (`_value_words`), so that all code but the four functions that touch a ref
+(`_rows_over_*`, `_put_over_*`) is the same in both worlds.
+
+**Rows of a tile.** A tile is the queries (or the output) of one dot, [tile_rows, lanes]. Row order:
+first the place in the word (0 .. row_packing), then the word row, then the token. So a tile is put
+together from whole strided loads and no value ever moves from one register row to another.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from rpa.paging import LANES, packing_of
+
+# --- Words and values ------------------------------------------------------------------------
+
+
+def unpack(words, place, dtype, to_dtype):
+    """Values at one place of 32-bit words.
+
+    Args:
+        words: u32[n, lanes].
+        place: which of the packed values, 0 is the lowest bits.
+        dtype: what is packed; to_dtype: what is returned.
+
+    Returns:
+        to_dtype[n, lanes].
+
+    >>> unpack(jnp.array([[0x3F80_4000]], jnp.uint32), 1, jnp.bfloat16, jnp.float32)
+    Array([[1.]], dtype=float32)
+    """
+    packing = packing_of(dtype)
+    if packing == 1:
+        return lax.bitcast_convert_type(words, dtype).astype(to_dtype)
+    bits = 32 // packing
+    narrow = (words >> (place * bits)).astype(jnp.dtype(f"uint{bits}"))
+    return lax.bitcast_convert_type(narrow, dtype).astype(to_dtype)
+
+
+def pack(values, dtype):
+    """Round float32 values to a dtype and pack them into 32-bit words; undoes `unpack`.
+
+    Args:
+        values: one f32[n, lanes] for each place of a word.
+
+    Returns:
+        u32[n, lanes].
+
+    >>> [hex(w) for w in pack([jnp.array([2.0]), jnp.array([1.0])], jnp.bfloat16).tolist()]
+    ['0x3f804000']
+    """
+    if packing_of(dtype) == 1:
+        return lax.bitcast_convert_type(values[0].astype(dtype), jnp.uint32)
+    bits = 32 // len(values)
+    words = 0
+    for place, value in enumerate(values):
+        narrow = lax.bitcast_convert_type(value.astype(dtype), jnp.dtype(f"uint{bits}"))
+        words = words | (narrow.astype(jnp.uint32) << (place * bits))
+    return words
+
+
+def _value_words(value):
+    """[n, packing, lanes] values as u32[n, lanes] words, what a bitcast of the ref would give."""
+    n, packing, lanes = value.shape
+    if packing == 1:
+        return lax.bitcast_convert_type(value[:, 0], jnp.uint32)
+    return lax.bitcast_convert_type(jnp.swapaxes(value, 1, 2), jnp.uint32).reshape(n, lanes)
+
+
+def _word_values(words, dtype):
+    """u32[n, lanes] words as [n, packing, lanes] values; undoes `_value_words`."""
+    values = lax.bitcast_convert_type(words, dtype)
+    return values[:, None] if packing_of(dtype) == 1 else jnp.swapaxes(values, 1, 2)
+
+
+# --- Rows of a buffer ------------------------------------------------------------------------
+
+
+def _word_matrix(ref, slot):
+    """A slot of a buffer as a matrix of words, u32[tokens * words * (lanes / 128), 128]."""
+    _, tokens, words, _, lanes = ref.shape
+    matrix = ref.bitcast(jnp.uint32).at[slot].reshape(tokens * words, lanes)
+    return matrix.reshape(tokens * words * (lanes // LANES), LANES)
+
+
+def _strided_load(ref, slot, first, n, step):
+    """u32[n, lanes]: word rows first, first + step, ...; a row of 256 lanes is two of 128."""
+    matrix, folds = _word_matrix(ref, slot), ref.shape[-1] // LANES
+    parts = [matrix[pl.ds(first * folds + fold, n, stride=step * folds)] for fold in range(folds)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _strided_store(ref, slot, first, step, words):
+    matrix, folds = _word_matrix(ref, slot), ref.shape[-1] // LANES
+    for fold in range(folds):
+        part = words[:, fold * LANES : (fold + 1) * LANES]
+        matrix[pl.ds(first * folds + fold, len(words), stride=step * folds)] = part
+
+
+def _rows_over_tokens(plan, ref, slot, token, n, word):
+    """Word row `word` of n tokens, u32[n, lanes]."""
+    if plan.interpret:
+        return _value_words(ref[slot, pl.ds(token, n), word])
+    words = ref.shape[2]
+    return _strided_load(ref, slot, token * words + word, n, words)
+
+
+def _rows_over_words(plan, ref, slot, word, n, step):
+    """Word rows word, word + step, ... of token 0, u32[n, lanes]."""
+    if plan.interpret:
+        return _value_words(ref[slot, 0, pl.ds(word, (n - 1) * step + 1)][::step])
+    return _strided_load(ref, slot, word, n, step)
+
+
+def _put_over_tokens(plan, ref, slot, token, word, words):
+    if plan.interpret:
+        ref[slot, pl.ds(token, len(words)), word] = _word_values(words, ref.dtype)
+    else:
+        _strided_store(ref, slot, token * ref.shape[2] + word, ref.shape[2], words)
+
+
+def _put_over_words(plan, ref, slot, word, step, words):
+    if plan.interpret:
+        for i, row in enumerate(_word_values(words, ref.dtype)):
+            ref[slot, 0, word + i * step] = row
+    else:
+        _strided_store(ref, slot, word, step, words)
+
+
+# --- Tiles -----------------------------------------------------------------------------------
+
+
+def load_q_tile(plan, ref, slot, piece, dot):
+    """The queries of one dot, f32[tile_rows, lanes].
+
+    Args:
+        ref: the q buffer [2, buffer_tokens, head words, packing, lanes].
+        piece: which bq_c tokens of the block.
+        dot: which heads_per_dot KV heads.
+    """
+    packing = packing_of(ref.dtype)
+    rows = []
+    for place in range(plan.problem.row_packing):
+        word, inner = divmod(place, packing)
+        for run in _runs(plan, ref, piece, dot):
+            words = run.load(plan, ref, slot, word)
+            rows.append(unpack(words, inner, ref.dtype, jnp.float32))
+    return jnp.concatenate(rows, axis=0)
+
+
+def store_o_tile(plan, ref, slot, piece, dot, tile):
+    """Write the output of one dot, f32[tile_rows, lanes], to the o buffer; undoes `load_q_tile`."""
+    packing = packing_of(ref.dtype)
+    runs = _runs(plan, ref, piece, dot)
+    run_rows = plan.tile_rows // (plan.problem.row_packing * len(runs))
+    for word in range(plan.problem.row_packing // packing):
+        for r, run in enumerate(runs):
+            starts = [
+                ((word * packing + inner) * len(runs) + r) * run_rows for inner in range(packing)
+            ]
+            words = pack([tile[start : start + run_rows] for start in starts], ref.dtype)
+            run.store(plan, ref, slot, word, words)
+
+
+class _TokenRun:
+    """One word row of all tokens of a piece: how a tile of many query tokens is cut."""
+
+    def __init__(self, token, word, n):
+        self.token, self.word, self.n = token, word, n
+
+    def load(self, plan, ref, slot, offset):
+        return _rows_over_tokens(plan, ref, slot, self.token, self.n, self.word + offset)
+
+    def store(self, plan, ref, slot, offset, words):
+        _put_over_tokens(plan, ref, slot, self.token, self.word + offset, words)
+
+
+class _HeadRun:
+    """All word rows of the heads of a dot, of the one token that a decode has."""
+
+    def __init__(self, word, n, step):
+        self.word, self.n, self.step = word, n, step
+
+    def load(self, plan, ref, slot, offset):
+        return _rows_over_words(plan, ref, slot, self.word + offset, self.n, self.step)
+
+    def store(self, plan, ref, slot, offset, words):
+        _put_over_words(plan, ref, slot, self.word + offset, self.step, words)
+
+
+def _runs(plan, ref, piece, dot):
+    """The strided runs of word rows that make up a tile, for one place in the word."""
+    p = plan.problem
+    step = p.row_packing // packing_of(ref.dtype)  # word rows that hold row_packing heads
+    per_head = p.padded_group // p.row_packing
+    first = dot * plan.heads_per_dot * per_head
+    if plan.blocks.bq == 1:
+        return [_HeadRun(first * step, plan.heads_per_dot * per_head, step)]
+    token = piece * plan.blocks.bq_c
+    return [_TokenRun(token, (first + i) * step, plan.piece_rows) for i in range(per_head)]
+
+
+def rows_of_head(plan, head_in_dot, shape):
+    """Which rows of a decode tile belong to one of the KV heads that share its dot, bool[shape]."""
+    per_head = plan.problem.padded_group // plan.problem.row_packing
+    run_rows = plan.heads_per_dot * per_head
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    for _ in range(plan.problem.row_packing - 1):
+        row = jnp.where(row >= run_rows, row - run_rows, row)
+    return (row >= head_in_dot * per_head) & (row < (head_in_dot + 1) * per_head)
+
+
+def spread_heads(plan, tile):
+    """Block-diagonal queries: [tile_rows, lanes] to [tile_rows, heads_per_dot * lanes].
+
+    Row r has its values in the columns of its own KV head and zeros elsewhere, so that one dot
+    with K of several heads side by side gives every row the scores of its own head.
+    """
+    if plan.heads_per_dot == 1:
+        return tile
+    parts = [
+        jnp.where(rows_of_head(plan, h, tile.shape), tile, 0.0) for h in range(plan.heads_per_dot)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def gather_heads(plan, tile):
+    """The diagonal blocks of [tile_rows, heads_per_dot * lanes]: what `spread_heads` is undone by.
+
+    The other blocks hold probabilities of one head times V of another: computed, never used.
+    """
+    lanes = plan.problem.lanes
+    result = tile[:, :lanes]
+    for h in range(1, plan.heads_per_dot):
+        part = tile[:, h * lanes : (h + 1) * lanes]
+        result = jnp.where(rows_of_head(plan, h, part.shape), part, result)
+    return result
+
+
+def load_kv(plan, ref, slot, token, dot, num_valid=None):
+    """K and V of one dot, each [bkv_c, heads_per_dot * lanes] in the compute dtype.
+
+    Args:
+        ref: the KV buffer [2, bkv, kv_buffer_words, packing, lanes].
+        token: first token in the buffer.
+        num_valid: tokens from there that hold a key; rows behind are read as zeros. Without it
+            stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
+    """
+    keys, values = [], []
+    for h in range(plan.heads_per_dot):
+        k, v = _load_head(plan, ref, slot, token, dot * plan.heads_per_dot + h, num_valid)
+        keys.append(k)
+        values.append(v)
+    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+
+
+def _load_head(plan, ref, slot, token, head, num_valid):
+    packing, dtype = packing_of(ref.dtype), plan.problem.compute_dtype
+    loaded = {}
+    for combined in (2 * head, 2 * head + 1):
+        word = combined // packing
+        if word not in loaded:
+            rows = _rows_over_tokens(plan, ref, slot, token, plan.blocks.bkv_c, word)
+            loaded[word] = _keep_first(rows, num_valid)
+    return tuple(
+        unpack(loaded[combined // packing], combined % packing, ref.dtype, dtype)
+        for combined in (2 * head, 2 * head + 1)
+    )
+
+
+def _keep_first(words, num_valid):
+    if num_valid is None:
+        return words
+    row = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    return jnp.where(row < num_valid, words, jnp.uint32(0))
+
+
+# --- Around the kernel -----------------------------------------------------------------------
+
+
+def view_heads(problem, array):
+    """[num_tokens, num_q_heads, head_dim] as [num_tokens, words, packing, lanes].
+
+    Where neither the group nor head_dim needs padding this is a view: the bytes stay as they are.
+    """
+    p, packing = problem, packing_of(array.dtype)
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.group, p.head_dim)
+    padding = ((0, 0), (0, 0), (0, p.padded_group - p.group), (0, p.lanes - p.head_dim))
+    padded = jnp.pad(grouped, padding)
+    return padded.reshape(p.num_tokens, p.head_words(array.dtype), packing, p.lanes)
+
+
+def unview_heads(problem, array):
+    """Undo `view_heads`."""
+    p = problem
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_group, p.lanes)
+    heads = grouped[:, :, : p.group, : p.head_dim]
+    return heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim)
+
+
+def sink_tiles(plan, attention_sink):
+    """f32[num_q_heads] as f32[num_dots, tile_rows / piece_rows, 128], in the order of tile rows."""
+    p = plan.problem
+    sinks = attention_sink.astype(jnp.float32).reshape(p.num_kv_heads, p.group)
+    sinks = jnp.pad(sinks, ((0, 0), (0, p.padded_group - p.group)))
+    # (dot, head in dot, word row, place) to (dot, place, head in dot, word row)
+    sinks = sinks.reshape(plan.num_dots, plan.heads_per_dot, -1, p.row_packing)
+    rows = jnp.moveaxis(sinks, 3, 1).reshape(plan.num_dots, -1, 1)
+    return jnp.broadcast_to(rows, (*rows.shape[:2], LANES))

@@ -1,0 +1,206 @@
+"""Everything about one kernel call that is known before it runs: shapes, options, blocks, tiles.
+
+A `Problem` describes the call of the public function, a `Plan` one of its (up to three) kernels.
+Both are frozen and hashable, so they are static arguments of `jax.jit`: what is in them is compiled
+in, what is not (lengths, page table, scales) can change from step to step without a recompilation.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+
+from rpa.kernel.cases import Case
+from rpa.paging import LANES, cdiv, packing_of
+
+SUBLANES = 8
+"""Rows of a vector register; a tile of rows that is no multiple of it wastes the rest."""
+
+TABLE_TILE_WORDS = 128
+"""A DMA between HBM and SMEM starts at, and moves, a multiple of 128 words of 32 bits."""
+
+MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
+"""How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
+
+
+def align(x, multiple):
+    """The next multiple at or above x.
+
+    >>> align(80, 128)
+    128
+    """
+    return cdiv(x, multiple) * multiple
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Tokens per block, in the order of the public `*_block_sizes` tuples.
+
+    Attributes:
+        bq: query tokens that are fetched, and whose output is sent, together.
+        bkv: KV tokens that are fetched together; a multiple of page_size.
+        bq_c: query tokens in one product; divides bq.
+        bkv_c: KV tokens in one product; divides bkv.
+    """
+
+    bq: int
+    bkv: int
+    bq_c: int
+    bkv_c: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static part of one call of the public function."""
+
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    pages_per_seq: int
+    q_dtype: np.dtype
+    kv_dtype: np.dtype
+    out_dtype: np.dtype
+    causal: bool = True
+    update_kv_cache: bool = True
+    sliding_window: int | None = None
+    has_soft_cap: bool = False
+    has_q_scale: bool = False
+    has_sinks: bool = False
+    debug_mode: bool = False
+
+    @property
+    def lanes(self):
+        """head_dim padded to whole rows of 128 lanes, as the cache holds it."""
+        return align(self.head_dim, LANES)
+
+    @property
+    def group(self):
+        """Query heads that share a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def row_packing(self):
+        """Query heads that share a 32-bit word in the queries or in the output, whichever is more.
+
+        Both are cut into tiles in steps of it, so that a row of a tile is the same (token, head)
+        on the way in and on the way out, also where a bfloat16 query has a float32 output.
+        """
+        return max(packing_of(self.q_dtype), packing_of(self.out_dtype))
+
+    @property
+    def padded_group(self):
+        """`group` rounded up so that no 32-bit word holds query heads of two KV heads."""
+        return align(self.group, self.row_packing)
+
+    def head_words(self, dtype):
+        """32-bit rows of one token's (padded) query heads in queries or output."""
+        return self.num_kv_heads * self.padded_group // packing_of(dtype)
+
+    @property
+    def kv_words(self):
+        """32-bit rows of one token in the cache."""
+        return cdiv(2 * self.num_kv_heads, packing_of(self.kv_dtype))
+
+    @property
+    def compute_dtype(self):
+        """What the MXU multiplies: float32 if anything is, else bfloat16 (float8 is widened)."""
+        exact = jnp.float32 in (self.q_dtype, self.kv_dtype)
+        return np.dtype(jnp.float32 if exact else jnp.bfloat16)
+
+    @property
+    def max_kv_len(self):
+        """Tokens that one row of the page table has room for."""
+        return self.pages_per_seq * self.page_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One kernel: a problem, the sequences it computes, its block sizes, where it runs."""
+
+    problem: Problem
+    case: Case
+    blocks: BlockSizes
+    interpret: bool
+    is_first: bool
+    is_last: bool
+    max_q_len: int | None = None
+
+    @cached_property
+    def heads_per_dot(self):
+        """KV heads whose products share one dot, block-diagonally.
+
+        Decode has a handful of query rows a head: too few to hide the latency of the MXU and of
+        the softmax. Several heads in one dot cost the MXU nothing (it is busy with K and V, which
+        must be pushed once either way) and fill the rows. With many query tokens it only wastes.
+        """
+        p = self.problem
+        if self.blocks.bq > 1:
+            return 1
+        fits = [
+            d
+            for d in range(1, p.num_kv_heads + 1)
+            if p.num_kv_heads % d == 0
+            and d * p.padded_group <= MAX_ROWS_PER_DOT
+            and d * p.lanes <= MAX_LANES_PER_DOT
+        ]
+        return max(fits, default=1)
+
+    @property
+    def num_dots(self):
+        """Tiles that hold all heads."""
+        return self.problem.num_kv_heads // self.heads_per_dot
+
+    @property
+    def num_q_pieces(self):
+        """Compute blocks of bq_c query tokens in a block of bq."""
+        return self.blocks.bq // self.blocks.bq_c
+
+    @property
+    def piece_rows(self):
+        """bq_c, rounded up to whole registers; rows behind bq_c are computed and never stored."""
+        return 1 if self.blocks.bq == 1 else align(self.blocks.bq_c, SUBLANES)
+
+    @property
+    def tile_rows(self):
+        """Rows of one dot: see `layout` for which (head, token) each one is."""
+        return self.heads_per_dot * self.problem.padded_group * self.piece_rows
+
+    @property
+    def tile_lanes(self):
+        """Columns of one dot's accumulator."""
+        return self.heads_per_dot * self.problem.lanes
+
+    @property
+    def buffer_tokens(self):
+        """Query tokens that a q or o buffer has room for: the last piece may reach behind bq."""
+        return (self.num_q_pieces - 1) * self.blocks.bq_c + self.piece_rows
+
+    @property
+    def kv_buffer_words(self):
+        """32-bit rows from token to token in the KV buffer: odd, and so often one more than needed.
+
+        Reading one head of many tokens takes every kv_buffer_words-th row. With an even distance
+        the rows lie in few of VMEM's banks, and a load waits for the one before.
+        """
+        return self.problem.kv_words | 1
+
+    @property
+    def pages_per_block(self):
+        """Pages in a block of bkv tokens."""
+        return self.blocks.bkv // self.problem.page_size
+
+    @property
+    def table_chunk_words(self):
+        """Page-table entries fetched for a KV block: its pages, wherever they begin in a tile."""
+        return align(self.pages_per_block + TABLE_TILE_WORDS - 1, TABLE_TILE_WORDS)
+
+    @property
+    def table_words(self):
+        """Words of the page table in HBM, padded so that the last chunk ends inside it."""
+        entries = self.problem.max_num_seqs * self.problem.pages_per_seq
+        return max(align(entries, TABLE_TILE_WORDS), self.table_chunk_words)

@@ -1,0 +1,143 @@
+"""The online softmax of one tile: scores, running maximum and sum, accumulated values.
+
+A softmax over all keys needs its maximum first. Online (Milakov and Gimelshein 2018, arXiv
+1805.02867; FlashAttention-2, arXiv 2307.08691) the keys come in blocks, and what was summed so far
+is rescaled whenever a larger maximum appears:
+
+    m' = max(m, max(s));  l' = 2^(m - m') l + sum 2^(s - m');  acc' = 2^(m - m') acc + 2^(s - m') V
+
+Powers of two, because that is what the hardware has: log2(e) is folded into the factor that the
+scores are multiplied with anyway. The state is float32 at any length: a bfloat16 sum stops growing
+at 256 equal terms. `l` is kept as 128 partial sums, one a lane, and added up once at the end.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from rpa.paging import LANES, cdiv
+
+LOWEST_MAX = -1e30
+"""Where the running maximum starts. Finite, so that (masked - maximum) is -inf and never NaN."""
+
+SCORE_FACTOR, CAP_FACTOR, QUERY_SCALE, VALUE_SCALE = range(4)
+"""Places in `scalars`, f32[4]: the scales, traced so that a new scale needs no compilation."""
+
+
+def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
+    """The factors of the kernel from the scales of the public function, f32[4].
+
+    >>> make_scalars(1.0, None, None, None, 2.0)[VALUE_SCALE]
+    Array(2., dtype=float32)
+    """
+    log2_e = jnp.float32(1.4426950408889634)
+    one = jnp.float32(1)
+    q_scale, k_scale, v_scale = (
+        one if scale is None else jnp.float32(scale) for scale in (q_scale, k_scale, v_scale)
+    )
+    score = jnp.float32(sm_scale) * q_scale * k_scale
+    if soft_cap is None:
+        return jnp.stack([score * log2_e, one, q_scale, v_scale])
+    cap = jnp.float32(soft_cap)
+    return jnp.stack([score / cap, cap * log2_e, q_scale, v_scale])
+
+
+def start(plan, m_ref, l_ref, acc_ref, sinks):
+    """Set the state of one tile to "no key seen yet".
+
+    A sink is a key without a value: the state then starts as if its score had been seen.
+
+    Args:
+        m_ref, l_ref: f32[tile_rows, 128]; acc_ref: f32[tile_rows, tile_lanes].
+        sinks: f32[tile_rows / piece_rows, 128] or None, see `layout.sink_tiles`.
+    """
+    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+    if sinks is None:
+        m_ref[...] = jnp.full(m_ref.shape, LOWEST_MAX, jnp.float32)
+        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+        return
+    rows = (len(sinks), plan.piece_rows, LANES)
+    score = jnp.broadcast_to(sinks[:, None], rows).reshape(m_ref.shape) * 1.4426950408889634
+    m = jnp.maximum(score, LOWEST_MAX)
+    lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
+    m_ref[...] = m
+    l_ref[...] = jnp.where(lane == 0, jnp.exp2(score - m), 0.0)
+
+
+def scores(plan, scalars_ref, q, k, mask):
+    """Scores of one tile in units of log2, f32[tile_rows, bkv_c].
+
+    Args:
+        q: [tile_rows, tile_lanes], k: [bkv_c, tile_lanes], both in the compute dtype.
+        mask: bool[mask_rows, bkv_c], True where a query sees a key, or None if all see all.
+            Rows repeat: tile_rows is a multiple of mask_rows.
+    """
+    contract_lanes = (((1,), (1,)), ((), ()))
+    s = lax.dot_general(q, k, contract_lanes, precision=precision(plan), **FLOAT32)
+    s = s * scalars_ref[SCORE_FACTOR]
+    if plan.problem.has_soft_cap:
+        s = jnp.tanh(s) * scalars_ref[CAP_FACTOR]
+    if mask is None:
+        return s
+    # One mask serves all heads that share the tile; comparing per row would be `group` times that.
+    folded = s.reshape(-1, *mask.shape)
+    return jnp.where(mask[None], folded, -jnp.inf).reshape(s.shape)
+
+
+def update(s, m_ref, l_ref):
+    """Take the scores of one tile into the running maximum and sum.
+
+    Returns:
+        p: f32[tile_rows, bkv_c], the weights so far, not normalised.
+        decay: f32[tile_rows, 128], what everything before has to be multiplied with.
+    """
+    m_before = m_ref[...]
+    m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
+    p = jnp.exp2(s - widen(m, s.shape[1]))
+    decay = jnp.exp2(m_before - m)
+    m_ref[...] = m
+    l_ref[...] = decay * l_ref[...] + _lane_sums(p)
+    return p, decay
+
+
+def accumulate(plan, p, v, decay, acc_ref):
+    """Add the weighted values of one tile; v: [bkv_c, tile_lanes]."""
+    contract_keys = (((1,), (0,)), ((), ()))
+    p = p.astype(plan.problem.compute_dtype)
+    pv = lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
+    acc_ref[...] = widen(decay, pv.shape[1]) * acc_ref[...] + pv
+
+
+def normalise(scalars_ref, acc, l_ref):
+    """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
+
+    Args:
+        acc: f32[tile_rows, lanes].
+    """
+    total = jnp.sum(l_ref[...], axis=1, keepdims=True)
+    # Not `total > 0`: a NaN in the data has to stay visible.
+    factor = jnp.where(total == 0, 0.0, scalars_ref[VALUE_SCALE] / total)
+    return acc * factor
+
+
+FLOAT32 = {"preferred_element_type": jnp.float32}
+
+
+def precision(plan):
+    """Float32 is multiplied as three bfloat16 parts, in all passes; bfloat16 needs one."""
+    exact = plan.problem.compute_dtype == jnp.float32
+    return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+
+
+def widen(x, lanes):
+    """f32[rows, 128], all lanes of a row alike, to f32[rows, lanes] by naming registers twice."""
+    copies = cdiv(lanes, LANES)
+    return x[:, :lanes] if copies == 1 else jnp.concatenate([x] * copies, axis=1)[:, :lanes]
+
+
+def _lane_sums(p):
+    """Sums of a row by lane, f32[rows, 128]: additions of registers, no reduction across lanes."""
+    lanes = p.shape[1]
+    if lanes % LANES:
+        lane = lax.broadcasted_iota(jnp.int32, (len(p), LANES), 1)
+        return jnp.where(lane == 0, jnp.sum(p, axis=1, keepdims=True), 0.0)
+    return sum(p[:, start : start + LANES] for start in range(0, lanes, LANES))
