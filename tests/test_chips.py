@@ -13,17 +13,9 @@ import pytest
 
 from rpa import chips
 from rpa.chips import CHIPS, SOURCES, attention_cost, chip
+from rpa.lab.compile import ENVIRONMENT
 
 LLAMA_8B = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
-
-# What keeps libtpu quick and quiet where there is no TPU; the last line lets two processes load it.
-OFFLINE_ENV = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 ASK_JAX = """
 import dataclasses, json, jax
@@ -84,7 +76,7 @@ def tpu_infos():
         pytest.skip("this JAX has no pltpu.get_tpu_info (it came with 0.8.1)")
     run = subprocess.run(
         [sys.executable, "-c", ASK_JAX],
-        env={**os.environ, **OFFLINE_ENV},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=120,

@@ -263,3 +263,10 @@ def test_an_unknown_command_is_refused(capsys):
         command_line.main(["no-such-command"])
     assert stop.value.code == 2
     assert "invalid choice: 'no-such-command'" in capsys.readouterr().err
+
+
+def test_the_doctor_names_the_rungs_of_the_ladder():
+    from rpa.ladder import LADDER
+
+    known = [label for label, _, _ in doctor.RUNGS]
+    assert [f"{rung.number} {rung.name}" for rung in LADDER] == known[: len(LADDER)]
