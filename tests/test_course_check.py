@@ -19,6 +19,9 @@ from rpa.check.registry import collect
 from rpa.check.runner import TookTooLong, time_limit
 
 
+pytestmark = pytest.mark.core
+
+
 def doubling(**options) -> Exercise:
     """An exercise: double every number of x."""
     exercise = Exercise("9.1", lambda x: 2 * np.asarray(x), axes=("row", "column"), **options)
