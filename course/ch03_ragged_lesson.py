@@ -33,8 +33,8 @@ import numpy as np
 from rpa import chips, dense, paging, ragged
 from rpa.figures import ragged as pictures
 from rpa.figures import show_source
-from rpa.paging import PagePool, cdiv, get_kv_cache_shape, paged_attention, unpack_kv
-from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
+from rpa.paging import PagePool, cdiv, get_kv_cache_shape, paged_attention
+from rpa.ragged import RaggedBatch
 from rpa.traces import sample_requests
 
 # %% [markdown]
@@ -147,11 +147,12 @@ for what, (needed, *touched) in counts.items():
 pictures.waste_figure(rows, title="One step of 64 conversations: what is touched, what is needed")
 
 # %% [markdown]
-# Paging mended the middle panel, and only that one. What it left, ragged batching takes away.
+# Paging mended the middle panel, the memory that is read. It could do nothing for the rows of the
+# first one, and they return in the third: each padded row is compared with every key.
 #
-# **Takeaway.** Padding the queries multiplies the work of a real step by an order of magnitude or
-# more. The remedy cannot be shorter chunks only: whatever is padded to the longest, one sequence
-# sets the price for all.
+# **Takeaway.** Padding the queries multiplied the rows of these steps by seven to forty. Shorter
+# chunks would make that smaller, not good: whatever is padded to the longest, one sequence sets the
+# price for all.
 
 # %% [markdown]
 # ## 3. Side by side: one axis for all tokens
@@ -441,7 +442,8 @@ kv_lens = np.array([1418, 501, 110, 1335, 194, 1291, 487, 640])
 pool = PagePool(num_pages=512, page_size=16)
 for s, kv_len in enumerate(kv_lens):
     pool.allocate(s, int(kv_len))
-batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, pool.page_table(range(8), 96))
+table = pool.page_table(range(8), pages_per_seq=96)
+batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, table, chunk_prefill_size=128)
 pictures.batch_figure(batch, title="Seven decodes and a chunk, SmolLM2's shape")
 
 # %%
@@ -455,10 +457,19 @@ cache_shape = get_kv_cache_shape(512, 16, num_kv_heads, head_dim, jnp.float32)
 kv_cache = jnp.float32(rng.standard_normal(cache_shape))
 
 # %%
-rung3 = partial(ref_ragged_paged_attention, sm_scale=head_dim**-0.5)
-metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-output, new_cache = rung3(queries, keys, values, kv_cache, *metadata)
+output, new_cache = ragged.ref_ragged_paged_attention(
+    queries,
+    keys,
+    values,
+    kv_cache,
+    batch.kv_lens,
+    batch.page_indices,
+    batch.cu_q_lens,
+    batch.distribution,
+    sm_scale=head_dim**-0.5,
+)
 
+# %%
 truth = ragged.oracle_ragged(queries, new_cache, batch, num_kv_heads)
 print(f"worst token and head: {dense.scaled_error(output, truth):.1e}")
 assert dense.scaled_error(output, truth) < 2e-6 and dense.relative_error(output, truth) < 2e-6
@@ -470,62 +481,41 @@ assert dense.scaled_error(output, truth) < 2e-6 and dense.relative_error(output,
 # %% [markdown]
 # ## 12. Do all rungs give the same numbers?
 #
-# The same step the old ways. First pad the queries to the longest, [num_seqs, max_q_len, ...]:
-
-# %%
-rows = batch.cu_q_lens[:-1, None] + np.arange(q_lens.max())  # [num_seqs, max_q_len]
-padded_queries = queries[np.minimum(rows, num_tokens - 1)]  # behind q_len: anything, masked
-seq_q_lens, seq_kv_lens = jnp.array(q_lens), jnp.array(kv_lens)
-table = jnp.array(batch.page_indices.reshape(8, -1))  # i32[num_seqs, pages_per_seq]
-
-
-def unpad(padded):
-    """[num_seqs, max_q_len, ...] to [num_tokens, ...]."""
-    return jnp.concatenate([padded[s, :q_len] for s, q_len in enumerate(q_lens)])
-
-
-# %% [markdown]
-# Rung 1 wants K and V padded as well; rung 2 goes through the page table, with padded queries.
-
-# %%
-tokens = new_cache[table].reshape(8, -1, *cache_shape[2:])  # [num_seqs, max_kv_len, ...]
-padded_keys, padded_values = unpack_kv(tokens, num_kv_heads, head_dim)
-rung1 = partial(jax.jit(dense.padded_attention), padded_queries, padded_keys, padded_values)
-
-
-@jax.jit
-def paged_with_padded_queries(queries, kv_cache, table, kv_lens, q_starts):
-    one = partial(paged_attention, num_kv_heads=num_kv_heads)
-    return jax.vmap(one, in_axes=(0, None, 0, 0, 0))(queries, kv_cache, table, kv_lens, q_starts)
+# `rpa.ladder` has an adapter for each rung, so that all of them answer the same call: (queries,
+# keys, values, kv_cache, batch) to (output, kv_cache). Rung 1 pads queries, keys and values to the
+# longest sequence. Rung 2 goes through the page table, with padded queries. Here is the step of
+# section 11 on all three, with what each of them touches:
 
 
 # %%
-def timed_ms(function):
-    """The function's result, and its time without the compilation."""
-    jax.block_until_ready(function())
-    start = time.perf_counter()
-    return jax.block_until_ready(function()), 1e3 * (time.perf_counter() - start)
+def best_ms(function, *arguments):
+    """The function's result, and the best of three times; the first call compiles."""
+    result, times_ms = jax.block_until_ready(function(*arguments)), []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times_ms.append(1e3 * (time.perf_counter() - start))
+    return result, min(times_ms)
 
-
-q_starts = seq_kv_lens - seq_q_lens
-rung2 = partial(paged_with_padded_queries, padded_queries, new_cache, table, seq_kv_lens, q_starts)
-one, rung1_ms = timed_ms(partial(rung1, seq_q_lens, seq_kv_lens))
-two, rung2_ms = timed_ms(rung2)
-(three, _), rung3_ms = timed_ms(partial(rung3, queries, keys, values, kv_cache, *metadata))
 
 # %%
+from rpa.ladder import LADDER
+
 machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-rungs = {"1, all padded": (unpad(one), rung1_ms), "2, queries padded": (unpad(two), rung2_ms)}
-rungs["3, ragged"] = (three, rung3_ms)
-for name, (result, ms) in rungs.items():
-    error = dense.scaled_error(result, truth)
-    print(f"rung {name:18} {error:.0e} from the oracle  {ms:7.1f} ms ({machine}, plain JAX)")
+print(f"measured on {machine}, in plain JAX")
+for rung in LADDER[:3]:
+    attention = jax.jit(partial(rung.attention_for(batch), sm_scale=head_dim**-0.5))
+    (output, _), ms = best_ms(attention, queries, keys, values, kv_cache, batch)
+    error = dense.scaled_error(output, truth)
+    print(f"rung {rung.number} {rung.name:6} {rung.query_rows(batch):5} query rows "
+          f"{rung.kv_tokens_read(batch, 16):6} KV tokens {ms:7.1f} ms "
+          f"{error:.0e} from the oracle")  # fmt: skip
     assert error < 2e-6
 
 # %% [markdown]
-# The same numbers, and the time goes to whoever computes padding. Look at rung 2: it computes 128
-# query rows for each of seven decodes, page by page, and a batched loop runs as long as its longest
-# member.
+# The same numbers, and the time goes to whoever computes padding: 128 query rows for each of seven
+# decodes. Rung 3 computes the 135 rows that there are. (It reads the chunk's pages twice, once for
+# each block of 64 queries. A kernel chooses its blocks larger; chapter 4 begins with that.)
 #
 # **Takeaway.** Three rungs, one answer. Ragged batching changes no number; it leaves out work whose
 # result nobody reads.
@@ -590,7 +580,7 @@ for q_len in (1, 64):
     q = jnp.ones((q_len, num_q_heads, head_dim))
     pages = jnp.arange(512)  # the whole pool as one sequence of 8192 tokens
     attend = jax.jit(partial(paged_attention, num_kv_heads=num_kv_heads))
-    _, ms = timed_ms(partial(attend, q, kv_cache, pages, 8192, 8192 - q_len))
+    _, ms = best_ms(attend, q, kv_cache, pages, 8192, 8192 - q_len)
     read_mb = 2 * kv_cache.nbytes / 1e6  # two passes
     print(f"q_len {q_len:2}: {ms:6.1f} ms for {read_mb:.0f} MB of pages, fetched in two passes "
           f"({machine}, plain JAX)")  # fmt: skip
@@ -601,3 +591,5 @@ for q_len in (1, 64):
 # value. **Chapter 4** takes that reason away: with a running maximum and a running sum, one pass
 # over the keys is enough, the scores never leave the chip's own memory, and the first kernel of the
 # ladder is written.
+#
+# **Before you go on:** the exercises of this chapter are in `exercises/03_ragged.ipynb`.

@@ -192,10 +192,10 @@ def _draw_strip(axes, cu_q_lens, kinds, names, num_tokens):
 
 
 def _apart(ticks, length):
-    """The ticks that do not print over each other; lines closer than that would hide tokens."""
-    kept = []
-    for tick in dict.fromkeys(ticks):
-        if not kept or tick - kept[-1] >= 0.03 * length:
+    """The ticks with room for their number, 0 first; where they crowd, the last of them."""
+    kept, room = [], 0.03 * length
+    for tick in sorted(set(ticks), reverse=True):
+        if tick == 0 or (tick >= room and (not kept or kept[-1] - tick >= room)):
             kept.append(tick)
     return kept
 
@@ -282,7 +282,9 @@ def _draw_waste(axes, quantity, bars):
     for row, (_, needed, touched) in enumerate(bars):
         axes.barh(row, needed, height=0.7, color=COLORS["blue"])
         axes.barh(row, touched - needed, left=needed, height=0.7, color=COLORS["red"], alpha=0.55)
-        words = f"{touched / needed:.3g} times what is needed" if touched > needed else "no waste"
+        ratio = touched / needed
+        words = f"{ratio:.{2 if ratio < 10 else 0}f} times what is needed"
+        words = words if touched > needed else "no waste"
         axes.text(touched + 0.01 * largest, row, f"{touched:,}: {words}", va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), [scheme for scheme, _, _ in bars])
     axes.set(xlim=(0, 1.42 * largest), ylim=(len(bars) - 0.5, -0.5), xticks=[])
