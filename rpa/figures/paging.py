@@ -32,6 +32,9 @@ def lengths(series, markers=()):
     Args:
         series: name to int[num_requests], in tokens.
         markers: (label, tokens) pairs, each a vertical line.
+
+    >>> lengths({"prompt": np.array([10, 30, 900])}, markers=[("context", 8192)]).text[:47]
+    'Cumulative distribution of lengths in tokens, l'
     """
     with style():
         fig = new_figure(8, 3.8)
@@ -73,6 +76,9 @@ def memory_strip(pieces, num_slots, title):
             piece covers is free.
         num_slots: length of the strip.
         title: what happened.
+
+    >>> memory_strip([(0, 3, "live", "a")], num_slots=8, title="One sequence")
+    Figure: One sequence. A strip of 8 slots. slots 0 to 2: a, live. The others are free.
     """
     with style():
         fig = new_figure(8, 2.2)
@@ -112,6 +118,9 @@ def memory_use(measured, num_slots):
         measured: name to a dict with `running` (sequences served at once) and the slots that are
             `live`, `later` and `never` (see `STRIP_KINDS`); what is missing to num_slots is free.
         num_slots: token slots of the memory.
+
+    >>> memory_use({"pages": {"running": 2, "live": 90, "later": 0, "never": 5}}, num_slots=100)
+    Figure: Stacked bars of memory use. pages: 90 % live tokens, 2 sequences running.
     """
     with style():
         fig = new_figure(8, 0.9 + 0.62 * len(measured))
@@ -154,6 +163,12 @@ def page_owners(pool, names, title, pages_per_seq=None):
         names: the sequences to draw, in order; each gets a colour.
         title: what has just happened.
         pages_per_seq: width of the table drawn; default the longest page list.
+
+    >>> from rpa.paging import PagePool
+    >>> pool = PagePool(num_pages=4, page_size=2)
+    >>> copies = pool.allocate("a", 3)
+    >>> page_owners(pool, ["a"], "One sequence")
+    Figure: One sequence. a has 3 tokens in pages [0, 1]. 2 of 4 pages of 2 slots are free.
     """
     colors = {name: pale(color) for name, color in zip(names, CYCLE, strict=False)}
     width = pages_per_seq or max([1, *(len(pool.pages(name)) for name in names)])
@@ -226,6 +241,9 @@ def token_layout(num_kv_heads, head_dim, packing, lanes):
         num_kv_heads, head_dim: the true sizes.
         packing: values that share 32 bits.
         lanes: head_dim padded to whole rows of 128.
+
+    >>> token_layout(num_kv_heads=3, head_dim=64, packing=2, lanes=128).text[:41]
+    'One token of 3 KV heads of 64: 3 rows of '
     """
     rows = cdiv(2 * num_kv_heads, packing)
     with style():
@@ -269,12 +287,16 @@ def layout_waste(used_percent, head_counts, head_dims):
     Args:
         used_percent: dtype name to f[len(head_counts), len(head_dims)].
         head_counts, head_dims: the numbers of KV heads and the head_dims of rows and columns.
+
+    >>> table = np.array([[50.0, 100.0]])
+    >>> layout_waste({"float32": table, "bfloat16": table}, [8], [64, 128]).text[:27]
+    'Percent of the cache that i'
     """
     with style():
         fig = new_figure(8, 0.9 + 0.42 * len(head_counts))
         grid = fig.subplots(1, len(used_percent), sharey=True)
         for axes, (dtype, table) in zip(grid, used_percent.items(), strict=True):
-            axes.imshow(table, vmin=0, vmax=140, cmap="Blues", aspect="auto")
+            axes.imshow(table, vmin=0, vmax=170, cmap="Blues", aspect="auto")
             for (row, column), percent in np.ndenumerate(table):
                 axes.text(column, row, f"{percent:.0f}", ha="center", va="center")
             axes.set_xticks(range(len(head_dims)), head_dims)
@@ -300,6 +322,9 @@ def page_size_trade(page_sizes, waste_percent, page_kib, table_kib, smem_kib):
         page_kib: KiB that one copy of a page moves.
         table_kib: KiB of the page table of a whole batch.
         smem_kib: KiB of the chip's SMEM, drawn as a line.
+
+    >>> page_size_trade([8, 16], [0.3, 0.6], [32, 64], [16384, 8192], smem_kib=1024).text[:46]
+    'Three curves over the page size, 8 to 16 token'
     """
     panels = [
         ("Empty slots, %", waste_percent, "orange"),
@@ -310,8 +335,9 @@ def page_size_trade(page_sizes, waste_percent, page_kib, table_kib, smem_kib):
         fig = new_figure(8.6, 3.4)
         for axes, (title, values, color) in zip(fig.subplots(1, 3), panels, strict=True):
             axes.plot(page_sizes, values, "o-", color=COLORS[color])
-            axes.set(title=title, xlabel="page_size, tokens", xscale="log", yscale="log")
+            axes.set(title=title, xlabel="page_size, tokens")
             axes.set_xscale("log", base=2)
+            axes.set_yscale("log", nonpositive="mask")  # pages of one token waste nothing
             shown = page_sizes[::2]
             axes.set_xticks(shown, [str(size) for size in shown])
             axes.minorticks_off()
@@ -332,6 +358,9 @@ def prefix_bytes(alone_bytes, shared_bytes):
 
     Args:
         alone_bytes, shared_bytes: (prefix, rest) of each.
+
+    >>> prefix_bytes((4 * 2**30, 2**30), (2**30, 2**30)).text[-34:]
+    ' shared pages 2.00 GiB: 60 % less.'
     """
     with style():
         fig = new_figure(8, 2.3)
@@ -347,6 +376,7 @@ def prefix_bytes(alone_bytes, shared_bytes):
         axes.invert_yaxis()
         axes.set(xlabel="GiB of cache", title="One prefix, many sequences")
         axes.set_xlim(0, sum(alone_bytes) / 2**30 * 1.15)
+        axes.grid(False)
         colors = [pale(COLORS[name], 0.3) for name in ("orange", "blue")]
         handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
         fig.legend(handles, ["the prefix", "the rest"], loc="outside lower center", ncols=2)
@@ -364,6 +394,9 @@ def query_padding(q_lens):
 
     Args:
         q_lens: new tokens of each sequence.
+
+    >>> query_padding([1, 1, 8])
+    Figure: 3 columns of 8 rows. 10 of 24 rows are queries, 42 %; the rest is padding.
     """
     q_lens = np.asarray(q_lens)
     with style():
