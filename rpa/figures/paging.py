@@ -293,7 +293,8 @@ def layout_waste(used_percent, head_counts, head_dims):
     'Percent of the cache that i'
     """
     with style():
-        fig = new_figure(8, 0.9 + 0.42 * len(head_counts))
+        fig = new_figure(8, 1.3 + 0.42 * len(head_counts))
+        fig.suptitle("K and V, % of the cache", x=0.01, ha="left", weight="bold")
         grid = fig.subplots(1, len(used_percent), sharey=True)
         for axes, (dtype, table) in zip(grid, used_percent.items(), strict=True):
             axes.imshow(table, vmin=0, vmax=170, cmap="Blues", aspect="auto")
@@ -301,7 +302,8 @@ def layout_waste(used_percent, head_counts, head_dims):
                 axes.text(column, row, f"{percent:.0f}", ha="center", va="center")
             axes.set_xticks(range(len(head_dims)), head_dims)
             axes.set_yticks(range(len(head_counts)), head_counts)
-            axes.set(title=dtype, xlabel="head_dim")
+            axes.set_title(dtype, weight="normal")
+            axes.set(xlabel="head_dim")
             axes.grid(False)
         grid[0].set_ylabel("num_kv_heads")
         worst = min((table.min(), dtype) for dtype, table in used_percent.items())
