@@ -12,6 +12,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+from jax._src import dispatch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -44,6 +45,8 @@ def choose_interpret(interpret):
 def reset_interpreter():
     """Forget the interpreter's state: after an exception inside a kernel it is left half-way."""
     _interpreter().reset_tpu_interpret_mode_state()
+    # The failed callback's token would raise the same error again in the next kernel, or at exit.
+    dispatch.runtime_tokens.clear()
 
 
 def races_found() -> bool:
