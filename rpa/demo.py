@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.ladder import LADDER, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
-from rpa.models.serving import Request, Scheduler, Step
+from rpa.models.scheduler import Request, Scheduler, Step
 from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch, oracle_ragged, store_new_tokens
 
@@ -364,7 +364,7 @@ def describe(scene: Scene) -> str:
 
 def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     """The pictures beside the table: who owns which page, the batch, the waste."""
-    from rpa.figures.paging import page_owners
+    from rpa.figures.pool import pool_map
     from rpa.figures.ragged import batch_figure, waste_figure
 
     names = [request.name for request in scene.step.requests]
@@ -377,9 +377,11 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     bars = [(name, rung, round(need / 1e3), round(read / 1e3)) for name, rung, need, read in bars]
     bars += [("query rows computed", r.rung, needed_rows, r.query_rows) for r in rows]
     pictures = {
-        "pages.png": page_owners(scene.pool, names, "Who owns which page"),
-        "batch.png": batch_figure(batch, names=names, num_tokens=TOKEN_BUDGET),
-        "waste.png": waste_figure(bars, title="Padded, paged, ragged: what is touched"),
+        "pages.png": pool_map(scene.pool, names),
+        "batch.png": batch_figure(
+            batch, names=names, num_tokens=TOKEN_BUDGET, title="One step: ten prompts, one batch"
+        ),
+        "waste.png": waste_figure(bars, title="What each rung touches"),
     }
     return [picture.save(folder / name) for name, picture in pictures.items()]
 

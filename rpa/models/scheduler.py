@@ -75,17 +75,18 @@ class Scheduler:
         chunk_size: the most prompt tokens that one request gets in one step.
         max_num_seqs, pages_per_seq: room of the batch.
 
+    >>> from rpa.paging import PagePool
     >>> pool = PagePool(num_pages=8, page_size=4)
     >>> requests = [Request("a", [5, 6, 7], 3), Request("b", [8] * 9, 9)]
     >>> scheduler = Scheduler(requests, pool, token_budget=8, chunk_size=4, max_num_seqs=2,
     ...                       pages_per_seq=4)
     >>> step = scheduler.plan(0)
     >>> step.batch.cu_q_lens.tolist(), step.stages
-    ([0, 3, 7], ['just arrived', 'just arrived'])
-    >>> scheduler.finish(step, next_token_ids=[1, 2])  # "a" decodes from now on
+    ([0, 4, 7], ['just arrived', 'just arrived'])
+    >>> scheduler.finish(step, next_token_ids=[1, 2])  # "a", now second, decodes from now on
     >>> step = scheduler.plan(1)
     >>> step.batch.cu_q_lens.tolist(), step.batch.distribution.tolist(), step.stages
-    ([0, 1, 5], [1, 1, 2], ['decoding', 'in chunked prefill'])
+    ([0, 1, 5], [1, 2, 2], ['decoding', 'in chunked prefill'])
     """
 
     def __init__(self, requests, pool, *, token_budget, chunk_size, max_num_seqs, pages_per_seq):
@@ -110,6 +111,7 @@ class Scheduler:
             [self.pool.pages(r.name) for r in present],
             max_num_seqs=self.max_num_seqs,
             pages_per_seq=self.pages_per_seq,
+            chunk_prefill_size=self.chunk_size,
         )
         ordered = [present[s] for s in order]
         token_ids = np.zeros(self.token_budget, np.int32)
