@@ -447,6 +447,13 @@ def _check_cpu(facts):
             "this runtime has no TPU, or libtpu does not fit jax: it then falls back silently.",
             "If you chose a TPU: restart the runtime, and do not upgrade jax or libtpu in it.",
         )
+    elif libtpu and facts.jax_platforms:
+        yield Finding(
+            "note",
+            "libtpu-set-aside",
+            f"libtpu {libtpu} is installed and compiles for chips that are not here; "
+            f"JAX_PLATFORMS={facts.jax_platforms} keeps JAX from asking it for a TPU.",
+        )
     elif libtpu:
         yield Finding(
             "note",

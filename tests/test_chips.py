@@ -15,6 +15,8 @@ from rpa import chips
 from rpa.chips import CHIPS, SOURCES, attention_cost, chip
 from rpa.lab.compile import ENVIRONMENT
 
+pytestmark = pytest.mark.core
+
 LLAMA_8B = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 
 ASK_JAX = """

@@ -28,6 +28,8 @@ from rpa.doctor import (
 )
 
 doctor = sys.modules["rpa.doctor"]
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parent.parent
 
 VERSIONS = {"jax": "0.10.2", "jaxlib": "0.10.2", "numpy": "2.4.6", "rpa": "0.1.0"}
@@ -89,6 +91,13 @@ CASES = [
         "libtpu does not fit jax: it then falls back silently",
     ),
     ("libtpu-compiles-only", "note", LAPTOP, {"versions": WITH_LIBTPU}, "falls back to the CPU"),
+    (
+        "libtpu-set-aside",
+        "note",
+        LAPTOP,
+        {"versions": WITH_LIBTPU, "jax_platforms": "cpu"},
+        "JAX_PLATFORMS=cpu keeps JAX from asking it",
+    ),
     ("colab-has-tpus", "note", LAPTOP, {"host": "Colab"}, "Change runtime type, v5e-1 TPU"),
     *(
         ("libtpu-zero-dma", level, base, {"versions": {**VERSIONS, "libtpu": bad}}, "39744")

@@ -5,6 +5,8 @@ import pytest
 from rpa import serving
 from rpa.serving import LLAMA3_8B, SMOLLM2_135M, decode_step
 
+pytestmark = pytest.mark.core
+
 
 def test_parameters_are_those_of_the_published_models():
     assert LLAMA3_8B.num_parameters == 8_030_261_248

@@ -10,6 +10,8 @@ import pytest
 from rpa import traces
 from rpa.traces import SERVICES, quantile_table, sample_requests
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parent.parent
 MANY = 100_000
 
