@@ -16,13 +16,14 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env demo test test-full test-core test-floor notebooks nbtest lab format clean
+.PHONY: help env demo test test-full test-core test-floor notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
 	@echo "make test       the tests: package, course, notebooks, the oldest supported jax"
 	@echo "make lab        JupyterLab at chapter 0"
 	@echo "make notebooks  rebuild and run all notebooks from course/"
+	@echo "make readme     renew the tables and pictures of README.md"
 	@echo "make test-full  slow and exhaustive tests too"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
@@ -54,6 +55,7 @@ test-full: test
 
 nbtest: env
 	$(BIN)/python -m course.build --check
+	$(BIN)/python tools/update_readme.py --check
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
 
 # The core tests once more, at the oldest jax that is supported: the one Colab's TPU runtime ships.
@@ -68,6 +70,9 @@ $(FLOOR_VENV)/ready: pyproject.toml constraints.txt
 	$(FLOOR_VENV)/bin/python -m pip $(PIP_INSTALL) --constraint $(FLOOR_VENV)/constraints.txt \
 	  --editable . jax==$(FLOOR_JAX) jaxlib==$(FLOOR_JAX) pytest pytest-xdist hypothesis
 	touch $@
+
+readme: env
+	$(BIN)/python tools/update_readme.py
 
 notebooks: env
 	$(BIN)/python -m course.build --execute

@@ -1,0 +1,83 @@
+"""Write into README.md what commands produce: the chapter table, the demo's table and its picture.
+
+Run by `make readme`, which takes a minute; `--check` compares the chapter table only (its contents
+are known without running anything) and exits 1 if it is stale.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rpa._repository import BRANCH, REPOSITORY  # noqa: E402
+
+README = ROOT / "README.md"
+PICTURES = ROOT / "docs" / "pictures"
+
+
+def chapter_table() -> str:
+    """One line a chapter: lesson, exercises, solutions, and badges that open them."""
+    lines = [
+        "| chapter | lesson | exercises | solutions |",
+        "|---|---|---|---|",
+    ]
+    for source in sorted((ROOT / "course").glob("ch*_lesson.py")):
+        number, name = re.match(r"ch(\d\d)_(.+)_lesson", source.stem).groups()
+        title = re.search(r"^# # Chapter \d+: (.+)$", source.read_text("utf-8"), re.M).group(1)
+        notebook = f"{number}_{name}.ipynb"
+        cells = [f"{int(number)} {title}"]
+        for folder in ("notebooks", "exercises", "solutions"):
+            exists = (ROOT / folder / notebook).exists()
+            cells.append(links(f"{folder}/{notebook}") if exists else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def links(path: str) -> str:
+    """A notebook on GitHub, in Colab and on Kaggle."""
+    in_repository = REPOSITORY.removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{in_repository}/blob/{BRANCH}/{path}"
+    kaggle = f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/{BRANCH}/{path}"
+    return (
+        f"[read]({path}) "
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle})"
+    )
+
+
+def demo_output() -> str:
+    """What the demo prints, and its pictures in docs/pictures."""
+    command = [sys.executable, "-m", "rpa", "demo", "--out", str(PICTURES)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    kept = [line for line in printed.splitlines() if not line.startswith(("picture:", "took"))]
+    return "```\n" + "\n".join(kept).strip() + "\n```"
+
+
+def replace_part(text: str, name: str, part: str) -> str:
+    """Replace what stands between `<!-- name -->` and `<!-- end -->`."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
+    if not pattern.search(text):
+        raise SystemExit(f"README.md has no part between <!-- {name} --> and <!-- end -->.")
+    return pattern.sub(lambda match: match[1] + part + match[2], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = README.read_text("utf-8")
+    new = replace_part(text, "chapters", chapter_table())
+    if check:
+        if new != text:
+            print("The chapter table of README.md is stale: run `make readme`.")
+        return int(new != text)
+    README.write_text(replace_part(new, "demo", demo_output()), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
