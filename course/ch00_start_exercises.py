@@ -11,6 +11,7 @@
 
 # %%
 import rpa
+from rpa.serving import LLAMA3_8B
 
 # %% [markdown]
 # ## Exercise 0.1: What does one decode step read?
@@ -56,9 +57,12 @@ rpa.check("0.1", decode_bytes)
 # 3 8B read more cache than weights, with 2,048 tokens in each sequence?
 
 # %%
+weight_bytes = 2 * LLAMA3_8B.matmul_parameters  # bfloat16
+token_bytes = LLAMA3_8B.kv_bytes_per_token()
 for batch_size in (1, 16, 32, 64, 128):
-    step = decode_bytes(15_009_316_864, 131_072, batch_size, kv_len=2048)
-    print(f"{batch_size:4} sequences: {step / 1e9:5.1f} GB, cache {1 - 15_009_316_864 / step:.0%}")
+    step_bytes = decode_bytes(weight_bytes, token_bytes, batch_size, kv_len=2048)
+    share = 1 - weight_bytes / step_bytes
+    print(f"{batch_size:4} sequences: {step_bytes / 1e9:5.1f} GB, {share:.0%} of it cache")
 
 # %% [markdown] tags=["explanation"]
 # The weights stand alone, everything else is multiplied by the batch. So a larger batch spreads the
