@@ -203,6 +203,15 @@ def _table_row_of_the_token(kv_lens, cu_q_lens, page_table, page_size, owner):
     return _places(positions, page_table, page_size, np.arange(len(positions)))
 
 
+@token_places.mistake(
+    "every token goes through row 0 of the page table, or through all rows as one"
+)
+def _table_row_0(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, _, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    flat = np.asarray(page_table).reshape(1, -1)
+    return _places(positions, flat, page_size, np.zeros(len(positions), int))
+
+
 @token_places.mistake("the slot counts from the first new token and not from the page's start")
 def _slot_of_the_chunk(kv_lens, cu_q_lens, page_table, page_size, owner):
     positions, pages, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
@@ -428,15 +437,14 @@ def _inverse(q_lens, kv_lens, page_table, chunk_prefill_size):
 # 3.5 ragged paged attention -----------------------------------------------------------------------
 
 
-def _np_store(keys, values, kv_cache, batch, prefix=None):
-    """The cache with the new tokens in it; `prefix` overrides the cached tokens per sequence."""
-    kv_cache, table = np.array(kv_cache), _table(batch)
+def _np_store(keys, values, kv_cache, batch, table=None):
+    """The cache with the new tokens in it; a mistake may go through a table of its own."""
+    kv_cache, table = np.array(kv_cache), _table(batch) if table is None else table
     page_size = kv_cache.shape[1]
     for s, (start, end) in enumerate(_spans(batch)):
-        first = int(batch.kv_lens[s]) - (end - start) if prefix is None else prefix[s]
+        first = int(batch.kv_lens[s]) - (end - start)
         for t in range(start, end):
             page, slot = divmod(first + t - start, page_size)
-            page = min(page, table.shape[1] - 1)
             token = kv_cache[table[s, page], slot]  # [2 * num_kv_heads, 1, lanes]
             token[:] = 0
             token[0::2, 0, : keys.shape[2]] = keys[t]
@@ -474,22 +482,22 @@ def _ragged_attention(queries, keys, values, kv_cache, batch):
 
 
 def _attention_arguments(q_lens, kv_lens, page_table, *, num_tokens, max_num_seqs=4, free=None):
-    """A case of two query heads and one KV head of 8 in pages of 4; `free` is what no one owns."""
+    """A case of 4 query heads and 2 KV heads of 8 in pages of 4; `free` is what no one owns."""
     batch, _ = RaggedBatch.from_lengths(
         q_lens, kv_lens, page_table, max_num_seqs=max_num_seqs, pages_per_seq=3
     )
     num_seqs = len(q_lens)
     # Unused slots may hold anything: here numbers that look like one more sequence.
     batch.kv_lens[num_seqs:], batch.cu_q_lens[num_seqs + 1 :] = 7, num_tokens
-    kv_cache = normal(10, 4, 2, 1, 128) if free is None else np.full((10, 4, 2, 1, 128), free)
+    kv_cache = normal(10, 4, 4, 1, 128) if free is None else np.full((10, 4, 4, 1, 128), free)
     for s, (start, end) in enumerate(_spans(batch)):
         for position in range(batch.kv_lens[s] - (end - start)):
-            token = np.pad(normal(2, 1, 8), ((0, 0), (0, 0), (0, 120)))
+            token = np.pad(normal(4, 1, 8), ((0, 0), (0, 0), (0, 120)))
             kv_cache[_table(batch)[s, position // 4], position % 4] = token
     return {
-        "queries": 2 * normal(num_tokens, 2, 8),
-        "keys": normal(num_tokens, 1, 8),
-        "values": normal(num_tokens, 1, 8),
+        "queries": 2 * normal(num_tokens, 4, 8),
+        "keys": normal(num_tokens, 2, 8),
+        "values": normal(num_tokens, 2, 8),
         "kv_cache": kv_cache.astype(np.float32),
         "batch": batch,
     }
@@ -536,6 +544,35 @@ def _starts_at_kv_len(queries, keys, values, kv_cache, batch):
     return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1], causal=False), kv_cache
 
 
+@ragged_attention.mistake(
+    "the new tokens are not among the keys: kv_len - q_len, the cached prefix, is passed as kv_len"
+)
+def _prefix_only(queries, keys, values, kv_cache, batch):
+    kv_cache, lens = _np_store(keys, values, kv_cache, batch), np.array(batch.kv_lens)
+    lens[: len(_spans(batch))] -= [end - start for start, end in _spans(batch)]
+    queries, heads = np.asarray(queries), keys.shape[1]
+    return _np_attend(queries, kv_cache, batch, heads, causal=False, kv_lens=lens), kv_cache
+
+
+@ragged_attention.mistake(
+    "the new tokens are counted twice: kv_lens includes them, and q_len is added once more"
+)
+def _counted_twice(queries, keys, values, kv_cache, batch):
+    kv_cache, lens = _np_store(keys, values, kv_cache, batch), np.array(batch.kv_lens)
+    lens[: len(_spans(batch))] += [end - start for start, end in _spans(batch)]
+    return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1], kv_lens=lens), kv_cache
+
+
+@ragged_attention.mistake(
+    "new tokens are stored in the page of the sequence (0, 1, ...) and not in the page of the "
+    "cache that the page table names"
+)
+def _stores_by_logical_page(queries, keys, values, kv_cache, batch):
+    logical = np.tile(np.arange(_table(batch).shape[1]), (len(batch.kv_lens), 1))
+    kv_cache = _np_store(keys, values, kv_cache, batch, logical)
+    return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1]), kv_cache
+
+
 @ragged_attention.mistake("q_start is 0: the new tokens stand before the cached prefix, not behind")
 def _starts_at_zero(queries, keys, values, kv_cache, batch):
     kv_cache = _np_store(keys, values, kv_cache, batch)
@@ -553,7 +590,8 @@ def _stores_padding(queries, keys, values, kv_cache, batch):
     if _spans(batch)[-1][1] < len(keys):
         token = kv_cache[_table(batch)[0, 0], 0]
         token[:] = 0
-        token[:, 0, : keys.shape[2]] = keys[-1, 0], values[-1, 0]
+        token[0::2, 0, : keys.shape[2]] = keys[-1]
+        token[1::2, 0, : keys.shape[2]] = values[-1]
     return _np_attend(queries, kv_cache, batch, keys.shape[1]), kv_cache
 
 

@@ -9,6 +9,9 @@ KINDS = ("decode", "chunked prefill", "mixed")
 """The three ranges of `RaggedBatch.distribution`, in its order."""
 
 KIND_COLORS = (COLORS["orange"], COLORS["blue"], COLORS["green"])
+KIND_INKS = ("black", "white", "black")
+"""What can be read on each of these colours: at least 4.5 to 1."""
+
 CACHED, PADDING = COLORS["light"], "white"
 MOST_TOKENS_AS_CELLS = 40
 """Up to this many tokens are drawn one by one; more become bars."""
@@ -177,8 +180,8 @@ def _draw_strip(axes, cu_q_lens, kinds, names, num_tokens):
         # A name needs room: about one percent of the width for each letter.
         if width / num_tokens > 0.012 * len(names[s]):
             for piece in pieces:
-                place = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
-                axes.text(piece + width / 2, 0, names[s], **place)
+                place = {"ha": "center", "va": "center", "weight": "bold"}
+                axes.text(piece + width / 2, 0, names[s], color=KIND_INKS[kind], **place)
     padding = {"facecolor": PADDING, "edgecolor": COLORS["grey"], "hatch": "////", "linewidth": 0.6}
     _bar(axes, cu_q_lens[-1], num_tokens - cu_q_lens[-1], 0, as_cells, **padding)
     cuts = _apart(cu_q_lens, num_tokens)
