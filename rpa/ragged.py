@@ -280,6 +280,10 @@ def ref_ragged_paged_attention(
         attention_sink: f32[num_q_heads], adds `exp(sink)` to the softmax's denominator, or None.
         validate: see `should_validate`.
 
+    Where tpu-inference's function of this name differs: it returns only the rows that sequences
+    own (here: all, padding zero), applies the window only under the causal mask, gives float32 or
+    bfloat16 whatever the dtype of queries, takes no idle slots, and has no attention_sink.
+
     Returns:
         output: [num_tokens, num_q_heads, head_dim] in out_dtype. Rows that no sequence owns, and
             rows that see no key, are zero.
