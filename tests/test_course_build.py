@@ -12,8 +12,12 @@ import nbformat
 
 from course import build, notebook
 from course.notebook import OutputError, execute, not_fully_executed, notebooks_of, to_text
+from course.proof import answers, mentions
 from course.source import SourceError, read_source, with_solution, without_solution
 from rpa._repository import REPOSITORY
+from rpa.check.engine import check_exercise
+from rpa.check.errors import CheckFailed, NotStarted
+from rpa.check.registry import collect
 
 LESSON = """\
 # %% [markdown]
@@ -307,3 +311,30 @@ def test_check_says_up_to_date_and_exits_with_zero(repository, monkeypatch, caps
     path.unlink()
     assert build.main(["--check"]) == 1
     assert "09_count.ipynb: missing" in capsys.readouterr().out
+
+
+def test_the_example_of_the_teachers_guide_works(tmp_path):
+    guide = (Path(__file__).parents[1] / "course/README.md").read_text("utf-8")
+    blocks = re.findall(r"^```(?:python)?\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    source_text, check_text, message = blocks[-3:]
+    head = "# %% [markdown]\n# # Chapter 9: Pages\n\n"
+    exercise = read(tmp_path, head + source_text).exercises[0]
+    declared = {}
+    exec(check_text, declared)
+    (pages,) = collect(9, [declared["pages"]]).values()
+    for title, code, expected in answers(exercise):
+        namespace = {}
+        exec(code, namespace)
+        said = judge(pages, namespace["pages_needed"])
+        assert mentions(said, expected), said
+        if title == "wrong answer 1":
+            assert said == message.rstrip("\n")
+
+
+def judge(exercise, function) -> str:
+    """What the check says to a function."""
+    try:
+        check_exercise(exercise, function)
+    except (CheckFailed, NotStarted) as refused:
+        return str(refused)
+    return "✓"
