@@ -258,7 +258,9 @@ def _decode_kernel(
         wait_block(refs, sizes, s, b, slot)
         num_valid = valid_tokens(kv_lens_ref[s], b, sizes.block_tokens)
         slot_ref[0] = 1 - slot
-        return attend_block(states, q_ref, buffers_ref, slot, num_valid, scale_ref[0])
+        col = jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[1], sizes.block_tokens), 1)
+        keys = KeyBlock(buffers_ref, slot, num_valid, visible=col < num_valid)
+        return attend_block(states, q_ref, keys, scale_ref[0])
 
     states = [empty_state(*q_ref.shape[1:])] * sizes.num_kv_heads
     num_blocks = cdiv(kv_lens_ref[s], sizes.block_tokens)  # 0 for an idle sequence
@@ -325,24 +327,30 @@ def page_copy(refs, page, page_row, slot, buffer_row, rows):
     )
 
 
-def attend_block(states, q_ref, buffers_ref, slot, num_valid, sm_scale):
+class KeyBlock(NamedTuple):
+    """A block of keys and values in one of the buffers, and who may see it."""
+
+    buffers_ref: object  # VMEM [2, block_tokens, rows, packing, lanes]
+    slot: object  # which buffer
+    num_valid: object  # tokens of the block that exist; the rest of the buffer is stale
+    visible: object  # bool[q rows, block_tokens], True where the row of q sees the key
+
+
+def attend_block(states, q_ref, keys: KeyBlock, sm_scale):
     """Take a block of keys and values into the online softmax of every KV head.
 
     Args:
         states: a list of SoftmaxState, one a KV head.
-        q_ref: VMEM [num_kv_heads, group, lanes].
-        buffers_ref: VMEM [2, block_tokens, rows, packing, lanes].
-        slot: which buffer.
-        num_valid: tokens of the block that exist; the rest of the buffer is stale.
+        q_ref: VMEM [num_kv_heads, q rows, lanes].
+        keys: the block.
         sm_scale: factor on the scores.
     """
     new_states = []
     for h, state in enumerate(states):
-        keys, values = read_kv_head(buffers_ref, slot, h)
-        scores = dot(q_ref[h], keys, contract=(1, 1)) * sm_scale  # [group, block_tokens]
-        col = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(col < num_valid, scores, MASK_VALUE)
-        new_states.append(softmax_step(state, scores, zero_tail(values, num_valid)))
+        k, v = read_kv_head(keys.buffers_ref, keys.slot, h)
+        scores = dot(q_ref[h], k, contract=(1, 1)) * sm_scale  # [q rows, block_tokens]
+        scores = jnp.where(keys.visible, scores, MASK_VALUE)
+        new_states.append(softmax_step(state, scores, zero_tail(v, keys.num_valid)))
     return new_states
 
 
