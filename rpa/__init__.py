@@ -9,18 +9,30 @@ sequences with a KV cache, and changes one thing in how it is answered.
 (100, 16, 8, 2, 128)
 """
 
-from rpa import check
+import importlib
+
 from rpa.doctor import doctor
-from rpa.paging import PagePool, get_kv_cache_shape
-from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PagePool",
-    "RaggedBatch",
-    "check",
-    "doctor",
-    "get_kv_cache_shape",
-    "ref_ragged_paged_attention",
-]
+# Imported when first asked for: the doctor must be able to say that jax is missing or too old.
+_HOMES = {
+    "PagePool": "rpa.paging",
+    "RaggedBatch": "rpa.ragged",
+    "get_kv_cache_shape": "rpa.paging",
+    "ref_ragged_paged_attention": "rpa.ragged",
+}
+
+__all__ = ["check", "doctor", *_HOMES]
+
+
+def __getattr__(name):
+    if name == "check":  # a package that can be called like a function
+        return importlib.import_module("rpa.check")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rpa' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -279,3 +279,24 @@ def test_the_doctor_names_the_rungs_of_the_ladder():
 
     known = [label for label, _, _ in doctor.RUNGS]
     assert [f"{rung.number} {rung.name}" for rung in LADDER] == known[: len(LADDER)]
+
+
+def test_the_doctor_answers_where_jax_cannot_be_imported():
+    """`import rpa` must not need jax, or the doctor could not say what is wrong with it."""
+    code = (
+        "import sys; sys.modules['jax'] = None; import rpa, rpa.__main__; "
+        "sys.exit(rpa.__main__.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "What will run how" in done.stdout
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_refused_in_words():
+    import rpa
+
+    for name in rpa.__all__:
+        assert callable(getattr(rpa, name))
+    with pytest.raises(AttributeError, match="it has .*RaggedBatch"):
+        _ = rpa.ragged_batch
