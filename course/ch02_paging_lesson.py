@@ -41,9 +41,10 @@ from rpa.serving import LLAMA3_8B
 # ## 1. How long will it get?
 #
 # A request comes with a prompt, and nobody knows how long the answer will be: the model stops when
-# it stops. Here are lengths as a public chat service saw them (a sampler fitted to the Azure LLM
-# inference trace 2023; Patel et al., ISCA 2024). The model of this chapter is Llama 3 8B, which
-# can handle 8,192 tokens, so longer requests are left out.
+# it stops. Here are lengths as a public chat service saw them (a sampler fitted to the [Azure LLM
+# inference trace 2023](https://github.com/Azure/AzurePublicDataset), CC-BY; Patel et al., ISCA
+# 2024). The model of this chapter is Llama 3 8B, which can handle 8,192 tokens, so longer requests
+# are left out.
 
 # %%
 CONTEXT = 8192  # the most tokens that a sequence of Llama 3 8B can have
@@ -218,9 +219,9 @@ assert measured["an oracle knows"]["live"] < 0.85 * NUM_SLOTS
 # ## 4. What if a sequence need not lie in one piece?
 #
 # Operating systems cut a program's memory into **pages** of one size, put each wherever there is
-# room, and write down where. Do the same with tokens (Kwon et al. 2023, PagedAttention). All pages
-# are alike, so no hole is ever too small; a sequence takes a page when it needs one and not
-# before.
+# room, and write down where. Do the same with tokens
+# ([PagedAttention](https://arxiv.org/abs/2309.06180), Kwon et al. 2023). All pages are alike, so
+# no hole is ever too small; a sequence takes a page when it needs one and not before.
 #
 # By hand: pages of 4 slots. Sequence a has 6 tokens, b has 9. Then a gets 4 tokens more.
 
@@ -405,6 +406,9 @@ assert int(words[0, 0, 0]) == 0x4000 << 16 | 0x3F80  # V in the upper half, K in
 # A kernel loads such a word once, and a shift gives it V and a mask gives it K, or a bitcast gives
 # it both. That is why the cache has *one* array and not one for K and one for V.
 #
+# The layout is that of the production kernel ([Ragged Paged
+# Attention](https://arxiv.org/abs/2604.15464), section 3), so caches can be exchanged with it.
+#
 # **Takeaway.** `[num_pages, page_size, rows, packing, lanes]`: a token is a slice of a dimension
 # that is not tiled, so one DMA moves all heads, K and V, of any number of tokens.
 
@@ -539,7 +543,7 @@ for size in (1, 4, 16, 64, 256):
 
 
 # %%
-def best_ms(function, *arguments, repeats=9):
+def best_ms(function, *arguments, repeats=30):
     """The shortest of some runs, in ms, after one that compiles."""
     jax.block_until_ready(function(*arguments))
     times_s = []
@@ -554,7 +558,7 @@ def best_ms(function, *arguments, repeats=9):
 q = jnp.ones((1, 8, 64))  # one decode step of one sequence with 4,096 tokens
 decode = jax.jit(partial(paging.paged_attention, num_kv_heads=2))
 machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-for size in (1, 4, 16, 64):
+for size in (2, 16, 128):
     cache = jnp.ones(paging.get_kv_cache_shape(4096 // size, size, 2, 64, jnp.float32))
     ms = best_ms(decode, q, cache, jnp.arange(4096 // size), 4096, 4095)
     print(f"page_size {size:3}: {4096 // size:4} pages, {ms:6.2f} ms, measured on {machine}")

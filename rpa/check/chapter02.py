@@ -205,6 +205,14 @@ def _packing_is_kv(kv_cache, pages, kv_len, num_kv_heads, head_dim):
     return tokens[:, :num_kv_heads, 0, :head_dim]
 
 
+@gather_keys.mistake("rows are taken for combined heads, which is so in float32 only (packing 1)")
+def _row_is_head(kv_cache, pages, kv_len, num_kv_heads, head_dim):
+    kv_cache = np.asarray(kv_cache)
+    rows, packing, lanes = kv_cache.shape[2:]
+    tokens = _tokens(kv_cache, pages, kv_len).reshape(kv_len, rows, packing, lanes)
+    return tokens[:, 0 : 2 * num_kv_heads : 2, 0, :head_dim]
+
+
 @gather_keys.mistake("the table is not used: pages 0, 1, 2, ... are read")
 def _first_pages(kv_cache, pages, kv_len, num_kv_heads, head_dim):
     return _gather_keys(kv_cache, np.arange(len(pages)), kv_len, num_kv_heads, head_dim)
