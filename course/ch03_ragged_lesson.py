@@ -33,9 +33,9 @@ import numpy as np
 from rpa import chips, dense, paging, ragged
 from rpa.figures import ragged as pictures
 from rpa.figures import show_source
+from rpa.figures.paging import page_owners
 from rpa.paging import PagePool, cdiv, get_kv_cache_shape, paged_attention
 from rpa.ragged import RaggedBatch
-from rpa.traces import sample_requests
 
 # %% [markdown]
 # ## 1. What does one step of a server look like?
@@ -78,6 +78,8 @@ assert padded_rows == 16 and q_lens.sum() == 9
 # writes one token. A request with many steps is met more often, so it is drawn with that weight.
 
 # %%
+from rpa.traces import sample_requests
+
 CHUNK = 512
 
 
@@ -242,8 +244,8 @@ assert positions.tolist() == [5, 8, 4, 5, 6, 0, 1, 2, 3]
 # One formula serves all kinds. A decode (B, D): its one token is the last, position `kv_len - 1`. A
 # fresh prompt (C): no prefix, positions from 0. A chunk (A): from the end of the prefix on.
 #
-# **Takeaway.** `kv_len` includes the new tokens. Forget that, and every position of a prompt's
-# second chunk is wrong by a whole chunk, while the first chunk passes every test.
+# **Takeaway.** `kv_len` includes the new tokens, so the prefix is `kv_len - q_len`. Code that
+# forgets the prefix is right for the first chunk of every prompt, and wrong for all that follow.
 
 # %% [markdown]
 # ## 6. Where do its K and V go?
@@ -260,6 +262,13 @@ print(table)
 print("pages", pages)
 print("slots", slots)
 assert len(set(zip(pages.tolist(), slots.tolist(), strict=True))) == 9  # no two in one place
+
+# %% [markdown]
+# The pool as a picture: a number in a slot is the position of its token. A's new tokens fill page
+# 6, its second; D's token 8 opens a page of its own.
+
+# %%
+page_owners(pool, names, "Four sequences in a pool of twelve pages")
 
 # %% [markdown]
 # `RaggedBatch.token_positions` does sections 4 and 5 inside jit, and `store_new_tokens` writes all
@@ -403,7 +412,8 @@ print(refusal(cached_only))
 
 # %% [markdown]
 # `kv_lens` was given as the cached tokens, without the new ones. For C, a fresh prompt, that is 0,
-# and the check sees that it cannot be. The next one no kernel could see: E continues B's text from
+# and the check sees that it cannot be. (B's 5 instead of 6 it could not see: 5 is possible. A check
+# on the host is a net, not a proof.) The next one no kernel could see: E continues B's text from
 # a shared page, and both write their next token into it.
 
 # %%
