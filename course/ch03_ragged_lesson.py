@@ -72,32 +72,16 @@ assert padded_rows == 16 and q_lens.sum() == 9
 # %% [markdown]
 # ## 2. How much is wasted on a real mix?
 #
-# Take lengths from a public trace (`rpa.traces`: the Azure LLM inference trace of 2023) and
-# photograph a server that runs 64 sequences at once. A prompt is read in **chunks** of at most 512
-# tokens, one chunk a step, so that one long prompt does not hold up 63 others; then each step
-# writes one token. A request with many steps is met more often, so it is drawn with that weight.
+# Take lengths from a public trace (`rpa.traces`: the Azure LLM inference trace of 2023, from Patel
+# et al., "Splitwise", ISCA 2024). A prompt is read in **chunks** of at most 512 tokens, one chunk a
+# step, so that one long prompt does not hold up everybody else; then each step writes one token.
+# While it reads, a sequence at step $n$ has read $n$ chunks and reads the next; the last chunk may
+# be shorter.
 
 # %%
-from rpa.traces import sample_requests
-
 CHUNK = 512
 
 
-def photograph(service, rng, num_seqs=64):
-    """q_lens and kv_lens of a server's sequences at a random moment."""
-    context, generated = sample_requests(10_000, int(rng.integers(2**31)), service)
-    chunks = cdiv(context, CHUNK)  # the last one also gives the first new token
-    steps = chunks + generated - 1
-    who = rng.choice(len(steps), num_seqs, p=steps / steps.sum())
-    return lengths_at(rng.integers(0, steps[who]), context[who], chunks[who])
-
-
-# %% [markdown]
-# While it reads its prompt, a sequence at step $n$ has read $n$ chunks and reads the next; the last
-# chunk may be shorter. After that, each step adds one token.
-
-
-# %%
 def lengths_at(step, context, chunks):
     """q_lens and kv_lens of sequences that are at this step of their life."""
     reading = step < chunks
@@ -110,9 +94,26 @@ print(*lengths_at(np.arange(4), context=1300, chunks=3), sep="\n")
 assert lengths_at(np.arange(4), 1300, 3)[1].tolist() == [512, 1024, 1300, 1301]
 
 # %% [markdown]
-# A prompt of 1,300 tokens: two full chunks, a rest of 276, then the first decode step. Now one
-# hundred photographs of each service. What is computed if queries are padded, against what is
-# needed?
+# A prompt of 1,300 tokens: two full chunks, a rest of 276, then the first decode step. Now
+# photograph a server that runs 64 sequences at once. A request with many steps is met more often,
+# so it is drawn with that weight.
+
+# %%
+from rpa.traces import sample_requests
+
+
+def photograph(service, rng, num_seqs=64):
+    """q_lens and kv_lens of a server's sequences at a random moment."""
+    context, generated = sample_requests(10_000, int(rng.integers(2**31)), service)
+    chunks = cdiv(context, CHUNK)  # the last one also gives the first new token
+    steps = chunks + generated - 1
+    who = rng.choice(len(steps), num_seqs, p=steps / steps.sum())
+    return lengths_at(rng.integers(0, steps[who]), context[who], chunks[who])
+
+
+# %% [markdown]
+# One hundred photographs of each service, chat and code completion. What is computed if queries are
+# padded, against what is needed?
 
 # %%
 for service in ("conversation", "code"):
@@ -213,7 +214,7 @@ assert owner.tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 3]
 # %% [markdown]
 # Everything hangs on `side`. A row *equal* to a start belongs to the sequence that starts there, so
 # the tie has to count. With the default, `"left"`, the first token of each sequence goes to its
-# neighbour, and most rows still look right:
+# neighbour, and all others still look right:
 
 # %%
 print(np.searchsorted(cu_q_lens, t, side="left") - 1)
@@ -264,7 +265,7 @@ print("slots", slots)
 assert len(set(zip(pages.tolist(), slots.tolist(), strict=True))) == 9  # no two in one place
 
 # %% [markdown]
-# The pool as a picture: a number in a slot is the position of its token. A's new tokens fill page
+# The pool as a picture: a number in a slot is the position of its token. A's new tokens go to page
 # 6, its second; D's token 8 opens a page of its own.
 
 # %%
