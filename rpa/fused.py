@@ -248,6 +248,7 @@ def _fused_kernel(
 
     def one_block(b, states):
         slot = refs.slot[0]
+        wait_store(refs, 1 - slot)  # rule "reuse": what leaves the other buffer must have left it
         start_block(refs, sizes, *successor(refs, sizes, s, b), 1 - slot)
         wait_block(refs, sizes, s, b, slot)
         start_store(refs, sizes, s, b, slot)
@@ -265,8 +266,7 @@ def _fused_kernel(
 
     @pl.when(s == sizes.num_seqs - 1)
     def _():
-        for slot in range(2):
-            wait_store(refs, slot)
+        wait_store(refs, 1 - refs.slot[0])  # rule "the end": of the last block
 
 
 def cached_tokens(kv_len, q_len, block, block_tokens):
@@ -300,8 +300,6 @@ def start_block(refs, sizes, s, block, slot):
 
     @pl.when(s < sizes.num_seqs)
     def _():
-        # Rule "reuse": what leaves this buffer must have left it.
-        wait_store(refs, slot)
         num_cached, num_valid = block_tokens_of(refs, sizes, s, block)
         first_entry = first_table_entry(sizes, s, block)
 
@@ -385,11 +383,11 @@ def timeline(q_lens, kv_lens, *, page_size, block_tokens):
     wait 0 1 1 1 1
     store 0 1 1 1 1
     compute 0 1 1 1 0
+    wait_store 0 1 1 1 1
     wait 1 0 0 3 1
     store 1 0 0 1 1
     compute 1 0 0 3 0
     wait_store 1 0 0 1 1
-    wait_store 0 1 1 1 1
     """
     live_lens = np.where(np.asarray(q_lens) > 0, kv_lens, 0)
     events, stores = [], {}
@@ -397,9 +395,12 @@ def timeline(q_lens, kv_lens, *, page_size, block_tokens):
         lens = (live_lens[event.seq], q_lens[event.seq], event.block, block_tokens)
         num_cached = int(cached_tokens(*lens))
         num_new = event.num_tokens - num_cached
+        # Every step begins with this wait: before the start, or, if nothing is left to start,
+        # before the wait for its own block.
+        freed = {"start": event.slot, "wait": 1 - event.slot}.get(event.kind)
+        if freed in stores:
+            events.append(stores.pop(freed))
         if event.kind == "start":
-            if event.slot in stores:
-                events.append(stores.pop(event.slot))
             num_copies = cdiv(num_cached, page_size) + (num_new > 0)
             event = event._replace(num_copies=int(num_copies))
         events.append(event)
@@ -408,7 +409,7 @@ def timeline(q_lens, kv_lens, *, page_size, block_tokens):
             store = Event("store", event.seq, event.block, event.slot, num_new, num_pages)
             events.append(store)
             stores[event.slot] = store._replace(kind="wait_store", num_copies=1)
-    return events + [stores[slot] for slot in sorted(stores)]
+    return events + list(stores.values())
 
 
 def attention(queries, keys, values, kv_cache, batch, *, sm_scale=1.0, **options):
