@@ -9,9 +9,9 @@
 # # Chapter 2: Paged attention, exercises
 #
 # You write the pieces of a paged KV cache: where a token lies, how K is read back through the page
-# table, how K and V are laid out, how two sequences share a prefix until one of them writes, and
-# attention through the table, with memory that may hold NaN wherever you should not look. Read the
-# lesson first: `notebooks/02_paging.ipynb`.
+# table, how K and V are laid out, how two sequences share a prefix until one of them writes,
+# attention through the table, with memory that may hold NaN wherever you should not look, and how
+# a server finds pages that it can use again. Read the lesson first: `notebooks/02_paging.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
@@ -519,3 +519,111 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
     scores = jnp.einsum("hgd,khd->hgk", q.reshape(num_kv_heads, -1, head_dim), keys)
     weights = jax.nn.softmax(scores * head_dim**-0.5)
     return jnp.einsum("hgk,khd->hgd", weights, values).reshape(q.shape)
+
+
+# %% [markdown]
+# ## Exercise 2.6: Which pages are there already?
+#
+# In the lesson somebody told the pool which sequence to fork. A server finds out by itself: when a
+# request arrives, it looks whether an older sequence began with the same tokens, and reuses those
+# pages. Write `reusable_pages(tokens, cached, page_size)`: the longest list of pages that the new
+# sequence can begin with. `cached` is a list of `(tokens, pages)`, one for each older sequence.
+# For your eyes a token is a letter here.
+#
+# Two rules. Only pages of which *all* tokens agree are reused, so that no shared page is ever
+# written. And at least one token must be left to compute: the model's answer is the output of the
+# last token, and an output needs a query.
+#
+# By hand, pages of 4: "be kind: hi" and the older "be kind: yo" in pages 7, 2, 5 have 9 letters in
+# common, and that is two full pages: `[7, 2]`.
+#
+# **Teaches:** prefix caching, and why a page is not known by its own tokens alone.
+
+# %% [markdown] tags=["hint"]
+# For each older sequence: how many tokens agree from the beginning on? How many full pages is
+# that? Keep the longest list.
+
+# %% [markdown] tags=["hint"]
+# A `while` loop can count the tokens that agree; let it stop one before the end of `tokens`. The
+# full pages among `same` tokens are `same // page_size`, and `pages[:n]` are the first `n`.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# best = []
+# for old_tokens, old_pages in cached:
+#     same, most = 0, min(..., len(old_tokens))
+#     while same < most and tokens[same] == old_tokens[same]:
+#         same += 1
+#     if same // page_size > len(best):
+#         best = ...
+# return best
+# ```
+
+
+# %% tags=["exercise"]
+def reusable_pages(tokens, cached, page_size):
+    """Pages that hold a beginning of `tokens` already: a list, the longest there is.
+
+    tokens: the prompt that has arrived, at least one token.
+    cached: list of (tokens, pages), an older sequence and the pages that hold it.
+    """
+    ### BEGIN SOLUTION
+    best = []
+    for old_tokens, old_pages in cached:
+        same, most = 0, min(len(tokens) - 1, len(old_tokens))
+        while same < most and tokens[same] == old_tokens[same]:
+            same += 1
+        if same // page_size > len(best):
+            best = old_pages[: same // page_size]
+    return best
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("2.6", reusable_pages)
+
+# %% [markdown] tags=["explanation"]
+# In the first layer K of a token depends on that token and its position. From the second layer on
+# it depends on what attention gathered, so on every token before. A page may be reused only if
+# *all* tokens from the beginning to its end agree. Servers do not compare with every older
+# sequence: each full page gets a hash of its tokens *and of the hash of the page before it*, so
+# one look into a dictionary per page does what this loop does.
+
+
+# %% tags=["wrong"] refused="a page is recognised by its own tokens only"
+def reusable_pages(tokens, cached, page_size):
+    known = {}
+    for old_tokens, old_pages in cached:
+        for i in range(len(old_tokens) // page_size):
+            known.setdefault(old_tokens[i * page_size : (i + 1) * page_size], old_pages[i])
+    found = []
+    for i in range((len(tokens) - 1) // page_size):
+        page = known.get(tokens[i * page_size : (i + 1) * page_size])
+        if page is None:
+            break
+        found.append(page)
+    return found
+
+
+# %% tags=["wrong"] refused="nothing is left to compute"
+def reusable_pages(tokens, cached, page_size):
+    best = []
+    for old_tokens, old_pages in cached:
+        full = 0
+        while (full + 1) * page_size <= min(len(tokens), len(old_tokens)) and tokens[
+            : (full + 1) * page_size
+        ] == old_tokens[: (full + 1) * page_size]:
+            full += 1
+        best = max(best, old_pages[:full], key=len)
+    return best
+
+
+# %% tags=["wrong"] refused="a page that agrees only in part is reused"
+def reusable_pages(tokens, cached, page_size):
+    best = []
+    for old_tokens, old_pages in cached:
+        same = 0
+        while same < min(len(tokens) - 1, len(old_tokens)) and tokens[same] == old_tokens[same]:
+            same += 1
+        best = max(best, old_pages[: cdiv(same, page_size)], key=len)
+    return best

@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Chapter 2: Paged attention
 #
-# **Time:** 45 minutes to read and run, about 90 minutes for the exercises.
+# **Time:** 45 minutes to read and run, about two hours for the exercises.
 #
 # **You need:** chapter 1, NumPy indexing, and the words HBM, SMEM and DMA of chapter 0. No TPU.
 #
@@ -609,7 +609,8 @@ pictures.prefix_bytes(alone, shared)
 
 # %% [markdown]
 # And the instructions are computed once: a newcomer's prefill starts behind them, with 1,000
-# tokens in the cache already. That is the chunk behind a cached prefix of chapter 1.
+# tokens in the cache already. That is the chunk behind a cached prefix of chapter 1. Here somebody
+# told the pool whom to fork; how a server finds a common prefix by itself is exercise 2.6.
 #
 # **Takeaway.** Pages turn a common prefix into one set of pages, and into work that is not done
 # again. The table is all that has to know.

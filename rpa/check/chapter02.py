@@ -726,3 +726,117 @@ def _softmax_per_page(q, kv_cache, pages, kv_len, num_kv_heads):
         for start, end in zip(starts, ends, strict=True)
     ]
     return np.mean(parts, axis=0)
+
+
+# 2.6 reusable_pages ------------------------------------------------------------------------------
+
+
+def _common(tokens, old_tokens):
+    """How many tokens two sequences have in common from their beginnings on."""
+    pairs = zip(tokens, old_tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(old_tokens)))
+
+
+def _reusable_pages(tokens, cached, page_size):
+    runs = [pages[: _common(tokens[:-1], old) // page_size] for old, pages in cached]
+    return max(runs, key=len, default=[])
+
+
+reusable_pages = Exercise("2.6", _reusable_pages)
+reusable_pages.case(
+    "one older sequence with the same beginning",
+    tokens="be kind: hi",
+    cached=[("be kind: yo", [7, 2, 5])],
+    page_size=4,
+)
+reusable_pages.case(
+    "nobody began like this",
+    tokens="hello",
+    cached=[("be kind: yo", [7, 2, 5])],
+    page_size=4,
+)
+reusable_pages.case("an empty cache", tokens="hello", cached=[], page_size=4)
+reusable_pages.case(
+    "several began like this",
+    tokens="aaaabbbbccccd",
+    cached=[("aaaaxxxx", [0, 1]), ("aaaabbbbcccc", [0, 4, 6]), ("aaaabbbbx", [0, 4, 5])],
+    page_size=4,
+)
+reusable_pages.case(
+    "an older sequence that ends within a page",
+    tokens="abcdefghij",
+    cached=[("abcdef", [8, 9])],
+    page_size=4,
+)
+reusable_pages.case(
+    "the same page, behind another beginning",
+    tokens="abcdwxyzq",
+    cached=[("abcdefgh", [0, 1]), ("mnopwxyz", [2, 3])],
+    page_size=4,
+)
+reusable_pages.case(
+    "different in the middle",
+    tokens="abcdxxxxijkl!",
+    cached=[("abcdefghijkl", [1, 2, 3])],
+    page_size=4,
+)
+reusable_pages.case(
+    "all of the prompt is cached",
+    tokens="abcdefgh",
+    cached=[("abcdefghij", [5, 6, 4])],
+    page_size=4,
+)
+
+
+@reusable_pages.mistake(
+    "a page that agrees only in part is reused: the new sequence would write into it"
+)
+def _reuses_partial_page(tokens, cached, page_size):
+    runs = [pages[: -(-_common(tokens[:-1], old) // page_size)] for old, pages in cached]
+    return max(runs, key=len, default=[])
+
+
+@reusable_pages.mistake(
+    "nothing is left to compute: the last token is needed as a query, its output is the answer"
+)
+def _leaves_nothing(tokens, cached, page_size):
+    runs = [pages[: _common(tokens, old) // page_size] for old, pages in cached]
+    return max(runs, key=len, default=[])
+
+
+@reusable_pages.mistake(
+    "a page is recognised by its own tokens only: its K and V depend on all tokens before it"
+)
+def _own_tokens_only(tokens, cached, page_size):
+    by_tokens = {
+        old[page_size * i : page_size * (i + 1)]: page
+        for old, pages in reversed(cached)
+        for i, page in enumerate(pages)
+    }
+    found = []
+    for start in range(0, (len(tokens) - 1) // page_size * page_size, page_size):
+        page = by_tokens.get(tokens[start : start + page_size])
+        if page is None:
+            break
+        found.append(page)
+    return found
+
+
+@reusable_pages.mistake("pages behind the first difference are reused, too")
+def _beyond_a_difference(tokens, cached, page_size):
+    runs = [
+        [
+            page
+            for i, page in enumerate(pages)
+            if tokens[page_size * i : page_size * (i + 1)] == old[page_size * i :][:page_size]
+            and page_size * (i + 1) <= min(len(tokens) - 1, len(old))
+        ]
+        for old, pages in cached
+    ]
+    return max(runs, key=len, default=[])
+
+
+@reusable_pages.mistake("the first older sequence that helps is taken, not the one that helps most")
+def _first_that_helps(tokens, cached, page_size):
+    runs = [pages[: _common(tokens[:-1], old) // page_size] for old, pages in cached]
+    return next((run for run in runs if run), [])
