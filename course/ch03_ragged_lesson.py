@@ -440,7 +440,8 @@ show_source(ragged.attend_sequences)
 # %% [markdown]
 # The two loops at the end are the specialisation of section 8 in its simplest form. Their trip
 # counts are read from the batch, so the work is what the sequences need, and the shapes never
-# change: one compilation serves every step of a server.
+# change: one compilation serves every step of a server. A sequence's last block is filled up, so a
+# rest of 16 tokens still computes 64 rows: padding to a block, not to the longest of all.
 #
 # `ref_ragged_paged_attention` wraps this with everything that the production function can do
 # (sliding window, soft cap, scales of a quantised cache, sinks). It is the specification of the
