@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rpa.dense import relative_error, scaled_error
 from rpa.paging import get_kv_cache_shape, pack_kv, unpack_kv
-from rpa.ragged import RaggedBatch, oracle_ragged, quantize, ref_ragged_paged_attention
+from rpa.ragged import RaggedBatch, oracle_ragged, ref_ragged_paged_attention
 from tests.batches import Shape, bits, lengths, make_case
 
 pytestmark = pytest.mark.core
@@ -94,11 +94,11 @@ def test_narrow_caches_with_scales(dtype, num_kv_heads):
         queries, *case.arrays[1:], *case.metadata, sm_scale=0.125, **scales
     )
     assert output.dtype == jnp.float32
-    rounded = quantize(jnp.asarray(queries), 0.5, jnp.dtype(dtype))
+    # Rounded by NumPy: jax 0.7.2 on a CPU rounds to float8 by way of float16 outside of jit.
+    largest = float(jnp.finfo(dtype).max)
+    rounded = np.clip(queries / np.float32(0.5), -largest, largest).astype(jnp.dtype(dtype))
     # V is doubled by v_scale, so half of the output is compared with the oracle of the cache.
-    assert_matches_oracle(
-        case, output / 2, cache, queries=np.asarray(rounded), sm_scale=0.125 * 0.5 * 0.25
-    )
+    assert_matches_oracle(case, output / 2, cache, queries=rounded, sm_scale=0.125 * 0.5 * 0.25)
 
 
 @pytest.mark.parametrize("out_dtype", [None, "float32", "bfloat16"])
