@@ -1,6 +1,9 @@
 """`rpa.lab.compile`: the compiler's answer, its refusals in words, and the cache of both."""
 
 import functools
+import importlib
+import inspect
+import json
 import platform
 
 import jax
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from rpa import lab
-from rpa.lab import words
+from rpa.__main__ import main
+from rpa.lab import programs, words
 from rpa.lab.compile import file_hash
 from tests import lab_programs
 
@@ -134,3 +138,23 @@ def test_a_result_without_hlo_cannot_be_asked_for_copies():
 
 def test_a_missing_file_has_no_hash(tmp_path):
     assert file_hash(tmp_path / "none") is None
+
+
+@needs_libtpu
+def test_command_line(empty_cache, capsys):
+    command = ["lab", "compile", "--chip", "v5e", "--kernel", "streamed", "--num-seqs", "2"]
+    command += ["--kv-len", "64", "--model", "llama-3-70b-on-8"]
+    assert main(command) == 0
+    assert "v5e    compiled in" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["from_cache"] and result["function"] == "rpa.streamed:paged_decode"
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_programs_name_functions_that_exist_and_take_these_arguments(name, model):
+    program = programs.PROGRAMS[name](programs.Workload(model=model, num_seqs=2, kv_len=32))
+    module, function = program.function.split(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    signature.bind(*program.args, **program.kwargs)

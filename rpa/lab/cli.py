@@ -1,0 +1,71 @@
+"""`python -m rpa lab`: the lab from a terminal."""
+
+import argparse
+import dataclasses
+import json
+
+from rpa import chips
+from rpa.lab.compile import CompileResult, compile_for
+from rpa.lab.programs import MODELS, PROGRAMS, Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the lab's experiments and their options to the command `lab`."""
+    experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    compiler = experiments.add_parser(
+        "compile", help="compile a kernel for a chip that is not here"
+    )
+    compiler.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
+    compiler.add_argument("--kernel", choices=list(PROGRAMS), required=True, help="name of a rung")
+    default = Workload()
+    for option in dataclasses.fields(Workload):
+        compiler.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=type(getattr(default, option.name)),
+            default=getattr(default, option.name),
+            choices=list(MODELS) if option.name == "model" else None,
+            help="default: %(default)s",
+        )
+    compiler.add_argument("--fresh", action="store_true", help="do not take a kept result")
+    compiler.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args) -> int:
+    """Run the experiment; the exit code is 1 if a chip's compiler refused."""
+    options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
+    program = PROGRAMS[args.kernel](Workload(**options))
+    results = [
+        compile_for(
+            chip,
+            program.function,
+            *program.args,
+            kwargs=program.kwargs | ({"chip": chip} if args.kernel == "kernel" else {}),
+            donate_argnums=program.donate_argnums,
+            use_cache=not args.fresh,
+        )
+        for chip in args.chip or chips.CHIPS
+    ]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+    else:
+        for result in results:
+            print(describe(result))
+    return 0 if all(result.ok for result in results) else 1
+
+
+def describe(result: CompileResult) -> str:
+    """One line about a result, for people.
+
+    >>> describe(CompileResult("v5e", "m:f", ok=False, error_kind="timeout", error="too slow"))
+    'v5e    timeout: too slow'
+    """
+    if not result.ok:
+        return f"{result.chip:6} {result.error_kind}: {result.error}"
+    kept = " (kept from an earlier run)" if result.from_cache else ""
+    return (
+        f"{result.chip:6} compiled in {result.compile_time_s:.1f} s{kept}; "
+        f"VMEM {result.vmem_used_bytes / chips.MIB:.1f} of "
+        f"{chips.chip(result.chip).vmem_bytes / chips.MIB:.0f} MiB; "
+        f"HBM {(result.argument_bytes + result.temp_bytes) / chips.MIB:.0f} MiB, "
+        f"{result.temp_bytes / chips.MIB:.0f} MiB of it temporary"
+    )

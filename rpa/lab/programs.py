@@ -1,0 +1,120 @@
+"""What the lab compiles by name: the kernels of the ladder at the sizes of models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+
+from rpa.paging import cdiv, get_kv_cache_shape
+from rpa.ragged import RaggedBatch
+
+MODELS = {
+    "llama-3-8b": (32, 8, 128),
+    "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
+    "smollm2-135m": (9, 3, 64),
+}
+"""num_q_heads, num_kv_heads, head_dim of one layer's attention."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a batch in which all sequences are alike.
+
+    Attributes:
+        model: a name in MODELS.
+        dtype, kv_dtype: of queries, and of the cache.
+        page_size: tokens of a page.
+        num_seqs: sequences.
+        q_len, kv_len: new tokens and all tokens of each.
+    """
+
+    model: str = "llama-3-8b"
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    page_size: int = 16
+    num_seqs: int = 64
+    q_len: int = 1
+    kv_len: int = 4096
+
+    @property
+    def heads(self):
+        return MODELS[self.model]
+
+    @property
+    def pages_per_seq(self) -> int:
+        return cdiv(self.kv_len, self.page_size)
+
+    def queries(self, *tokens):
+        """Shape of queries: [*tokens, num_q_heads, head_dim]."""
+        return jax.ShapeDtypeStruct((*tokens, self.heads[0], self.heads[2]), self.dtype)
+
+    def kv(self, *tokens):
+        """Shape of keys, or values: [*tokens, num_kv_heads, head_dim] in the cache's dtype."""
+        return jax.ShapeDtypeStruct((*tokens, *self.heads[1:]), self.kv_dtype)
+
+    @property
+    def kv_cache(self):
+        """Shape of a cache that holds all sequences."""
+        shape = get_kv_cache_shape(
+            self.num_seqs * self.pages_per_seq, self.page_size, *self.heads[1:], self.kv_dtype
+        )
+        return jax.ShapeDtypeStruct(shape, self.kv_dtype)
+
+    @property
+    def metadata(self):
+        """Shapes of kv_lens, page_indices, cu_q_lens and distribution."""
+        n = self.num_seqs
+        sizes = (n, n * self.pages_per_seq, n + 1, 3)
+        return tuple(jax.ShapeDtypeStruct((size,), "int32") for size in sizes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function to compile: the arguments of `rpa.lab.compile_for`."""
+
+    function: str
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+    donate_argnums: tuple = ()
+
+
+def tiled(w: Workload) -> Program:
+    """Rung 4, one sequence."""
+    args = (w.queries(w.q_len), w.kv(w.kv_len), w.kv(w.kv_len))
+    return Program("rpa.tiled:flash_attention", args, {"interpret": False})
+
+
+def streamed(w: Workload) -> Program:
+    """Rung 5, one query a sequence."""
+    kv_lens, page_indices, _, _ = w.metadata
+    args = (w.queries(w.num_seqs), w.kv_cache, kv_lens, page_indices)
+    kwargs = {"num_kv_heads": w.heads[1], "interpret": False}
+    return Program("rpa.streamed:paged_decode", args, kwargs)
+
+
+def fused(w: Workload) -> Program:
+    """Rung 6, with the cache donated."""
+    num_tokens = w.num_seqs * w.q_len
+    new = w.kv(num_tokens)
+    args = (w.queries(num_tokens), new, new, w.kv_cache, RaggedBatch(*w.metadata))
+    kwargs = {"max_q_len": w.q_len, "interpret": False}
+    return Program("rpa.fused:fused_attention", args, kwargs, donate_argnums=(3,))
+
+
+def kernel(w: Workload) -> Program:
+    """Rung 7, with the cache donated."""
+    num_tokens = w.num_seqs * w.q_len
+    new = w.kv(num_tokens)
+    args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)
+    return Program(
+        "rpa.kernel.api:ragged_paged_attention", args, {"backend": "tpu"}, donate_argnums=(3,)
+    )
+
+
+PROGRAMS: dict[str, Callable[[Workload], Program]] = {
+    "tiled": tiled,
+    "streamed": streamed,
+    "fused": fused,
+    "kernel": kernel,
+}
+"""By the name of the rung's file."""
