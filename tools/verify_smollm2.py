@@ -223,6 +223,14 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    prompts = {}
+    for name, text in texts.items():
+        prompts[name] = kept = run_prompt(model, text, encode(text))
+        print(
+            f"{name}: {len(kept['token_ids'])} tokens, smallest gap between the best two "
+            f"{kept['greedy_smallest_gap']}, {tokenizer.decode(kept['greedy'])!r}",
+            flush=True,
+        )
     reference = {
         "made_by": "tools/verify_smollm2.py",
         "model": path.name,
@@ -230,18 +238,12 @@ def main():
         "position_stride": POSITION_STRIDE,
         "vocab_stride": VOCAB_STRIDE,
         "chats": CHATS,
-        "prompts": {name: run_prompt(model, text, encode(text)) for name, text in texts.items()},
+        "prompts": prompts,
         "tokenizer_cases": [[text, fuzz[text]] for text in list(fuzz)[:200]],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(reference, ensure_ascii=True, separators=(",", ":")))
-    for name, prompt in reference["prompts"].items():
-        answer = tokenizer.decode(prompt["greedy"])
-        print(
-            f"{name}: {len(prompt['token_ids'])} tokens, smallest gap between the best two "
-            f"{prompt['greedy_smallest_gap']}, {answer!r}"
-        )
-    print(f"wrote {arguments.output}, {arguments.output.stat().st_size / 1e3:.0f} kB")
+    arguments.output.write_text(json.dumps(reference, separators=(",", ":")))
+    print(f"wrote {arguments.output.name}, {arguments.output.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

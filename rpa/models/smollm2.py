@@ -23,9 +23,10 @@ CHUNK_LEN = 64
 """Tokens that a prompt is run through at a time: long enough to use the cores, short enough that
 the padding of a short prompt costs little."""
 
-CAPACITIES = (512, 2048, 8192)
-"""Cache sizes, in tokens; each is compiled on first use. All are multiples of CHUNK_LEN: XLA would
-otherwise push the last chunk back to where it fits, over tokens that are there."""
+MIN_CAPACITY = 512
+"""Tokens of the smallest cache; larger ones are powers of two, each compiled when first used. All
+are multiples of CHUNK_LEN: XLA would otherwise push the last chunk back to where it fits, over
+tokens that are there."""
 
 
 class ModelNotInstalled(ModuleNotFoundError):
@@ -143,7 +144,7 @@ class SmolLM2:
         return new_token_ids
 
     def _new_cache(self, num_tokens):
-        capacity = next(capacity for capacity in CAPACITIES if capacity >= num_tokens)
+        capacity = max(MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
         return new_contiguous_cache(self.config, capacity, self.params["embedding"].dtype)
 
     def _run_chunk(self, token_ids, start, cache):
