@@ -20,6 +20,7 @@ _HOMES = {
     "PagePool": "rpa.paging",
     "RaggedBatch": "rpa.ragged",
     "get_kv_cache_shape": "rpa.paging",
+    "ragged_paged_attention": "rpa.kernel",
     "ref_ragged_paged_attention": "rpa.ragged",
 }
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rpa.dense import Truth, relative_error, scaled_error
-from rpa.ladder import LADDER, kv_tokens_needed, q_lens_of, ragged_rung
+from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
 from rpa.models.scheduler import Request, Scheduler, Step
 from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
@@ -267,83 +267,131 @@ def synthetic_scene(progress) -> Scene:
 
 @dataclass
 class Row:
-    """One line of the table: what a rung returned, touched and took."""
+    """One line of the table: what a rung returned, touched and took; None: does not apply."""
 
     rung: str
     relative_error: float
     scaled_error: float
-    agreement: str
-    kv_read_bytes: int
-    query_rows: int
+    agreement: str | None
+    kv_read_bytes: int | None
+    query_rows: int | None
     layer_ms: float
     step_ms: float | None
-    note: str = ""
+    note: str
 
 
-def measure(rung, scene: Scene, num_layers: int | None = None) -> Row:
-    """Run one rung on the scene: attention of every layer against its truth, then the whole model.
+def measure(rung, scene: Scene) -> Row:
+    """Run one rung on the scene: attention of its layers against their truth, then the whole model.
 
-    Args:
-        rung: of `rpa.ladder.LADDER`.
-        scene: see `Scene`.
-        num_layers: how many layers to compare, None for all (an interpreted kernel is slow).
+    A kernel is shown on one layer, because the interpreter is slow, and a rung that only decodes
+    on the decode sequences of the batch; the note of the row says so.
     """
     batch = scene.step.batch
-    attention = rung.attention_for(batch)
-    head_dim = scene.layers[0].queries.shape[-1]
-    run = jax.jit(partial(attention, sm_scale=head_dim**-0.5))
-    relative, scaled, times_s = [], [], []
-    for layer in scene.layers[:num_layers]:
-        arrays = [jnp.asarray(x) for x in (layer.queries, layer.keys, layer.values, layer.kv_cache)]
-        if not times_s:
-            jax.block_until_ready(run(*arrays, layer.batch))  # the first call compiles
-        start = time.perf_counter()
-        output = jax.block_until_ready(run(*arrays, layer.batch))[0]
-        times_s.append(time.perf_counter() - start)
-        relative.append(relative_error(output, layer.truth))
-        scaled.append(scaled_error(output, layer.truth))
-    agreement, step_ms = "no model", None
-    if scene.run_model is not None:
-        logits, step_s = scene.run_model(attention)
+    refused = rung.refuses(batch)
+    layers = scene.layers if not rung.is_kernel else scene.layers[len(scene.layers) // 2 :][:1]
+    relative, scaled, layer_ms = compare_layers(rung, layers, only_decode=refused is not None)
+    agreement, step_ms, kv_read_bytes, query_rows = None, None, None, None
+    if rung.kv_tokens_read is not None:
+        kv_read_bytes = rung.kv_tokens_read(batch, PAGE_SIZE) * scene.kv_token_bytes
+        query_rows = rung.query_rows(batch)
+    if scene.run_model is not None and not rung.is_kernel:
+        logits, step_s = scene.run_model(rung.attention_for(batch))
         num_seqs = int(batch.num_seqs)
         same = logits.argmax(axis=-1)[:num_seqs] == scene.next_token_ids[:num_seqs]
         agreement, step_ms = f"{same.sum()} of {num_seqs}", step_s * 1e3
+    notes = []
+    if rung.is_kernel:
+        notes.append("one layer" + ("" if on_tpu() else ", interpreted"))
+    if refused:
+        notes.append(f"decode part only: {refused}")
     return Row(
         f"{rung.number} {rung.name}",
-        max(relative),
-        max(scaled),
+        relative,
+        scaled,
         agreement,
-        rung.kv_tokens_read(batch, PAGE_SIZE) * scene.kv_token_bytes,
-        rung.query_rows(batch),
-        float(np.median(times_s)) * 1e3,
+        kv_read_bytes,
+        query_rows,
+        layer_ms,
         step_ms,
+        "; ".join(notes),
     )
+
+
+def on_tpu() -> bool:
+    """Whether kernels are compiled here, rather than interpreted."""
+    return jax.default_backend() == "tpu"
+
+
+def compare_layers(rung, layers, *, only_decode):
+    """Attention of some layers: the two measures of difference, the largest, and the median time.
+
+    Returns:
+        relative error, scaled error, milliseconds a layer.
+    """
+    relative, scaled, times_s = [], [], []
+    run = None
+    for layer in layers:
+        batch = decode_part(layer.batch) if only_decode else layer.batch
+        if run is None:
+            attention = rung.attention_for(batch)
+            sm_scale = layer.queries.shape[-1] ** -0.5
+            run = jax.jit(lambda *arrays: attention(*arrays, sm_scale=sm_scale))  # noqa: B023
+        arrays = [jnp.asarray(x) for x in (layer.queries, layer.keys, layer.values, layer.kv_cache)]
+        if not times_s:
+            jax.block_until_ready(run(*arrays, batch))  # the first call compiles
+        start = time.perf_counter()
+        output = jax.block_until_ready(run(*arrays, batch))[0]
+        times_s.append(time.perf_counter() - start)
+        rows = slice(0, int(batch.cu_q_lens[int(batch.num_seqs)]))
+        truth = Truth(layer.truth.output[rows], layer.truth.scale[rows])
+        relative.append(relative_error(output[rows], truth))
+        scaled.append(scaled_error(output[rows], truth))
+    return max(relative), max(scaled), float(np.median(times_s)) * 1e3
+
+
+COLUMNS = [
+    # title, unit, width
+    ("rung", "", 10),
+    ("error", "rel. RMS", 9),
+    ("worst head", "scaled", 11),
+    ("next token", "agrees", 11),
+    ("KV read", "MB/layer", 9),
+    ("q rows", "", 7),
+    ("padding", "waste", 8),
+    ("attention", "ms/layer", 10),
+    ("whole step", "ms", 11),
+]
 
 
 def format_table(rows: list[Row], scene: Scene) -> str:
-    """The table as text, with what is needed in its first line."""
+    """The table as text, with what is needed in its first line and notes below."""
     batch = scene.step.batch
     needed_mb = kv_tokens_needed(batch) * scene.kv_token_bytes / 1e6
     needed_rows = int(q_lens_of(batch).sum())
-    head = (
-        f"{'rung':<10} {'error':>8} {'worst head':>10} {'next token':>10} {'KV read':>9} "
-        f"{'q rows':>7} {'padding':>8} {'attention':>10} {'whole step':>10}"
-    )
-    units = (
-        f"{'':<10} {'rel. RMS':>8} {'scaled':>10} {'agrees':>10} {'MB/layer':>9} "
-        f"{'':>7} {'waste':>8} {'ms/layer':>10} {'ms':>10}"
-    )
-    lines = [head, units, "-" * len(head)]
-    lines.append(f"{'needed':<10} {'':>8} {'':>10} {'':>10} {needed_mb:>9.2f} {needed_rows:>7}")
+    lines = [_line(title for title, _, _ in COLUMNS), _line(unit for _, unit, _ in COLUMNS)]
+    lines.append("-" * sum(width for _, _, width in COLUMNS))
+    lines.append(_line(["needed", "", "", "", f"{needed_mb:.2f}", needed_rows, "", "", ""]))
     for row in rows:
-        step = "" if row.step_ms is None else f"{row.step_ms:.0f}"
-        waste = 1 - needed_rows / row.query_rows
-        lines.append(
-            f"{row.rung:<10} {row.relative_error:>8.1e} {row.scaled_error:>10.1e} "
-            f"{row.agreement:>10} {row.kv_read_bytes / 1e6:>9.2f} {row.query_rows:>7} "
-            f"{waste:>8.0%} {row.layer_ms:>10.1f} {step:>10}"
-        )
+        interpreted = row.note.startswith("one layer, interpreted")
+        cells = [
+            row.rung,
+            f"{row.relative_error:.1e}",
+            f"{row.scaled_error:.1e}",
+            row.agreement or "-",
+            "-" if row.kv_read_bytes is None else f"{row.kv_read_bytes / 1e6:.2f}",
+            row.query_rows or "-",
+            "-" if row.query_rows is None else f"{1 - needed_rows / row.query_rows:.0%}",
+            "-" if interpreted else f"{row.layer_ms:.1f}",
+            "-" if row.step_ms is None else f"{row.step_ms:.0f}",
+        ]
+        lines.append(_line(cells))
+    lines += [f"rung {row.rung}: {row.note}" for row in rows if row.note]
     return "\n".join(lines)
+
+
+def _line(cells):
+    first, *others = zip(cells, (width for _, _, width in COLUMNS), strict=True)
+    return f"{first[0]:<{first[1]}}" + "".join(f"{cell:>{width}}" for cell, width in others)
 
 
 def describe(scene: Scene) -> str:
@@ -371,11 +419,17 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     batch = scene.step.batch
     needed_bytes = kv_tokens_needed(batch) * scene.kv_token_bytes
     needed_rows = int(q_lens_of(batch).sum())
+    counted = [row for row in rows if row.kv_read_bytes is not None]
     bars = [
-        ("KV read by attention, kB in a layer", r.rung, needed_bytes, r.kv_read_bytes) for r in rows
+        (
+            "KV read by attention, kB in a layer",
+            row.rung,
+            round(needed_bytes / 1e3),
+            round(row.kv_read_bytes / 1e3),
+        )
+        for row in counted
     ]
-    bars = [(name, rung, round(need / 1e3), round(read / 1e3)) for name, rung, need, read in bars]
-    bars += [("query rows computed", r.rung, needed_rows, r.query_rows) for r in rows]
+    bars += [("query rows computed", row.rung, needed_rows, row.query_rows) for row in counted]
     pictures = {
         "pages.png": pool_map(scene.pool, names),
         "batch.png": batch_figure(

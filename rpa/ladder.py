@@ -13,14 +13,15 @@ adapter stands what it touches, counted from the sizes and trip counts that it r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa import dense
+from rpa import dense, fused, streamed, tiled
+from rpa.kernel import ragged_paged_attention
 from rpa.paging import cdiv, live_pages, paged_attention, unpack_kv
 from rpa.ragged import Q_BLOCK, RaggedBatch, ref_ragged_paged_attention, store_new_tokens
 
@@ -34,18 +35,28 @@ class Rung:
         changes: what it does differently from the rung before.
         attention_for: RaggedBatch (NumPy) -> a function with the one signature. Rungs that pad
             need the longest lengths before they are compiled; the others ignore the batch.
-        kv_tokens_read: (batch, page_size) -> tokens of K and V that one call reads.
-        query_rows: batch -> rows of queries that one call computes, padding included.
-        refuses: batch -> why this rung cannot run it, in words, or None.
+        kv_tokens_read: (batch, page_size) -> tokens of K and V that one call reads; None where
+            only the kernel's own transfers can tell.
+        query_rows: batch -> rows of queries that one call computes, padding included, or None.
+        max_q_len: the most new tokens of a sequence that it takes, or None for any number.
+        is_kernel: whether it is a Pallas kernel, which without a TPU runs in the interpreter.
     """
 
     number: int
     name: str
     changes: str
     attention_for: Callable
-    kv_tokens_read: Callable[[RaggedBatch, int], int]
-    query_rows: Callable[[RaggedBatch], int]
-    refuses: Callable[[RaggedBatch], str | None] = lambda batch: None
+    kv_tokens_read: Callable[[RaggedBatch, int], int] | None = None
+    query_rows: Callable[[RaggedBatch], int] | None = None
+    max_q_len: int | None = None
+    is_kernel: bool = False
+
+    def refuses(self, batch: RaggedBatch) -> str | None:
+        """Why this rung cannot run a batch, in words, or None if it can."""
+        longest = int(q_lens_of(batch).max(initial=0))
+        if self.max_q_len is None or longest <= self.max_q_len:
+            return None
+        return f"takes at most {self.max_q_len} new tokens a sequence, the batch has {longest}"
 
 
 def q_lens_of(batch: RaggedBatch) -> np.ndarray:
@@ -160,6 +171,32 @@ def ragged_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
     )
 
 
+def kernel_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
+    """Rung 7 under the one signature; unlike by itself, it leaves the caller's cache as it is."""
+    return ragged_paged_attention(
+        queries,
+        keys,
+        values,
+        kv_cache,
+        batch.kv_lens,
+        batch.page_indices,
+        batch.cu_q_lens,
+        batch.distribution,
+        sm_scale=sm_scale,
+        donate=False,
+    )
+
+
+def decode_part(batch: RaggedBatch) -> RaggedBatch:
+    """The decode sequences of a batch, as a batch of its own: the others become unused slots.
+
+    >>> batch, _ = RaggedBatch.from_lengths([1, 3], [5, 9], [[0], [1]])
+    >>> decode_part(batch).distribution.tolist()
+    [1, 1, 1]
+    """
+    return replace(batch, distribution=np.full(3, batch.distribution[0], np.int32))
+
+
 def _longest(batch):
     return max(1, int(q_lens_of(batch).max(initial=0)))
 
@@ -210,6 +247,36 @@ LADDER = [
         attention_for=lambda batch: ragged_rung,
         kv_tokens_read=lambda batch, page_size: _live_tokens(batch, page_size, _q_blocks(batch)[0]),
         query_rows=lambda batch: int(np.prod(_q_blocks(batch), axis=0).sum()),
+    ),
+    Rung(
+        number=4,
+        name="tiled",
+        changes="a Pallas kernel: tiles in VMEM, online softmax",
+        attention_for=lambda batch: tiled.attention,
+        is_kernel=True,
+    ),
+    Rung(
+        number=5,
+        name="streamed",
+        changes="the kernel fetches pages by its own DMAs, ahead of time",
+        attention_for=lambda batch: streamed.attention,
+        max_q_len=1,
+        is_kernel=True,
+    ),
+    Rung(
+        number=6,
+        name="fused",
+        changes="new K and V enter the block and are written back while it computes",
+        attention_for=lambda batch: fused.attention,
+        max_q_len=fused.MAX_Q_LEN,
+        is_kernel=True,
+    ),
+    Rung(
+        number=7,
+        name="kernel",
+        changes="any mix in one kernel, each kind with its own specialisation",
+        attention_for=lambda batch: kernel_rung,
+        is_kernel=True,
     ),
 ]
 """All rungs, from the bottom."""
