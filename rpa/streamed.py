@@ -62,26 +62,21 @@ class Sizes(NamedTuple):
 
 
 def reference(queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale=None):
-    """What `paged_decode` must compute, one sequence after the other, in plain JAX.
+    """What `paged_decode` must compute, one sequence after the other, in plain JAX (rung 2).
 
     >>> reference(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
     ...           jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
     Array([1., 0.], dtype=float32)
     """
     table = jnp.asarray(page_indices).reshape(len(queries), -1)
-    rows = [
-        paged_attention(
-            queries[s : s + 1],
-            kv_cache,
-            table[s],
-            kv_lens[s],
-            kv_lens[s] - 1,
-            num_kv_heads=num_kv_heads,
-            sm_scale=sm_scale,
-        )
-        for s in range(len(queries))
-    ]
-    return jnp.concatenate(rows).astype(queries.dtype)
+    attend = partial(paged_attention, num_kv_heads=num_kv_heads, sm_scale=sm_scale)
+
+    def one_sequence(sequence):
+        query, kv_len, pages = sequence
+        return attend(query[None], kv_cache, pages, kv_len, kv_len - 1)[0]
+
+    rows = jax.lax.map(one_sequence, (queries, jnp.asarray(kv_lens), table))
+    return rows.astype(queries.dtype)
 
 
 def paged_decode(
@@ -502,7 +497,8 @@ def check_q_lens(batch, max_q_len):
     """
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(batch)):
         return
-    q_lens = np.asarray(live_lengths(batch)[1])
+    # NumPy, not jnp: inside somebody's jit a batch may be constants, and jnp would trace them.
+    q_lens = np.diff(np.asarray(batch.cu_q_lens)[: int(np.asarray(batch.num_seqs)) + 1])
     for s in np.flatnonzero(q_lens > max_q_len)[:1]:
         raise ValueError(
             f"sequence {s} has q_len {q_lens[s]}, but this rung takes at most {max_q_len} new "

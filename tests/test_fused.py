@@ -73,7 +73,7 @@ def test_trap19_a_shared_prefix_is_read_by_both(mode):
 def test_agrees_with_rung_3():
     case = make_case(SMALL, LENGTHS["new tokens cross a page"])
     options = {"sm_scale": 0.125, "interpret": ON_WAIT.params}
-    output, cache = run(fused.attention, *case.arrays, case.batch, **options)
+    output, cache = run(fused.attention, *case.arrays, case.batch, **options, **OPTIONS)
     expected = ref_ragged_paged_attention(*case.arrays, *case.metadata, sm_scale=0.125)
     np.testing.assert_allclose(output, expected[0], atol=2e-6)
     np.testing.assert_array_equal(bits(cache), bits(expected[1]))
@@ -83,7 +83,8 @@ def test_trap18_nothing_is_donated():
     case = make_case(SMALL, [(1, 5)])
     arrays = [jnp.asarray(array) for array in case.arrays]
     for _ in range(2):  # a notebook cell, run twice
-        _, cache = run(partial(fused.attention, interpret=ON_WAIT.params), *arrays, case.batch)
+        attend = partial(fused.attention, interpret=ON_WAIT.params, **OPTIONS)
+        _, cache = run(attend, *arrays, case.batch)
         np.testing.assert_array_equal(bits(cache), case.expected_cache())
     np.testing.assert_array_equal(bits(arrays[3]), bits(case.kv_cache))
 
@@ -170,6 +171,7 @@ needs_deadlock_errors = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @needs_deadlock_errors
 def test_a_missing_wait_is_found():
     check_on_wait = partial(check_fused, ON_WAIT, SMALL, FAULTY_LENGTHS)

@@ -139,8 +139,17 @@ def test_ladder_signature(mode):
     check(case, *run(attend, *case.arrays, case.batch, sm_scale=0.125), sm_scale=0.125)
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "chip, dtype",
+    [
+        ("tpu7x", "bfloat16"),
+        *(
+            pytest.param(chip, dtype, marks=pytest.mark.full)
+            for chip, dtype in [("v5e", "bfloat16"), ("v6e", "bfloat16")]
+            + [(chip, "float32") for chip in ("v5e", "v6e", "tpu7x")]
+        ),
+    ],
+)
 def test_compiles_for(chip, dtype):
     q = jax.ShapeDtypeStruct((1000, 32, 128), dtype)  # no block divides any length here
     kv = jax.ShapeDtypeStruct((3000, 8, 128), dtype)
