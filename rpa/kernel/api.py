@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import chips, compat
-from rpa.kernel import blocks, launch, softmax
-from rpa.kernel.cases import Case, cases_of
+from rpa.kernel import blocks, launch
+from rpa.kernel.cases import cases_of
 from rpa.kernel.plan import Plan, Problem
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
 from rpa.validation import check_arguments
@@ -116,48 +116,33 @@ def ragged_paged_attention(
     (4, 4, 64)
     """
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
-    semantics = dict(
-        use_causal_mask=use_causal_mask,
-        skip_kv_mask=skip_kv_mask,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        mask_value=mask_value,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        chunk_prefill_size=chunk_prefill_size,
-        attention_sink=attention_sink,
-    )
-    check_arguments(queries, keys, values, kv_cache, batch, **semantics)
+    tokens = (queries, keys, values, kv_cache)
+    semantics = {
+        "use_causal_mask": use_causal_mask,
+        "skip_kv_mask": skip_kv_mask,
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "mask_value": mask_value,
+        "q_scale": q_scale,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "chunk_prefill_size": chunk_prefill_size,
+        "attention_sink": attention_sink,
+    }
+    check_arguments(*tokens, batch, **semantics)
     backend, interpret_params = _choose_backend(backend)
-    out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
     if backend == "reference":
+        semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}
         return ref_ragged_paged_attention(
-            queries,
-            keys,
-            values,
-            kv_cache,
+            *tokens,
             *(kv_lens, page_indices, cu_q_lens, distribution),
             **semantics,
-            update_kv_cache=update_kv_cache,
             sm_scale=sm_scale,
-            out_dtype=out_dtype,
             validate=validate,
         )
-    if should_validate(batch, validate):
-        batch.validate(
-            num_tokens=queries.shape[0],
-            num_pages=kv_cache.shape[0],
-            page_size=kv_cache.shape[1],
-            chunk_prefill_size=chunk_prefill_size,
-            update_kv_cache=update_kv_cache,
-        )
     problem = _make_problem(
-        queries,
-        keys,
-        kv_cache,
-        batch,
-        out_dtype=out_dtype,
+        *(queries, keys, kv_cache, batch),
+        out_dtype=jnp.dtype(queries.dtype if out_dtype is None else out_dtype),
         causal=use_causal_mask,
         update_kv_cache=update_kv_cache,
         sliding_window=_static_window(sliding_window),
@@ -166,31 +151,21 @@ def ragged_paged_attention(
         has_sinks=attention_sink is not None,
         debug_mode=debug_mode,
     )
+    if should_validate(batch, validate):
+        _validate(batch, problem, chunk_prefill_size)
     vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
-    given = {
-        Case.DECODE: ("d_block_sizes", d_block_sizes),
-        Case.PREFILL: ("p_block_sizes", p_block_sizes),
-        Case.MIXED: ("m_block_sizes", m_block_sizes),
-        Case.PREFILL_AND_MIXED: ("m_block_sizes", m_block_sizes),
-    }
-    plans = _make_plans(
-        problem, chunk_prefill_size, given, vmem_limit_bytes, interpret=backend == "interpret"
-    )
-    options = launch.Options(
-        interpret_params, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks
-    )
-    scalars = softmax.make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale)
+    block_sizes = {"d": d_block_sizes, "p": p_block_sizes, "m": m_block_sizes}
+    interpret = backend == "interpret"
+    plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, interpret)
     run = _run_in_place if donate else _run_on_copy
     return run(
-        queries,
-        keys,
-        values,
-        kv_cache,
-        batch,
-        scalars,
+        *(queries, keys, values, kv_cache, batch),
+        tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale))),
         attention_sink,
         plans=plans,
-        options=options,
+        options=launch.Options(
+            interpret_params, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks
+        ),
     )
 
 
@@ -241,6 +216,11 @@ def _make_problem(queries, keys, kv_cache, batch, **options):
     )
 
 
+def _as_float32(scale):
+    """Numbers of any kind as one kind: jit compiles anew for a Python float, a NumPy one, ..."""
+    return np.float32(scale) if isinstance(scale, (int, float, np.number)) else scale
+
+
 def _static_window(sliding_window):
     if isinstance(sliding_window, jax.core.Tracer):
         raise ValueError(
@@ -265,24 +245,35 @@ def _vmem_limit(vmem_limit_bytes, chip):
     return known.vmem_bytes
 
 
-def _make_plans(problem, chunk_prefill_size, given, vmem_limit_bytes, *, interpret):
+def _validate(batch, problem, chunk_prefill_size):
+    batch.validate(
+        num_tokens=problem.num_tokens,
+        num_pages=problem.num_pages,
+        page_size=problem.page_size,
+        chunk_prefill_size=chunk_prefill_size,
+        update_kv_cache=problem.update_kv_cache,
+    )
+
+
+def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, interpret):
     """A Plan for each kernel of the call, with given block sizes checked and others chosen."""
     cases = cases_of(chunk_prefill_size)
     plans = []
     for index, (case, max_q_len) in enumerate(cases):
-        make_plan = partial(
-            _make_plan, problem, case, max_q_len, interpret, index == 0, index == len(cases) - 1
-        )
-        name, sizes = given[case]
+        is_last = index == len(cases) - 1
+        make_plan = partial(_make_plan, problem, case, max_q_len, interpret, is_last)
+        letter = case.label[0]
+        sizes = block_sizes[letter]
         if sizes is None:
             sizes = blocks.default_block_sizes(problem, case, max_q_len)
             plans.append(blocks.shrink_to_fit(make_plan, sizes, vmem_limit_bytes))
         else:
+            name = f"{letter}_block_sizes"
             plan = make_plan(blocks.check_block_sizes(name, sizes, problem))
             blocks.check_fits(name, plan, vmem_limit_bytes)
             plans.append(plan)
     return tuple(plans)
 
 
-def _make_plan(problem, case, max_q_len, interpret, is_first, is_last, sizes):
-    return Plan(problem, case, sizes, interpret, is_first, is_last, max_q_len)
+def _make_plan(problem, case, max_q_len, interpret, is_last, sizes):
+    return Plan(problem, case, sizes, interpret, is_last, max_q_len)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, walk
+from rpa.kernel import blocks, layout, loop, softmax, walk
 from rpa.paging import pack_kv, packing_of
 
 
@@ -22,13 +22,13 @@ class Options(NamedTuple):
     disable_semaphore_checks: bool
 
 
-def run_plans(queries, keys, values, kv_cache, batch, scalars, sinks, *, plans, options):
+def run_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, options):
     """Run the kernels of one call, one after the other, on the same output and cache.
 
     Args:
         plans: the `Plan`s, first to last.
         queries, keys, values, kv_cache, batch: as in the public function.
-        scalars: f32[4], `softmax.make_scalars`.
+        scales: the arguments of `softmax.make_scalars`, numbers or None.
         sinks: f32[num_q_heads] or None.
         options: `Options`.
 
@@ -40,7 +40,7 @@ def run_plans(queries, keys, values, kv_cache, batch, scalars, sinks, *, plans, 
         "kv_lens": batch.kv_lens,
         "cu_q_lens": batch.cu_q_lens,
         "distribution": batch.distribution,
-        "scalars": scalars,
+        "scalars": softmax.make_scalars(*scales),
         "queries": layout.view_heads(problem, queries),
         "kv_cache": kv_cache,
     }

@@ -109,7 +109,7 @@ class Problem:
     @property
     def compute_dtype(self):
         """What the MXU multiplies: float32 if anything is, else bfloat16 (float8 is widened)."""
-        exact = jnp.float32 in (self.q_dtype, self.kv_dtype)
+        exact = np.dtype(np.float32) in (self.q_dtype, self.kv_dtype)
         return np.dtype(jnp.float32 if exact else jnp.bfloat16)
 
     @property
@@ -126,7 +126,6 @@ class Plan:
     case: Case
     blocks: BlockSizes
     interpret: bool
-    is_first: bool
     is_last: bool
     max_q_len: int | None = None
 

@@ -50,7 +50,7 @@ def fetch_next(plan, refs, end):
     @pl.when(refs.state[walk.NEXT_SEQ] < end)
     def _():
         block, kv_index = walk.cursor_block(plan, refs), refs.state[walk.NEXT_KV_BLOCK]
-        # Also when the entries have long arrived: the next chunk lands in the same words.
+        # Its page-table entries were asked for one block ago.
         _table_copy(plan, refs).wait()
 
         @pl.when(kv_index == 0)
@@ -62,6 +62,7 @@ def fetch_next(plan, refs, end):
             _start_store(plan, refs, block, kv_index)
         walk.advance(plan, refs, block, end)
 
+        # Only now: the entries of the next block overwrite those that were just used.
         @pl.when(refs.state[walk.NEXT_SEQ] < end)
         def _():
             _table_copy(plan, refs).start()

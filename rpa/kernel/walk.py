@@ -109,8 +109,8 @@ def first_active(plan, refs, index, end):
     """The first sequence at or behind `index` that is not idle, or `end`."""
 
     def idle(i):
-        # `end` itself is never read: it may be behind the arrays.
-        seq = sequence(plan, refs, jnp.minimum(i, end - 1))
+        # `end` itself is never read, it may be behind the arrays; without sequences it is 0.
+        seq = sequence(plan, refs, jnp.maximum(jnp.minimum(i, end - 1), 0))
         return (i < end) & jnp.logical_not(is_active(seq))
 
     return lax.while_loop(idle, lambda i: i + 1, index)

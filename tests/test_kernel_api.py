@@ -1,0 +1,117 @@
+"""The public function of rung 7: backends, block sizes, and errors in words before any work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpa.kernel import blocks, ragged_paged_attention
+from rpa.kernel.cases import Case, cases_of
+from rpa.kernel.plan import BlockSizes, Plan
+from tests.batches import Shape, make_case
+from tests.kernel_plans import make_problem
+
+SMALL = Shape(2, 1, 64, page_size=8)
+
+
+def call(case, **options):
+    return ragged_paged_attention(*case.arrays, *case.metadata, **options)
+
+
+WRONG_OPTIONS = {
+    "backend": ({"backend": "gpu"}, "backend is 'gpu', but must be one of 'tpu'"),
+    "out_dtype": ({"out_dtype": "float16"}, "out_dtype has dtype float16, but must be one of"),
+    "three block sizes": ({"m_block_sizes": (8, 16, 8)}, "m_block_sizes is .* four numbers"),
+    "bq_c": ({"m_block_sizes": (8, 16, 3, 8)}, "bq_c=3 must be positive and divide bq=8"),
+    "bkv_c": ({"d_block_sizes": (1, 16, 1, 0)}, "d_block_sizes is .* bkv_c=0 must be positive"),
+    "pages": ({"m_block_sizes": (8, 12, 8, 12)}, "bkv_c=12 must be a multiple of page_size=8"),
+    "chunked": (
+        {"p_block_sizes": (0, 16, 0, 16), "chunk_prefill_size": 4},
+        "p_block_sizes is .* bq_c=0",
+    ),
+    "VMEM": ({"vmem_limit_bytes": 0}, "vmem_limit_bytes is 0, but must be positive"),
+    "chip": ({"chip": "abacus"}, "'abacus' is no chip that rpa has numbers of"),
+    "too little VMEM": ({"vmem_limit_bytes": 1000}, "default blocks of the decode kernel"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_wrong_options_are_refused_in_words(name):
+    options, message = WRONG_OPTIONS[name]
+    case = make_case(SMALL, [(1, 9), (2, 8)])
+    before = case.kv_cache.copy()
+    with pytest.raises(ValueError, match=message):
+        call(case, **options)
+    np.testing.assert_array_equal(case.kv_cache, before)
+
+
+def test_a_traced_window_is_refused_in_words():
+    case = make_case(SMALL, [(1, 9)])
+    with pytest.raises(ValueError, match="sliding_window is a traced value"):
+        jax.jit(lambda window: call(case, sliding_window=window))(5)
+
+
+def test_values_are_validated_on_the_host_only_when_that_is_free():
+    case = make_case(SMALL, [(1, 9), (2, 8)])
+    case.batch.kv_lens[1] = 1
+    with pytest.raises(ValueError, match=r"kv_lens\[1\] is 1, but sequence 1 brings 2 new"):
+        call(case)
+    with pytest.raises(ValueError, match="validate=True needs the values of the batch"):
+        jax.jit(lambda *args: ragged_paged_attention(*args, validate=True))(
+            *case.arrays, *case.metadata
+        )
+
+
+def test_reference_backend_is_rung_3():
+    case = make_case(SMALL, [(1, 9), (2, 8)])
+    output, cache = call(case, backend="reference", sm_scale=0.125, out_dtype="bfloat16")
+    assert output.dtype == jnp.bfloat16 and cache.shape == case.kv_cache.shape
+
+
+def test_each_sequence_has_one_kernel():
+    for chunk_prefill_size in (None, 4):
+        for distribution in [(0, 0, 0), (2, 5, 9), (3, 3, 3), (0, 4, 4)]:
+            owned = []
+            for case, _ in cases_of(chunk_prefill_size):
+                owned += range(*case.bounds(distribution))
+            assert owned == list(range(distribution[2]))
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 48, 128, 256])
+@pytest.mark.parametrize("case", [Case.DECODE, Case.MIXED], ids=lambda case: case.label)
+def test_default_blocks_are_legal(case, page_size):
+    for pages_per_seq in (1, 5, 4096):
+        problem = make_problem((32, 8), 128, page_size=page_size, pages_per_seq=pages_per_seq)
+        sizes = blocks.default_block_sizes(problem, case, None)
+        b = (sizes.bq, sizes.bkv, sizes.bq_c, sizes.bkv_c)
+        assert blocks.check_block_sizes("default", b, problem) == sizes
+        plan = Plan(problem, case, sizes, interpret=False, is_last=True)
+        # A chunk holds all entries of a block, wherever in a tile of 128 words they begin.
+        assert plan.table_chunk_words >= plan.pages_per_block + 127
+        assert plan.table_words >= plan.table_chunk_words and plan.table_words % 128 == 0
+
+
+def test_shrinking_keeps_blocks_legal_and_ends():
+    problem = make_problem((64, 8), 256, kv="float32", page_size=16, pages_per_seq=4096)
+
+    def make_plan(sizes):
+        return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
+
+    big = BlockSizes(128, 8192, 128, 1024)
+    for limit_mib in (256, 64, 48, 32):
+        plan = blocks.shrink_to_fit(make_plan, big, limit_mib * 2**20)
+        b = plan.blocks
+        assert sum(blocks.vmem_bytes(plan).values()) <= limit_mib * 2**20
+        blocks.check_block_sizes("shrunk", (b.bq, b.bkv, b.bq_c, b.bkv_c), problem)
+    with pytest.raises(ValueError, match="default blocks of the mixed kernel, .* MiB of VMEM"):
+        blocks.shrink_to_fit(make_plan, big, 2**20)
+
+
+def test_decode_stacks_heads_until_the_rows_are_full():
+    """(num_q_heads, num_kv_heads): KV heads in one dot."""
+    expected = {(32, 8): 4, (8, 1): 1, (9, 3): 3, (12, 2): 2, (32, 32): 4, (64, 8): 2}
+    for heads, heads_per_dot in expected.items():
+        problem = make_problem(heads, 128)
+        sizes = BlockSizes(1, 128, 1, 128)
+        plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False)
+        assert plan.heads_per_dot == heads_per_dot

@@ -1,0 +1,239 @@
+"""The layout code of the chip, which no interpreter runs, on a NumPy model of the chip's memory."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from rpa.kernel import layout
+from rpa.kernel.cases import Case
+from rpa.kernel.plan import BlockSizes, Plan
+from rpa.paging import get_kv_cache_shape, pack_kv, packing_of
+from tests.kernel_plans import make_problem
+
+DECODE, PREFILL = BlockSizes(1, 16, 1, 8), BlockSizes(12, 16, 6, 8)
+HEADS = {"4/2": (4, 2), "5/1": (5, 1), "3/3": (3, 3), "9/3": (9, 3), "12/2": (12, 2)}
+DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+SOME = ("9/3", "bfloat16")
+"""What `make test` takes of each list; `make test-full` takes all combinations."""
+
+
+def some(names):
+    return [name if name in SOME else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+def emulate_packing(array):
+    """[..., packing, lanes] narrow values as u32[..., 1, lanes]: how the chip shares 32 bits."""
+    bits = 8 * array.dtype.itemsize
+    places = array.view(f"u{array.dtype.itemsize}").astype(np.uint32)
+    words = np.zeros((*places.shape[:-2], 1, places.shape[-1]), np.uint32)
+    for place in range(places.shape[-2]):
+        words[..., 0, :] |= places[..., place, :] << np.uint32(place * bits)
+    return words
+
+
+def undo_packing(words, dtype, packing):
+    """What `emulate_packing` was made from."""
+    bits = 32 // packing
+    places = [(words >> np.uint32(place * bits)) for place in range(packing)]
+    narrow = np.concatenate(places, axis=-2).astype(f"u{bits // 8}")
+    return narrow.view(np.dtype(dtype))
+
+
+def as_index(index):
+    """Pallas slices as NumPy slices; past the end is an error, as it is on a chip."""
+
+    def one(i, size):
+        if not isinstance(i, pl.Slice):
+            return i
+        stop = i.start + (i.size - 1) * i.stride + 1
+        assert i.start >= 0 and stop <= size, f"{i} reads past {size}"
+        return slice(i.start, stop, i.stride)
+
+    return lambda shape: tuple(one(i, n) for i, n in zip(index, shape, strict=False))
+
+
+class ValueRef:
+    """A ref as the interpreter knows it: values, no bitcast, no reshape."""
+
+    def __init__(self, array):
+        self.array = array
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        return jnp.asarray(self.array[as_index(index)(self.shape)])
+
+    def __setitem__(self, index, value):
+        index = index if isinstance(index, tuple) else (index,)
+        self.array[as_index(index)(self.shape)] = np.asarray(value)
+
+
+class ChipRef(ValueRef):
+    """A ref as the chip knows it: bytes that can be seen as 32-bit words in any shape."""
+
+    def __init__(self, array):
+        super().__init__(array)
+        self.words = emulate_packing(array)
+
+    def bitcast(self, dtype):
+        assert dtype == jnp.uint32
+        return _Words(self.words)
+
+    def values(self):
+        return undo_packing(self.words, self.dtype, self.shape[-2])
+
+    def __getitem__(self, index):
+        raise AssertionError("the chip's path reads words")
+
+
+class _Words(ValueRef):
+    at = property(lambda self: _At(self.array))
+
+    def reshape(self, *shape):
+        return _Words(self.array.reshape(shape))  # a view: stores reach the buffer
+
+
+class _At:
+    def __init__(self, array):
+        self.array = array
+
+    def __getitem__(self, slot):
+        return _Words(self.array[slot])
+
+
+def make_plan(heads=(4, 2), head_dim=128, blocks=PREFILL, **dtypes):
+    problem = make_problem(heads, head_dim, **dtypes)
+    return Plan(problem, Case.MIXED, blocks, interpret=True, is_last=True)
+
+
+def random_values(shape, dtype, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype))
+
+
+def query_buffer(plan):
+    """A q buffer with random queries in slot 1, and the queries [tokens, kv, group, lanes]."""
+    p, tokens = plan.problem, plan.buffer_tokens
+    heads = random_values((tokens, p.num_kv_heads, p.padded_group, p.lanes), p.q_dtype)
+    packing = packing_of(p.q_dtype)
+    shape = (tokens, p.head_words(p.q_dtype), packing, p.lanes)
+    buffer = np.zeros((2, *shape), p.q_dtype)
+    buffer[1] = heads.reshape(shape)
+    return buffer, heads.astype(np.float32)
+
+
+def row_owners(plan, piece, dot):
+    """(token, kv head, head of the group) of each row of a tile, from the rule in `layout`."""
+    p, rows = plan.problem, []
+    words = p.padded_group // p.row_packing
+    for place in range(p.row_packing):
+        for h in range(plan.heads_per_dot):
+            for word in range(words):
+                for t in range(plan.piece_rows):
+                    head = dot * plan.heads_per_dot + h
+                    group_head = word * p.row_packing + place
+                    rows.append((piece * plan.blocks.bq_c + t, head, group_head))
+    return rows
+
+
+@pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("q, out", [("bfloat16", "bfloat16"), ("bfloat16", "float32"),
+                                    ("float32", "float32"), ("float32", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize("name", some(HEADS))
+def test_query_tiles_and_output_tiles(name, q, out, blocks):
+    plan = make_plan(HEADS[name], head_dim=240, q=q, out=out, blocks=blocks)
+    p = plan.problem
+    buffer, heads = query_buffer(plan)
+    chip = replace(plan, interpret=False)
+    o_shape = (2, plan.buffer_tokens, p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
+    o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
+    for piece in range(plan.num_q_pieces):
+        for dot in range(plan.num_dots):
+            tile = layout.load_q_tile(plan, ValueRef(buffer), 1, piece, dot)
+            expected = np.stack([heads[owner] for owner in row_owners(plan, piece, dot)])
+            np.testing.assert_array_equal(tile, expected)
+            np.testing.assert_array_equal(
+                layout.load_q_tile(chip, ChipRef(buffer), 1, piece, dot), expected
+            )
+            layout.store_o_tile(plan, o_value, 1, piece, dot, tile)
+            layout.store_o_tile(chip, o_chip, 1, piece, dot, tile)
+    for stored in (o_value.array, o_chip.values()):
+        assert not stored[0].any(), "the other slot was written"
+        stored_heads = stored[1].reshape(heads.shape).astype(np.float32)
+        np.testing.assert_array_equal(stored_heads, heads.astype(p.out_dtype).astype(np.float32))
+
+
+@pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dtype", some(DTYPES))
+@pytest.mark.parametrize("name", some(HEADS))
+def test_keys_and_values(name, dtype, blocks):
+    plan = make_plan(HEADS[name], kv=dtype, head_dim=80, blocks=blocks)
+    p, tokens = plan.problem, blocks.bkv
+    k, v = (random_values((tokens, p.num_kv_heads, p.head_dim), dtype, seed) for seed in (1, 2))
+    nan = jnp.dtype(dtype).type(np.nan)
+    buffer = np.full(
+        (2, tokens, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes), nan, p.kv_dtype
+    )
+    buffer[1, :, : p.kv_words] = np.asarray(pack_kv(jnp.asarray(k), jnp.asarray(v)))
+    chip = replace(plan, interpret=False)
+    for num_valid in (None, 5):
+        kept = slice(8, 16 if num_valid is None else 8 + num_valid)
+        for dot in range(plan.num_dots):
+            args = (1, 8, dot, num_valid)
+            by_value = layout.load_kv(plan, ValueRef(buffer), *args)
+            by_words = layout.load_kv(chip, ChipRef(buffer), *args)
+            for loaded, from_words, given in zip(by_value, by_words, (k, v), strict=True):
+                np.testing.assert_array_equal(loaded, from_words)
+                expected = np.zeros((8, plan.heads_per_dot, p.lanes), np.float32)
+                heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
+                expected[: kept.stop - 8, :, : p.head_dim] = given[kept, heads]
+                got = np.asarray(loaded).astype(np.float32)
+                np.testing.assert_array_equal(got, expected.reshape(8, -1))
+
+
+@pytest.mark.parametrize("name", some(HEADS))
+def test_block_diagonal_heads(name):
+    """Each row meets only its own KV head, and only its own columns come out."""
+    plan = make_plan(HEADS[name], blocks=DECODE)
+    owners = row_owners(plan, 0, 0)
+    tile = random_values((plan.tile_rows, plan.problem.lanes), "float32")
+    spread = np.asarray(layout.spread_heads(plan, jnp.asarray(tile)))
+    blocks = spread.reshape(plan.tile_rows, plan.heads_per_dot, -1)
+    for row, (_, head, _) in enumerate(owners):
+        for h in range(plan.heads_per_dot):
+            np.testing.assert_array_equal(blocks[row, h], tile[row] if h == head else 0)
+    noise = np.where(spread == 0, 7.0, spread)
+    np.testing.assert_array_equal(layout.gather_heads(plan, jnp.asarray(noise)), tile)
+
+
+@pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_sinks_stand_in_the_order_of_rows(blocks):
+    plan = make_plan((9, 3), blocks=blocks)
+    sinks = np.arange(1.0, 10.0, dtype=np.float32)
+    tiles = np.asarray(layout.sink_tiles(plan, jnp.asarray(sinks)))
+    for dot in range(plan.num_dots):
+        rows = np.repeat(tiles[dot, :, 0], plan.piece_rows)
+        for value, (_, head, group_head) in zip(rows, row_owners(plan, 0, dot), strict=True):
+            padding = group_head >= 3
+            assert value == (0 if padding else sinks[3 * head + group_head])
+
+
+def test_the_view_of_queries_is_undone():
+    plan = make_plan((9, 3), head_dim=80)
+    queries = random_values((512, 9, 80), "bfloat16")
+    seen = layout.view_heads(plan.problem, jnp.asarray(queries))
+    assert seen.shape == (512, 6, 2, 128)
+    np.testing.assert_array_equal(layout.unview_heads(plan.problem, seen), queries)
+
+
+def test_the_emulation_is_that_of_the_cache():
+    """A packed cache seen as words has K of head 0 in the low bits of its first word."""
+    k = jnp.full((1, 1, 128), 1.0, jnp.bfloat16)
+    packed = np.asarray(pack_kv(k, 2 * k))
+    assert packed.shape[1:] == get_kv_cache_shape(1, 1, 1, 128, jnp.bfloat16)[2:]
+    assert (emulate_packing(packed) == 0x4000_3F80).all()
+    np.testing.assert_array_equal(undo_packing(emulate_packing(packed), packed.dtype, 2), packed)

@@ -1,0 +1,194 @@
+"""Are the tests of rung 7 sharp? Every start and wait is removed or swapped, every rule bent."""
+
+import copy
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from rpa import compat
+from rpa.kernel import layout, loop, ragged_paged_attention, softmax, transfers, walk
+from tests import mutants
+from tests.batches import Shape, make_case
+from tests.kernel_harness import EAGER, ON_WAIT
+from tests.kernel_runs import check_lengths
+
+SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=10)
+LENGTHS = [(1, 75), (0, 3), (1, 9), (18, 70), (0, 0), (9, 12)]
+"""Both kernels, two and more blocks of everything, idle slots before and between, part pages."""
+
+BLOCKS = {"d_block_sizes": (1, 64, 1, 16), "m_block_sizes": (8, 64, 4, 16)}
+"""So many pages a block that they are issued in turns and singly."""
+
+needs_deadlock_errors = pytest.mark.skipif(
+    not compat.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
+)
+
+
+def check_on_wait():
+    # So low that the wait for earlier stores is come by; normally it takes megabytes.
+    with mock.patch.object(transfers, "STORE_LIMIT_BYTES", 1):
+        check_lengths(SMALL, LENGTHS, ON_WAIT, **BLOCKS)
+
+
+def check_both_modes():
+    check_on_wait()
+    with mock.patch.object(transfers, "STORE_LIMIT_BYTES", 1):
+        check_lengths(SMALL, LENGTHS, EAGER, **BLOCKS)
+
+
+def check_window():
+    check_lengths(SMALL, LENGTHS, ON_WAIT, sliding_window=5, **BLOCKS)
+
+
+def changed(function, **changes):
+    """`function` with some of its results' fields replaced: {field: lambda old result: new}."""
+
+    def wrong(*args):
+        result = function(*args)
+        return result._replace(**{name: change(result) for name, change in changes.items()})
+
+    return wrong
+
+
+START_PAGE, AREA_MASK = transfers._start_page, loop._Area.mask
+ACCUMULATE, LOAD_KV = softmax.accumulate, layout.load_kv
+WRONG_PARTS = {
+    "page index off by one": (
+        transfers,
+        "_start_page",
+        lambda plan, refs, slot, entry, page, n: START_PAGE(plan, refs, slot, entry + 1, page, n),
+    ),
+    "page lands one row late": (
+        transfers,
+        "_kv_tokens",
+        lambda plan, refs, slot, first, n: refs.kv_buffer.at[
+            slot, pl.ds(jnp.minimum(first + 1, 64 - n), n), pl.ds(0, 2)
+        ],
+    ),
+    "table chunk not aligned back": (
+        transfers,
+        "_chunk_start",
+        lambda plan, entry: 0 * entry + 128,
+    ),
+    "stale rows behind the last token kept": (
+        layout,
+        "_keep_first",
+        lambda words, num_valid: words,
+    ),
+    "mask one key late": (
+        loop._Area,
+        "mask",
+        lambda area: jnp.roll(AREA_MASK(area), 1, axis=1).at[:, 0].set(True),
+    ),
+    "mask never needed": (
+        loop._Area,
+        "mask",
+        lambda area: jnp.ones_like(AREA_MASK(area)),
+    ),
+    "query position off by one": (
+        walk,
+        "query_block",
+        changed(walk.query_block, position=lambda block: block.position + 1),
+    ),
+    "cached prefix ignored by the mask": (
+        walk,
+        "query_block",
+        changed(walk.query_block, position=lambda block: block.position - block.seq.first_new),
+    ),
+    "last key of the last block left out": (
+        walk,
+        "query_block",
+        changed(walk.query_block, kv_end=lambda block: jnp.maximum(block.kv_end - 1, 1)),
+    ),
+    "idle sequences not passed over": (walk, "first_active", lambda plan, refs, index, end: index),
+    "sequence starts at the next one's row": (
+        walk,
+        "sequence",
+        changed(walk.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
+    ),
+    "padding rows not written": (transfers, "write_zero_rows", lambda plan, refs, num_used: None),
+    "new tokens not stored": (transfers, "_start_store", lambda plan, refs, block, kv_index: None),
+    "accumulator not rescaled": (
+        softmax,
+        "accumulate",
+        lambda plan, p, v, decay, acc_ref: ACCUMULATE(plan, p, v, jnp.ones_like(decay), acc_ref),
+    ),
+    "state not reset": (softmax, "start", lambda plan, m_ref, l_ref, acc_ref, sinks: None),
+    "reads the other buffer": (
+        layout,
+        "load_kv",
+        lambda plan, ref, slot, *rest: LOAD_KV(plan, ref, 1 - slot, *rest),
+    ),
+}
+WRONG_WINDOWS = {
+    "window starts a page late": (
+        walk,
+        "query_block",
+        changed(walk.query_block, kv_start=lambda block: jnp.minimum(block.kv_start + 8, 64)),
+    ),
+    "window ignored by the mask": (
+        loop._Area,
+        "mask",
+        lambda area: AREA_MASK(area) | AREA_MASK(_shifted_back(area)),
+    ),
+}
+
+
+def _shifted_back(area):
+    """The same area seen by queries 4 tokens earlier: its window reaches 4 tokens further back."""
+    earlier = copy.copy(area)
+    earlier.q_position = area.q_position - 4
+    return earlier
+
+
+def list_faults():
+    """Every fault there is; the kernels need only be traced to find them."""
+    case = make_case(SMALL, LENGTHS)
+    return mutants.list_faults(
+        lambda: jax.eval_shape(
+            lambda *arrays: ragged_paged_attention(
+                *arrays, *case.metadata, backend=ON_WAIT.params, **BLOCKS
+            ),
+            *case.arrays,
+        )
+    )
+
+
+@needs_deadlock_errors
+def test_a_missing_wait_is_found():
+    """The sample of `make test`."""
+    wanted = ("drop", "wait", "wait_kv")
+    for fault in list_faults():
+        found = (fault.action, fault.site.operation, fault.site.where[0].split()[-1])
+        if found == wanted:
+            assert mutants.verdict(check_on_wait, fault) == "numbers"
+            return
+    raise AssertionError(f"no site for {wanted}")
+
+
+@pytest.mark.full
+@needs_deadlock_errors
+def test_every_start_and_wait_is_needed():
+    faults = list_faults()
+    assert len(faults) >= 20
+    verdicts = {str(fault): mutants.verdict(check_both_modes, fault) for fault in faults}
+    assert "survived" not in verdicts.values(), verdicts
+
+
+@pytest.mark.full
+@needs_deadlock_errors
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_a_wrong_part_is_found(name):
+    part = mutants.replaced(*WRONG_PARTS[name])
+    assert mutants.verdict(check_both_modes, part) != "survived"
+
+
+@pytest.mark.full
+@needs_deadlock_errors
+@pytest.mark.parametrize("name", WRONG_WINDOWS)
+def test_a_wrong_window_is_found(name):
+    part = mutants.replaced(*WRONG_WINDOWS[name])
+    assert mutants.verdict(check_window, part) != "survived"
