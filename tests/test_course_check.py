@@ -18,7 +18,6 @@ from rpa.check.places import ragged
 from rpa.check.registry import collect
 from rpa.check.runner import TookTooLong, time_limit
 
-
 pytestmark = pytest.mark.core
 
 
