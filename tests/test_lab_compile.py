@@ -58,6 +58,16 @@ def test_hbm_overflow_says_how_much(empty_cache):
 
 
 @needs_libtpu
+def test_smem_overflow_says_how_much(empty_cache):
+    """A page table of 64 x 8192 entries, prefetched as scalars: twice what SMEM holds."""
+    workload = programs.Workload(model="llama-3-70b-on-8", kv_len=131072)
+    program = programs.streamed(workload)
+    result = lab.compile_for("v5e", program.function, *program.args, kwargs=program.kwargs)
+    assert (result.ok, result.error_kind) == (False, "smem overflow")
+    assert "2097152 of 1048576 bytes" in result.error
+
+
+@needs_libtpu
 @pytest.mark.parametrize("donate", [True, False])
 def test_donation_shows_in_the_hlo(empty_cache, donate):
     cache, row = (
@@ -116,7 +126,7 @@ MESSAGES = {
     "libtpu busy": "Internal error when accessing libtpu multi-process lockfile",
     "unknown chip": "INVALID_ARGUMENT: Invalid TPU external name: TPU7x",
     "old libtpu": "Unsupported version: expected <= 7 but got 8",
-    "smem overflow": "Ran out of memory in memory space smem. Used 2.0M of 1.0M smem",
+    "smem overflow": "Allocation (size=2097152) would exceed memory (size=1048576) :: space=smem",
     "unsupported": "Mosaic failed to compile TPU kernel: unsupported unaligned shape\nat foo",
     "timeout": f"{words.TIMED_OUT} after 3 s",
     "crash": f"{words.DIED} (exit code -11): ",

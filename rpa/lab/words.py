@@ -10,8 +10,8 @@ KINDS = {
     "libtpu busy": r"multi-process lockfile|already in use by process",
     "unknown chip": r"Invalid TPU external name|unknown topology|Unsupported TPU (type|topology)",
     "old libtpu": r"Unsupported version: expected",
-    "vmem overflow": r"scoped vmem limit|memory space vmem|CompileTimeScopedVmemOom",
-    "smem overflow": r"memory space smem|CompileTimeSmemOom|scoped smem",
+    "vmem overflow": r"scoped vmem limit|memory space vmem|space=vmem|CompileTimeScopedVmemOom",
+    "smem overflow": r"memory space smem|space=smem|CompileTimeSmemOom|scoped smem",
     "hbm overflow": r"CompileTimeHbmOom|memory space hbm|exceeds available HBM",
     "unsupported": r"Mosaic failed|NotImplementedError|LoweringException|not implemented|"
     r"(?i:unsupported|not supported|unimplemented)|multiple of the word size",
@@ -38,7 +38,6 @@ def kind_of(message) -> str:
 def explain(message, chip, versions) -> tuple[str, str]:
     """The kind of an error, and what it means and what to do, with the compiler's own numbers."""
     kind = kind_of(message)
-    first = message.strip().splitlines()[0][:600] if message.strip() else "no message"
     tpu = f"libtpu {versions['libtpu']}, jax {versions['jax']}"
     text = {
         "libtpu busy": "Another process holds libtpu, and this version lets one in at a time.",
@@ -48,8 +47,8 @@ def explain(message, chip, versions) -> tuple[str, str]:
         "TPU; install the libtpu that jax[tpu] asks for.",
         "vmem overflow": f"The kernel needs more VMEM than {chip} gives it: {_vmem(message)}. "
         "Make a block smaller, or raise vmem_limit_bytes if the chip has more.",
-        "smem overflow": f"The kernel needs more SMEM than {chip} has (1 MiB): make what is "
-        f"prefetched as scalars smaller. {first}",
+        "smem overflow": f"The kernel needs more SMEM than {chip} has: {_smem(message)}. Make "
+        "what is prefetched as scalars smaller, or stream it from HBM as rung 7 does.",
         "hbm overflow": f"The program needs more HBM than {chip} has: {_hbm(message)}. Make the "
         "arrays smaller, or donate what is updated in place.",
         "unsupported": f"The compiler for {chip} does not support something here: {_core(message)}",
@@ -77,6 +76,11 @@ def no_libtpu(system, machine) -> tuple[str, str]:
 def _vmem(message) -> str:
     numbers = re.search(r"allocation with size ([\d.]+\w) and limit ([\d.]+\w)", message)
     return f"{numbers[1]} of {numbers[2]}" if numbers else _core(message)
+
+
+def _smem(message) -> str:
+    numbers = re.search(r"size=(\d+)\) would exceed memory \(size=(\d+)\)", message)
+    return f"{numbers[1]} of {numbers[2]} bytes" if numbers else _core(message)
 
 
 def _hbm(message) -> str:

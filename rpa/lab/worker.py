@@ -61,7 +61,9 @@ def main(order, answer):
     try:
         result = compile_spec(spec, shapes)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        # The last line of the caller's own: what JAX did below it says little.
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f for f in frames if "site-packages" not in f.filename][-1]
         result = {
             "message": f"{type(error).__name__}: {error}",
             "where": f"{where.filename}:{where.lineno}, in {where.name}",
