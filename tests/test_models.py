@@ -27,8 +27,9 @@ from rpa.models import (
     smollm2,
 )
 from rpa.models.contiguous import OneSequence, contiguous_attention, new_contiguous_cache
+from rpa.models.gguf_file import unpermute_rope
 from rpa.models.llama import apply_rope, layer_cache, param_shapes, rope_rotation
-from rpa.models.smollm2 import check_token_ids, unpermute_rope
+from rpa.models.smollm2 import check_token_ids
 from rpa.paging import get_kv_cache_shape
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 

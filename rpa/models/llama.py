@@ -264,7 +264,7 @@ def apply_rope(x, rotation):
     There are two conventions for which lanes form a pair. The paper, and GGUF files, pair 2i with
     2i + 1; Hugging Face checkpoints pair i with i + head_dim / 2, and so do we: two contiguous
     halves are what vector lanes are good at, neighbours would have to be shuffled. The weights
-    decide which one is right (see `rpa.models.smollm2`). With the wrong one the model still
+    decide which one is right (see `rpa.models.gguf_file`). With the wrong one the model still
     answers "Paris", because nearby tokens are hardly turned: only its logits show it.
 
     Args:
