@@ -124,9 +124,9 @@ def test_timeline_fills_no_buffer_that_is_in_use():
 
 
 def check_both_modes():
-    """Three blocks, an idle sequence, one more: both buffers are filled twice."""
+    """A block that is not full, an idle sequence, three blocks: both buffers are filled twice."""
     for mode in MODES:
-        check_decode(mode, SMALL, [17, 0, 3])
+        check_decode(mode, SMALL, [3, 0, 17])
 
 
 def whole_pages(kv_len, block, block_tokens):
@@ -167,8 +167,8 @@ needs_deadlock_errors = pytest.mark.skipif(
 @needs_deadlock_errors
 def test_a_missing_wait_is_found():
     """One mode finds it: on_wait, where the bytes then never arrive."""
-    check_on_wait = partial(check_decode, ON_WAIT, SMALL, [17, 0, 3])
-    case = decode_case(SMALL, [17, 0, 3])
+    check_on_wait = partial(check_decode, ON_WAIT, SMALL, [3, 0, 17])
+    case = decode_case(SMALL, [3, 0, 17])
     attend = partial(streamed.attention, *case.arrays, case.batch, block_tokens=8)
     faults = mutants.list_faults(partial(jax.eval_shape, attend))  # to list, tracing is enough
     waits = [fault for fault in faults if fault.site.operation == "wait"]
