@@ -1,5 +1,8 @@
 """Programs around rung 7 that test_kernel_compile and the bench have compiled for a chip."""
 
+import jax
+import jax.numpy as jnp
+
 from rpa.kernel import ragged_paged_attention
 
 
@@ -15,3 +18,19 @@ def attend_layers(queries, keys, values, caches, *metadata, **options):
         queries, kv_cache = attend(queries, keys, values, kv_cache, *metadata, **options)
         updated.append(kv_cache)
     return queries, updated
+
+
+def attend_scanned_layers(
+    queries, keys, values, kv_cache, kv_lens, page_indices, *metadata, num_layers, **options
+):
+    """A `lax.scan` over layers: the pages of all layers in one cache, which is carried in place."""
+    pages_a_layer = kv_cache.shape[0] // num_layers
+
+    def one_layer(carry, layer):
+        queries, kv_cache = carry
+        table = page_indices + layer * pages_a_layer
+        arrays = (queries, keys, values, kv_cache, kv_lens, table, *metadata)
+        return attend(*arrays, **options), None
+
+    (queries, kv_cache), _ = jax.lax.scan(one_layer, (queries, kv_cache), jnp.arange(num_layers))
+    return queries, kv_cache

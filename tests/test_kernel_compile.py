@@ -79,14 +79,20 @@ def test_compiles_with_default_blocks(chip, name):
 def test_a_loop_over_layers_copies_no_cache(chip):
     queries, keys, values, kv_cache, *metadata = arguments((8, 1), 128, 128)
     args = (queries, keys, values, [kv_cache] * 3, *metadata)
-    options = {"chip": chip}
+    check_in_place(chip, kernel_programs.attend_layers, args, kv_cache, num_caches=3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_scan_over_layers_copies_no_cache(chip):
+    args = arguments((8, 1), 128, 128, num_pages=3 * 1024)
+    check_in_place(chip, kernel_programs.attend_scanned_layers, args, args[3], num_layers=3)
+
+
+def check_in_place(chip, program, args, kv_cache, *, num_caches=1, **options):
+    options |= {"chip": chip}
     result = assert_compiles(
-        chip,
-        kernel_programs.attend_layers,
-        *args,
-        kwargs=options,
-        donate_argnums=(3,),
-        keep_hlo=True,
+        chip, program, *args, kwargs=options, donate_argnums=(3,), keep_hlo=True
     )
     assert result.copies_of(kv_cache) == []
-    assert result.alias_bytes >= 3 * kv_cache.size * 2
+    assert result.alias_bytes >= num_caches * kv_cache.size * 2

@@ -16,7 +16,7 @@ from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_runs import check_lengths
 
 SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=10)
-LENGTHS = [(1, 75), (0, 3), (1, 9), (18, 70), (0, 0), (9, 12)]
+LENGTHS = [(1, 75), (0, 3), (1, 73), (18, 70), (0, 0), (9, 12)]
 """Both kernels, two and more blocks of everything, idle slots before and between, part pages."""
 
 BLOCKS = {"d_block_sizes": (1, 64, 1, 16), "m_block_sizes": (8, 64, 4, 16)}
@@ -174,8 +174,8 @@ def test_a_missing_wait_is_found():
 def test_every_start_and_wait_is_needed():
     faults = list_faults()
     assert len(faults) >= 20
-    verdicts = {str(fault): mutants.verdict(check_both_modes, fault) for fault in faults}
-    assert "survived" not in verdicts.values(), verdicts
+    survivors = [str(f) for f in faults if mutants.verdict(check_both_modes, f) == "survived"]
+    assert survivors == []
 
 
 @pytest.mark.full
