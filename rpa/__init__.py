@@ -24,16 +24,21 @@ _HOMES = {
     "ref_ragged_paged_attention": "rpa.ragged",
 }
 
+_ROOMS = (
+    *("chips", "dense", "paging", "ragged", "tiled", "streamed", "fused", "kernel", "ladder"),
+    *("check", "figures", "lab", "models", "serving", "traces"),
+)
+
 __all__ = ["check", "doctor", *_HOMES]
 
 
 def __getattr__(name):
-    if name == "check":  # a package that can be called like a function
-        return importlib.import_module("rpa.check")
+    if name in _ROOMS:  # so that `rpa.models.load_smollm2()` works behind `import rpa` alone
+        return importlib.import_module(f"rpa.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'rpa' has no attribute {name!r}; it has {', '.join(__all__)}.")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

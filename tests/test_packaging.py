@@ -1,6 +1,7 @@
 """What is promised about installing: one list of dependencies, and a wheel that carries it all."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -46,7 +47,12 @@ def test_nothing_forces_another_jax_on_colab():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT]
+    # From a copy: setuptools leaves a build folder behind, and packs what an older one holds.
+    source = folder / "source"
+    shutil.copytree(ROOT / "rpa", source / "rpa", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, source]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     return next(folder.glob("rpa-*.whl"))
 
