@@ -6,12 +6,13 @@ import jax
 import numpy as np
 
 from rpa.check.compare import Wrong, equal, first_wrong
-from rpa.check.errors import CheckFailed, NotStarted
+from rpa.check.errors import CheckFailed, NotStarted, WrongResult
 from rpa.check.exercise import Case, Exercise
 from rpa.check.messages import (
     explain_changed_argument,
     explain_difference,
     explain_exception,
+    explain_refused_result,
     headline,
     praise,
 )
@@ -63,6 +64,8 @@ def _run_case(exercise: Exercise, case: Case, function: Callable):
     except TookTooLong as late:
         text = f"Your function was {late}. Is there a loop that never ends?"
         raise _refusal(exercise, case, function, text) from None
+    except WrongResult as refused:
+        raise _refusal(exercise, case, function, explain_refused_result(refused)) from None
     except Exception as error:
         # Only the stub's own error: JAX, too, raises NotImplementedError for what it cannot do.
         if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):

@@ -19,3 +19,10 @@ class NotStarted(NotImplementedError):
 
 class UnfinishedCheck(ValueError):
     """A teacher's mistake: an exercise whose check could never refuse an answer."""
+
+
+class WrongResult(ValueError):
+    """What an exercise's `drive` raises to refuse a result; the text says what it expected.
+
+    The learner reads that text as a wrong result, not as an exception of their own function.
+    """

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from rpa.check.compare import Wrong, show
+from rpa.check.errors import WrongResult
 from rpa.check.exercise import Case, Exercise
 
 
@@ -77,6 +78,12 @@ def explain_exception(error: Exception, function: Callable) -> str:
         line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
         text += f"\n  line {own[-1].lineno}, in {own[-1].name}" + (f":  {line}" if line else "")
     return text
+
+
+def explain_refused_result(refused: WrongResult) -> str:
+    """What `drive` says about a result that it cannot go on with, as a sentence."""
+    text = str(refused)
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def praise(exercise: Exercise, function: Callable) -> str:
