@@ -68,6 +68,12 @@ def test_reference_backend_is_rung_3():
     assert output.dtype == jnp.bfloat16 and cache.shape == case.kv_cache.shape
 
 
+def test_a_batch_without_tokens_has_an_empty_output():
+    case = make_case(Shape(2, 1, 64, page_size=8, num_tokens=0), [(0, 0), (0, 9)])
+    output, cache = call(case)
+    assert output.shape == (0, 2, 64) and cache is case.kv_cache
+
+
 def test_each_sequence_has_one_kernel():
     for chunk_prefill_size in (None, 4):
         for distribution in [(0, 0, 0), (2, 5, 9), (3, 3, 3), (0, 4, 4)]:

@@ -153,6 +153,8 @@ def ragged_paged_attention(
     )
     if should_validate(batch, validate):
         _validate(batch, problem, chunk_prefill_size)
+    if problem.num_tokens == 0:  # nothing to store, and no DMA of nothing
+        return jnp.zeros(queries.shape, problem.out_dtype), kv_cache
     vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
     block_sizes = {"d": d_block_sizes, "p": p_block_sizes, "m": m_block_sizes}
     interpret = backend == "interpret"
