@@ -3,6 +3,7 @@
 References and mistakes are NumPy: quick, and apart from what the chapter teaches with.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +59,15 @@ def _searched(q_lens, num_tokens, side="right", minus=1, padding=-1):
 
 
 @token_owner.mistake(
+    "the first padding row counts as owned: row cu_q_lens[-1] is behind the end already, so the "
+    "comparison is < and not <="
+)
+def _end_is_owned(q_lens, num_tokens):
+    cu_q_lens, owner = _searched(q_lens, num_tokens, padding=None)
+    return cu_q_lens, np.where(np.arange(num_tokens) <= cu_q_lens[-1], owner, -1).astype(np.int32)
+
+
+@token_owner.mistake(
     "searchsorted keeps its default side='left': the first token of each sequence goes to the one "
     "before it"
 )
@@ -78,7 +88,7 @@ def _padding_to_last(q_lens, num_tokens):
     return _searched(q_lens, num_tokens, padding=len(q_lens) - 1)
 
 
-@token_owner.mistake("the padding rows are not marked: a search behind the end answers num_seqs")
+@token_owner.mistake("the padding rows are not marked: a search past the end answers num_seqs")
 def _padding_unmarked(q_lens, num_tokens):
     return _searched(q_lens, num_tokens, padding=None)
 
@@ -88,6 +98,15 @@ def _padding_unmarked(q_lens, num_tokens):
 )
 def _no_leading_zero(q_lens, num_tokens):
     return _cu_q_lens(q_lens)[1:], _token_owner(q_lens, num_tokens)[1]
+
+
+@token_owner.mistake(
+    "cu_q_lens lacks its leading 0, and the 1 is subtracted all the same: every token goes to the "
+    "sequence before its own"
+)
+def _no_leading_zero_to_count(q_lens, num_tokens):
+    cu_q_lens, owner = _token_owner(q_lens, num_tokens)
+    return cu_q_lens[1:], np.maximum(owner - 1, -1).astype(np.int32)
 
 
 @token_owner.mistake("cu_q_lens lacks its last entry, the number of all new tokens")
@@ -112,11 +131,14 @@ def _spread(kv_lens, cu_q_lens, owner):
     return kv_lens[owner], np.diff(cu_q_lens)[owner], number
 
 
-def _places(positions, page_table, page_size, rows):
-    """Positions, pages and slots; an index behind the end is clamped, as JAX does it."""
-    page_table = np.asarray(page_table)
+def _places(positions, page_table, page_size, rows, columns=None):
+    """Positions, pages and slots; an index past the end is clamped, as JAX does it."""
+    page_table, columns = (
+        np.asarray(page_table),
+        positions // page_size if columns is None else columns,
+    )
     rows = np.clip(rows, 0, page_table.shape[0] - 1)
-    columns = np.clip(positions // page_size, 0, page_table.shape[1] - 1)
+    columns = np.clip(columns, 0, page_table.shape[1] - 1)
     pages = page_table[rows, columns]
     return tuple(x.astype(np.int32) for x in (positions, pages, positions % page_size))
 
@@ -128,15 +150,15 @@ def _token_places(kv_lens, cu_q_lens, page_table, page_size, owner):
 
 token_places = Exercise("3.2", _token_places, outputs=("positions", "pages", "slots"))
 token_places.case(
-    "one decode step, the ninth token",
+    "two new tokens after seven cached ones",
     kv_lens=ints(9),
-    cu_q_lens=ints(0, 1),
+    cu_q_lens=ints(0, 2),
     page_table=np.array([[5, 2, 7]], np.int32),
     page_size=4,
-    owner=ints(0),
+    owner=ints(0, 0),
 )
 token_places.case(
-    "a chunk of three behind four cached tokens, beside a decode",
+    "a chunk of three after four cached tokens, beside a decode",
     kv_lens=ints(6, 7),
     cu_q_lens=ints(0, 1, 4),
     page_table=np.array([[5, 2], [9, 3]], np.int32),
@@ -174,6 +196,21 @@ def _kv_len_as_prefix(kv_lens, cu_q_lens, page_table, page_size, owner):
 
 
 @token_places.mistake(
+    "positions are counted from 1: with kv_len - q_len tokens before it, the first new token has "
+    "exactly that position, since the first token of all has position 0"
+)
+def _counted_from_1(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, _, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    return _places(positions + 1, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake("every token of a chunk is put at the position of the first of them")
+def _all_at_the_start(kv_lens, cu_q_lens, page_table, page_size, owner):
+    kv_len, q_len, _ = _spread(kv_lens, cu_q_lens, owner)
+    return _places(kv_len - q_len, page_table, page_size, np.asarray(owner))
+
+
+@token_places.mistake(
     "every token of a chunk is put at the last position, which is right to decode"
 )
 def _all_at_the_end(kv_lens, cu_q_lens, page_table, page_size, owner):
@@ -195,6 +232,24 @@ def _row_of_the_batch(kv_lens, cu_q_lens, page_table, page_size, owner):
 def _logical_page(kv_lens, cu_q_lens, page_table, page_size, owner):
     positions, _, slots = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
     return positions, positions // page_size, slots
+
+
+@token_places.mistake(
+    "the column of the page table is position % page_size, the slot; the column is the page of the "
+    "sequence, position // page_size"
+)
+def _column_is_the_slot(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, _, slots = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    return _places(positions, page_table, page_size, np.asarray(owner), columns=slots)
+
+
+@token_places.mistake(
+    "the slot is position // page_size, the page of the sequence; the row inside a page is what "
+    "remains, position % page_size"
+)
+def _slot_is_the_column(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions, pages, _ = _token_places(kv_lens, cu_q_lens, page_table, page_size, owner)
+    return positions, pages, positions // page_size
 
 
 @token_places.mistake("row t of the page table is asked and not the row of the token's sequence")
@@ -248,7 +303,7 @@ def _mask_arguments(kv_lens, q_lens):
 
 
 ragged_mask = Exercise("3.3", _ragged_mask, axes=("token", "key"))
-ragged_mask.case("two new tokens behind two cached", **_mask_arguments([4], [2]))
+ragged_mask.case("three new tokens after two cached", **_mask_arguments([5], [3]))
 ragged_mask.case("a decode beside a fresh prompt", **_mask_arguments([3, 3], [1, 3]))
 ragged_mask.case("the batch of the lesson", **_mask_arguments([6, 9, 7, 4], [1, 1, 3, 4]))
 ragged_mask.case("idle slots", **_mask_arguments([5, 0, 3, 6], [2, 0, 0, 3]))
@@ -269,6 +324,36 @@ def _mask_without_owner(kv_lens, cu_q_lens, kv_owner, kv_positions):
 @ragged_mask.mistake("a token does not see itself: the comparison is < where it should be <=")
 def _mask_without_itself(kv_lens, cu_q_lens, kv_owner, kv_positions):
     return _ragged_mask(np.asarray(kv_lens) - 1, cu_q_lens, kv_owner, kv_positions)
+
+
+@ragged_mask.mistake("a token sees itself and the token after it: the comparison is one too far")
+def _mask_one_too_far(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    return _ragged_mask(np.asarray(kv_lens) + 1, cu_q_lens, kv_owner, kv_positions)
+
+
+@ragged_mask.mistake(
+    "the comparison is turned round, >= where it should be <=: a token sees itself and what comes "
+    "after it"
+)
+def _mask_of_the_future(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, q_positions = _queries(kv_lens, cu_q_lens)
+    same = q_owner[:, None] == np.asarray(kv_owner)[None, :]
+    return same & (np.asarray(kv_positions)[None, :] >= q_positions[:, None])
+
+
+@ragged_mask.mistake("the mask is inverted: it is True where a key is hidden")
+def _mask_inverted(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    return ~_ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions)
+
+
+@ragged_mask.mistake(
+    "every new token has the position of the first one, kv_len - q_len; each row counts one up"
+)
+def _mask_at_the_first(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner, _ = _queries(kv_lens, cu_q_lens)
+    first = (np.asarray(kv_lens) - np.diff(np.asarray(cu_q_lens)))[q_owner]
+    same = q_owner[:, None] == np.asarray(kv_owner)[None, :]
+    return same & (np.asarray(kv_positions)[None, :] <= first[:, None])
 
 
 @ragged_mask.mistake(
@@ -357,6 +442,14 @@ order_batch.case(
     page_table=np.array([[1], [2], [0]], np.int32),
     chunk_prefill_size=4,
 )
+# A sort of at most 16 numbers is an insertion sort in NumPy, which is stable by accident.
+order_batch.case(
+    "thirty sequences",
+    q_lens=np.tile(ints(3, 1, 4), 10),
+    kv_lens=np.arange(10, 40, dtype=np.int32),
+    page_table=np.arange(30, dtype=np.int32)[::-1, None].copy(),
+    chunk_prefill_size=3,
+)
 
 
 @order_batch.mistake(
@@ -383,6 +476,12 @@ def _kv_lens_as_arrived(q_lens, kv_lens, page_table, chunk_prefill_size):
 def _cu_as_arrived(q_lens, kv_lens, page_table, chunk_prefill_size):
     order, lens, table, _, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
     return order, lens, table, _cu_q_lens(q_lens), ends
+
+
+@order_batch.mistake("cu_q_lens lacks its leading 0, where the first sequence starts")
+def _order_without_leading_zero(q_lens, kv_lens, page_table, chunk_prefill_size):
+    order, lens, table, cu, ends = _order_batch(q_lens, kv_lens, page_table, chunk_prefill_size)
+    return order, lens, table, cu[1:], ends
 
 
 @order_batch.mistake(
@@ -413,6 +512,25 @@ def _with_other_kinds(kinds, q_lens, kv_lens, page_table):
 )
 def _idle_is_mixed(q_lens, kv_lens, page_table, chunk_prefill_size):
     kinds = np.where(q_lens == 1, 0, np.where(q_lens == chunk_prefill_size, 1, 2))
+    return _with_other_kinds(kinds, q_lens, kv_lens, page_table)
+
+
+@order_batch.mistake(
+    'the sort is not stable: without kind="stable", np.argsort may change the order among equals, '
+    "and does so from 17 sequences on, on some machines earlier"
+)
+def _unstable(q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.where(q_lens <= 1, 0, np.where(q_lens == chunk_prefill_size, 1, 2))
+    order = np.argsort(kinds)
+    return _in_order(order, q_lens, kv_lens, page_table, chunk_prefill_size)
+
+
+@order_batch.mistake(
+    "more tokens than a chunk count as a full chunk: only q_len == chunk_prefill_size is one, what "
+    "is longer is mixed"
+)
+def _long_is_chunk(q_lens, kv_lens, page_table, chunk_prefill_size):
+    kinds = np.where(q_lens <= 1, 0, np.where(q_lens >= chunk_prefill_size, 1, 2))
     return _with_other_kinds(kinds, q_lens, kv_lens, page_table)
 
 
@@ -530,6 +648,12 @@ def _reads_before_storing(queries, keys, values, kv_cache, batch):
     return output, _np_store(keys, values, kv_cache, batch)
 
 
+@ragged_attention.mistake("keys and values are swapped: store_kv takes the keys first")
+def _swaps_k_and_v(queries, keys, values, kv_cache, batch):
+    kv_cache = _np_store(values, keys, kv_cache, batch)
+    return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1]), kv_cache
+
+
 @ragged_attention.mistake("the cache that is returned is the old one, without the new tokens")
 def _returns_old_cache(queries, keys, values, kv_cache, batch):
     output, _ = _ragged_attention(queries, keys, values, kv_cache, batch)
@@ -537,7 +661,7 @@ def _returns_old_cache(queries, keys, values, kv_cache, batch):
 
 
 @ragged_attention.mistake(
-    "q_start is kv_len: then every new token counts as the last one, and sees those behind it too"
+    "q_start is kv_len: then every new token counts as the last one, and sees those after it too"
 )
 def _starts_at_kv_len(queries, keys, values, kv_cache, batch):
     kv_cache = _np_store(keys, values, kv_cache, batch)
@@ -573,7 +697,7 @@ def _stores_by_logical_page(queries, keys, values, kv_cache, batch):
     return _np_attend(np.asarray(queries), kv_cache, batch, keys.shape[1]), kv_cache
 
 
-@ragged_attention.mistake("q_start is 0: the new tokens stand before the cached prefix, not behind")
+@ragged_attention.mistake("q_start is 0: the new tokens stand before the cached prefix, not after")
 def _starts_at_zero(queries, keys, values, kv_cache, batch):
     kv_cache = _np_store(keys, values, kv_cache, batch)
     q_lens = np.diff(np.asarray(batch.cu_q_lens))
@@ -603,7 +727,7 @@ def _padding_is_query(queries, keys, values, kv_cache, batch):
 
 
 @ragged_attention.mistake(
-    "the loop runs over all slots (max_num_seqs): those behind distribution[2] hold garbage"
+    "the loop runs over all slots (max_num_seqs): those from distribution[2] on hold garbage"
 )
 def _all_slots(queries, keys, values, kv_cache, batch):
     queries = np.asarray(queries)
@@ -623,9 +747,14 @@ def _one_row_for_all(queries, keys, values, kv_cache, batch):
 
 
 def _shared_writes(kv_lens, cu_q_lens, page_table, page_size):
-    q_lens = np.diff(cu_q_lens)
-    written = _from((kv_lens - q_lens) // page_size, page_table) & (q_lens > 0)[:, None]
+    written = _written(kv_lens, cu_q_lens, page_table, page_size)
     return written & _shared(cdiv(kv_lens, page_size), page_table)
+
+
+def _written(kv_lens, cu_q_lens, page_table, page_size):
+    """bool[num_seqs, pages_per_seq]: a live page that receives new tokens."""
+    q_lens, live = np.diff(cu_q_lens), ~_from(cdiv(kv_lens, page_size), page_table)
+    return live & _from((kv_lens - q_lens) // page_size, page_table) & (q_lens > 0)[:, None]
 
 
 def _shared(num_pages, page_table):
@@ -662,6 +791,13 @@ shared_writes.case(
     kv_lens=ints(6, 9),
     cu_q_lens=ints(0, 1, 2),
     page_table=np.array([[3, 5, 0], [3, 2, 7]], np.int32),
+    page_size=4,
+)
+shared_writes.case(
+    "a page that one sequence writes and another one reads",
+    kv_lens=ints(6, 9),
+    cu_q_lens=ints(0, 1, 2),
+    page_table=np.array([[3, 5, 0], [3, 5, 7]], np.int32),
     page_size=4,
 )
 shared_writes.case(
@@ -706,6 +842,38 @@ def _counts_padding(kv_lens, cu_q_lens, page_table, page_size):
 def _padding_owns(kv_lens, cu_q_lens, page_table, page_size):
     live = ~_from(cdiv(kv_lens, page_size), page_table)
     return live & _counts_padding(kv_lens, cu_q_lens, page_table, page_size)
+
+
+@shared_writes.mistake(
+    "only the pages that are written are counted: a page that one sequence writes and another one "
+    "only reads is shared, too"
+)
+def _counts_written(kv_lens, cu_q_lens, page_table, page_size):
+    written = _written(kv_lens, cu_q_lens, page_table, page_size)
+    counts = Counter(page_table[written].tolist())
+    return written & (np.vectorize(counts.__getitem__)(page_table) > 1)
+
+
+@shared_writes.mistake(
+    "a page that stands twice in its own row is left out: places of the table are counted, not "
+    "sequences"
+)
+def _counts_sequences(kv_lens, cu_q_lens, page_table, page_size):
+    live = ~_from(cdiv(kv_lens, page_size), page_table)
+    counts = Counter(
+        page for row, use in zip(page_table, live, strict=True) for page in set(row[use])
+    )
+    written = _written(kv_lens, cu_q_lens, page_table, page_size)
+    return written & (np.vectorize(counts.__getitem__)(page_table) > 1)
+
+
+@shared_writes.mistake(
+    "every place of a page that somebody writes is reported; only the writer's place is"
+)
+def _reports_readers(kv_lens, cu_q_lens, page_table, page_size):
+    shared = _shared(cdiv(kv_lens, page_size), page_table)
+    written = _written(kv_lens, cu_q_lens, page_table, page_size)
+    return shared & np.isin(page_table, page_table[written])
 
 
 @shared_writes.mistake("only the last page of a sequence is looked at; a chunk writes several")
