@@ -6,6 +6,7 @@ peer refuses them), attention sinks (the peer has none).
 """
 
 import importlib.util
+import logging
 import sys
 import types
 
@@ -41,7 +42,7 @@ LENGTHS = [(1, 17), (1, 64), (5, 20), (20, 31), (13, 60)]
 def peer_reference():
     """The peer's function; its package asks for vllm's logger, which nothing here needs."""
     logger = types.ModuleType("vllm.logger")
-    logger.init_logger = logger._VllmLogger = lambda *args: None
+    logger.init_logger = logger._VllmLogger = logging.getLogger
     sys.modules.setdefault("vllm", types.ModuleType("vllm"))
     sys.modules.setdefault("vllm.logger", logger)
     from tpu_inference.kernels.ragged_paged_attention.v3 import kernel
