@@ -157,6 +157,16 @@ def list_faults():
     )
 
 
+def is_equivalent(fault):
+    """Whether a fault changes nothing, with the reason.
+
+    `wait_stores` stands where blocks are fetched, and so also where the very first one is, called
+    from `start_first`: nothing was stored by then, so there is nothing to wait for.
+    """
+    functions = {line.split()[-1] for line in fault.site.where}
+    return fault.site.operation == "wait" and {"wait_stores", "start_first"} <= functions
+
+
 @needs_deadlock_errors
 def test_a_missing_wait_is_found():
     """The sample of `make test`."""
@@ -174,8 +184,8 @@ def test_a_missing_wait_is_found():
 def test_every_start_and_wait_is_needed():
     faults = list_faults()
     assert len(faults) >= 20
-    survivors = [str(f) for f in faults if mutants.verdict(check_both_modes, f) == "survived"]
-    assert survivors == []
+    survivors = [f for f in faults if mutants.verdict(check_both_modes, f) == "survived"]
+    assert [str(f) for f in survivors if not is_equivalent(f)] == []
 
 
 @pytest.mark.full
