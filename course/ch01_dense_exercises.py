@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Chapter 1: Dense attention, exercises
 #
-# You write the pieces of attention for one sequence: the softmax, the causal mask behind a cached
+# You write the pieces of attention for one sequence: the softmax, the causal mask after a cached
 # prefix, grouped heads, the sliding window, and the sums that say which chip limit each phase
 # meets. Read the lesson first: `notebooks/01_dense.ipynb`.
 #
@@ -70,6 +70,12 @@ def softmax(scores):
     return exponentials / exponentials.sum(axis=1)[:, None]
 
 
+# %% tags=["wrong"] refused="smaller than the row's maximum is subtracted, here the minimum"
+def softmax(scores):
+    weights = jnp.exp(scores - scores.min(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
 # %% tags=["wrong"] refused="the sum runs over the queries (axis 0)"
 def softmax(scores):
     weights = jnp.exp(scores - scores.max(axis=0))
@@ -82,22 +88,22 @@ def softmax(scores):
 
 
 # %% [markdown]
-# ## Exercise 1.2: Who may see whom, behind a cached prefix
+# ## Exercise 1.2: Who may see whom, after a cached prefix
 #
 # Write `causal_mask(q_len, kv_len)`: bool`[q_len, kv_len]`, True where the query may see the key.
 # The queries are the *last* `q_len` tokens of a sequence of `kv_len`; the others are cached.
 #
-# By hand, two new tokens behind three cached ones:
+# By hand, two new tokens after three cached ones:
 #
 # | | key 0 | 1 | 2 | 3 | 4 |
 # |---|---|---|---|---|---|
 # | query 0 | sees | sees | sees | sees | |
 # | query 1 | sees | sees | sees | sees | sees |
 #
-# **Teaches:** a query's position, `kv_len - q_len + t`, decides what it sees, not its row.
+# **Teaches:** a query's position decides what it sees, not its row.
 
 # %% [markdown] tags=["hint"]
-# A query sees a key if the key does not stand behind it. Write down both positions, then compare.
+# A query sees its own key and every earlier one. Write down the positions of both, then compare.
 
 # %% [markdown] tags=["hint"]
 # `jnp.arange(n)` counts positions. `a[:, None]` is a column and `b[None, :]` is a row; comparing
@@ -138,6 +144,12 @@ def causal_mask(q_len, kv_len):
 def causal_mask(q_len, kv_len):
     rows, columns = jnp.indices((q_len, kv_len))
     return columns < rows + kv_len - q_len
+
+
+# %% tags=["wrong"] refused="the comparison is turned round (>= for <=, triu for tril)"
+def causal_mask(q_len, kv_len):
+    q_positions = jnp.arange(kv_len - q_len, kv_len)
+    return jnp.arange(kv_len)[None, :] >= q_positions[:, None]
 
 
 # %% tags=["wrong"] refused="dtype float32, expected bool"
@@ -218,6 +230,15 @@ def grouped_attention(q, k, v, mask):
     return jnp.einsum("hqk,khd->qhd", weights, v)
 
 
+# %% tags=["wrong"] refused="the mask is inverted"
+def grouped_attention(q, k, v, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+    scores = jnp.einsum("qhd,khd->hqk", q, k) / jnp.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask, -jnp.inf, scores), axis=-1)
+    return jnp.einsum("hqk,khd->qhd", weights, v)
+
+
 # %% tags=["wrong"] refused="scores are not divided by the root of head_dim"
 def grouped_attention(q, k, v, mask):
     group = q.shape[1] // k.shape[1]
@@ -242,16 +263,17 @@ def grouped_attention(q, k, v, mask):
 # - `flops` of the two matrix products, a multiplication and an addition counted as two, and only
 #   for (query, key) pairs that the causal mask lets through;
 # - `hbm_bytes` with each array moved once: queries read, K and V of all `kv_len` tokens read,
-#   output written. `item_bytes` is the size of one number, 2 for bfloat16.
+#   output written. `item_bytes` is the size of one number, 2 for bfloat16. (The lesson also counts
+#   the new K and V, which a kernel writes into the cache. Leave that out here.)
 #
-# By hand: one query, two keys, one head, `head_dim` 4, 2 bytes. Two pairs, two products, 4
-# multiplications and 4 additions each: 32 FLOPs. K and V are 2 x 2 x 4 numbers, query and output 4
-# each: 24 numbers, 48 bytes.
+# By hand: two queries, five keys, one head, `head_dim` 4, 2 bytes. The first query sees 4 keys and
+# the second 5, so 9 pairs. Each takes two products of 4 multiplications and 4 additions: 16 FLOPs,
+# 144 in all. K and V are 2 x 5 x 4 numbers, queries and output 2 x 2 x 4: 56 numbers, 112 bytes.
 #
 # **Teaches:** where the intensity of decode and prefill comes from.
 
 # %% [markdown] tags=["hint"]
-# Query t stands at position `kv_len - q_len + t` and sees that many keys and itself. Add up over
+# Query t stands at position `kv_len - q_len + t` and sees that many keys and its own. Add up over
 # the queries. FLOPs belong to query heads; bytes of K and V belong to KV heads.
 
 # %% [markdown] tags=["hint"]
@@ -305,6 +327,20 @@ def attention_cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_byte
     return 2 * num_q_heads * head_dim * pairs, numbers * item_bytes
 
 
+# %% tags=["wrong"] refused="a token does not see itself"
+def attention_cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    pairs = sum(kv_len - q_len + t for t in range(q_len))
+    numbers = 2 * q_len * num_q_heads * head_dim + 2 * kv_len * num_kv_heads * head_dim
+    return 4 * num_q_heads * head_dim * pairs, numbers * item_bytes
+
+
+# %% tags=["wrong"] refused="the new K and V are counted once more, as written"
+def attention_cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    pairs = sum(kv_len - q_len + t + 1 for t in range(q_len))
+    numbers = 2 * q_len * num_q_heads * head_dim + 2 * (kv_len + q_len) * num_kv_heads * head_dim
+    return 4 * num_q_heads * head_dim * pairs, numbers * item_bytes
+
+
 # %% tags=["wrong"] refused="pairs that the causal mask hides are counted"
 def attention_cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     numbers = 2 * q_len * num_q_heads * head_dim + 2 * kv_len * num_kv_heads * head_dim
@@ -328,8 +364,8 @@ def attention_cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_byte
 # Write `keys_to_read(q_len, kv_len, window)`, which returns two integers `(first, end)`: the keys
 # `first <= j < end` are those that *at least one* of the last `q_len` tokens sees.
 #
-# By hand: `kv_len` 10, two queries at positions 8 and 9, window 3. Query 8 sees 6, 7, 8 and query 9
-# sees 7, 8, 9. Together that is 6 to 9, so `(6, 10)`.
+# By hand: `kv_len` 10, three queries at positions 7, 8 and 9, window 4. The query at 7 sees 4 to 7,
+# the one at 8 sees 5 to 8, the one at 9 sees 6 to 9. Together that is 4 to 9, so `(4, 10)`.
 #
 # **Teaches:** a window bounds the bytes of decode, however long the conversation; and the bound
 # comes from the first query of a chunk, not from the last.
@@ -378,6 +414,12 @@ def keys_to_read(q_len, kv_len, window):
 # %% tags=["wrong"] refused="a query sees window keys besides itself"
 def keys_to_read(q_len, kv_len, window):
     return max(0, kv_len - q_len - window), kv_len
+
+
+# %% tags=["wrong"] refused="end is first + window"
+def keys_to_read(q_len, kv_len, window):
+    first = max(0, kv_len - q_len - window + 1)
+    return first, min(first + window, kv_len)
 
 
 # %% tags=["wrong"] refused="negative"

@@ -105,6 +105,9 @@ print("stable softmax:", shifted / shifted.sum())
 show_source(dense.masked_softmax)
 
 # %% [markdown]
+# Three lines matter here: hide, subtract the maximum, divide by the sum. The `sinks` are for models
+# that let a query attend to nothing; they come in chapter 9, and `None` turns them off.
+#
 # Read the two comments. Both say what breaks without the line; you will meet both again in the
 # kernel. The guard for a row that sees no key is not a theory: a padding row is one.
 
@@ -138,7 +141,7 @@ pictures.masks(named, cached=(0, 4, 5, 2))
 
 # %% [markdown]
 # **Prefill** reads a whole prompt at once: a triangle. **Decode** adds one token, which sees
-# everything: one row. A **chunk** of a prompt behind a cached prefix is a rectangle with a
+# everything: one row. A **chunk** of a prompt after a cached prefix is a rectangle with a
 # triangle at its end. All three are the last rows of the same triangle, and one line says so:
 
 # %%
@@ -147,7 +150,7 @@ show_source(dense.visible)
 # %% [markdown]
 # A mask that forgets the prefix, `np.tri(q_len, kv_len)`, is the most common mistake in attention
 # code: it is right for a prefill and wrong for everything else. So test what must hold: a chunk
-# behind a cached prefix gives the same rows as the whole prompt at once.
+# after a cached prefix gives the same rows as the whole prompt at once.
 
 # %%
 rng = np.random.default_rng(0)
@@ -258,7 +261,12 @@ assert dense.relative_error(out, dense.oracle(*rounded)) < 2e-6
 #
 # Decode has one query, so 4,096 pairs: $4 \cdot 32 \cdot 128 \cdot 4096 = 67$ million FLOPs. It
 # must read K and V of 4,096 tokens once: $2 \cdot 8 \cdot 128 \cdot 2 \cdot 4096 = 16.8$ million
-# bytes. That is **4 FLOPs a byte**: exactly the number of query heads that share a KV head.
+# bytes. That is **4 FLOPs a byte**: in bfloat16, exactly the number of query heads that share a KV
+# head.
+#
+# The sums below are complete: besides the cache, a kernel reads the queries, writes the output, and
+# *writes* K and V of the new tokens into the cache. In decode that is next to nothing, in a prefill
+# most of the bytes.
 
 # %%
 llama = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}

@@ -28,13 +28,13 @@ def visible(q_positions, kv_positions, *, causal=True, sliding_window=None):
     Args:
         q_positions: i32[q_len], the position of each query in its sequence.
         kv_positions: i32[kv_len], the position of each key.
-        causal: whether a query is kept from keys behind its own position.
+        causal: whether a query is kept from keys after its own position.
         sliding_window: how many tokens back a query sees, or None for all.
 
     Returns:
         bool[q_len, kv_len]; NumPy in, NumPy out.
 
-    A chunk of two new tokens behind a cached prefix of three, with a window of three:
+    A chunk of two new tokens after a cached prefix of three, with a window of three:
 
     >>> visible(np.array([3, 4]), np.arange(5), sliding_window=3).astype(int)
     array([[0, 1, 1, 1, 0],

@@ -24,6 +24,7 @@ def _softmax(scores):
 softmax = Exercise("1.1", _softmax, axes=("query", "key"), tolerance=1e-6)
 softmax.case("two queries, three keys", scores=np.float32([[0, 0, 0], [1, 2, 3]]))
 softmax.case("scores far from zero", scores=np.float32([[100, 101, 102], [-200, -201, -202]]))
+softmax.case("scores far from each other", scores=np.float32([[-100, 0, 100]]))
 softmax.case("one key", scores=np.float32([[5.0]]))
 softmax.case("more keys than queries", scores=3 * normal(4, 33))
 
@@ -34,6 +35,29 @@ def _unstable(scores):
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         weights = np.exp(scores)
         return weights / weights.sum(-1, keepdims=True)
+
+
+def _subtracting(scores, subtracted):
+    """The softmax in float32 less f32[q_len, 1]; it overflows if that is too small."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        weights = np.exp(np.asarray(scores, np.float32) - subtracted)
+        return weights / weights.sum(-1, keepdims=True)
+
+
+@softmax.mistake(
+    "something smaller than the row's maximum is subtracted, here the mean: exp of a score that "
+    "lies 89 above it is infinite"
+)
+def _mean_subtracted(scores):
+    return _subtracting(scores, np.asarray(scores, np.float32).mean(-1, keepdims=True))
+
+
+@softmax.mistake(
+    "something smaller than the row's maximum is subtracted, here the minimum: exp of a score that "
+    "lies 89 above it is infinite"
+)
+def _minimum_subtracted(scores):
+    return _subtracting(scores, np.asarray(scores, np.float32).min(-1, keepdims=True))
 
 
 @softmax.mistake("the sum runs over the queries (axis 0) and not over the keys of each query")
@@ -69,11 +93,11 @@ def _causal(q_len, kv_len, offset=0):
 
 
 mask = Exercise("1.2", _causal, axes=("query", "key"))
-mask.case("two new tokens behind three cached", q_len=2, kv_len=5)
-mask.case("decode: one new token behind four cached", q_len=1, kv_len=5)
+mask.case("two new tokens after three cached", q_len=2, kv_len=5)
+mask.case("decode: one new token after four cached", q_len=1, kv_len=5)
 mask.case("prefill: nothing is cached", q_len=4, kv_len=4)
 mask.case("the first token of all", q_len=1, kv_len=1)
-mask.case("a chunk of 17 behind 47", q_len=17, kv_len=64)
+mask.case("a chunk of 17 after 47", q_len=17, kv_len=64)
 
 
 @mask.mistake("the causal mask ignores the cached prefix: query t is taken to stand at position t")
@@ -96,6 +120,22 @@ def _inverted(q_len, kv_len):
     return ~_causal(q_len, kv_len)
 
 
+@mask.mistake(
+    "the comparison is turned round (>= for <=, triu for tril): a query sees itself and the keys "
+    "after it, and should see itself and those before it"
+)
+def _turned_round(q_len, kv_len):
+    return ~_causal(q_len, kv_len, -1)
+
+
+@mask.mistake(
+    "the triangle is the upper one (triu for tril) and ignores the cached prefix: query t sees the "
+    "keys from t on"
+)
+def _upper_without_prefix(q_len, kv_len):
+    return np.triu(np.ones((q_len, kv_len), bool))
+
+
 @mask.mistake("every query sees every key: the new tokens see each other's future")
 def _no_mask(q_len, kv_len):
     return np.ones((q_len, kv_len), bool)
@@ -110,15 +150,19 @@ def _swapped(q_len, kv_len):
 
 
 def _attend(q, k, v, mask, *, scale=None, hidden=-np.inf, kv_head=None, mix=None):
-    """The formula in float64 with a screw for each mistake: how to scale, hide, share and mix."""
+    """The formula in float64 with a screw for each mistake: how to scale, hide, share and mix.
+
+    A query that sees no key gets NaN, as in JAX.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     shared = np.arange(q.shape[1]) // group if kv_head is None else kv_head(q, k)
     scores = np.einsum("qhd,khd->hqk", q, k[:, shared])
     scores *= q.shape[-1] ** -0.5 if scale is None else scale(q, k)
     scores = np.where(np.asarray(mask), scores, hidden)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = weights / weights.sum(-1, keepdims=True) if mix is None else mix(weights, scores)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = weights / weights.sum(-1, keepdims=True) if mix is None else mix(weights, scores)
     return np.einsum("hqk,khd->qhd", weights, v[:, shared]).astype(np.float32)
 
 
@@ -131,15 +175,15 @@ def _sequence(q_len, kv_len, num_q_heads, num_kv_heads, head_dim):
 
 grouped = Exercise("1.3", _attend, axes=("query", "head", "lane"), tolerance=1e-5)
 grouped.case(
-    "decode with one head and two keys, the first is not seen",
-    q=np.float32([[[1, 1]]]),
-    k=np.float32([[[2, 0]], [[0, 2]]]),
-    v=np.float32([[[10, 0]], [[0, 10]]]),
-    mask=np.array([[False, True]]),
+    "one head, two queries: the first sees key 1 only, the second the keys 0 and 1",
+    q=np.float32([[[1, 1]], [[1, 1]]]),
+    k=np.float32([[[2, 0]], [[0, 2]], [[1, 1]]]),
+    v=np.float32([[[10, 0]], [[0, 10]], [[30, 30]]]),
+    mask=np.array([[False, True, False], [True, True, False]]),
 )
 # Few shapes: JAX compiles each operation of the learner's function once a shape.
 grouped.case("prefill, four query heads on two KV heads", **_sequence(3, 3, 4, 2, 4))
-grouped.case("a chunk behind a cached prefix, nine heads on three", **_sequence(4, 17, 9, 3, 16))
+grouped.case("a chunk after a cached prefix, nine heads on three", **_sequence(4, 17, 9, 3, 16))
 
 
 @grouped.mistake("neighbouring query heads read different KV heads: 0, 1, 0, 1 and not 0, 0, 1, 1")
@@ -165,6 +209,28 @@ def _scaled_twice(q, k, v, mask):
 @grouped.mistake("the mask is not used")
 def _unmasked(q, k, v, mask):
     return _attend(q, k, v, np.ones_like(np.asarray(mask)))
+
+
+@grouped.mistake("the mask is inverted: True marks the keys that the query sees")
+def _mask_inverted(q, k, v, mask):
+    return _attend(q, k, v, ~np.asarray(mask))
+
+
+@grouped.mistake("a causal mask of your own is used, and not `mask`, which may hide other keys too")
+def _own_mask(q, k, v, mask):
+    return _attend(q, k, v, _causal(len(q), len(k)))
+
+
+@grouped.mistake(
+    "a causal mask of your own is used, and not `mask`; it also ignores the cached prefix"
+)
+def _own_mask_without_prefix(q, k, v, mask):
+    return _attend(q, k, v, np.tri(len(q), len(k), dtype=bool))
+
+
+@grouped.mistake("the second product mixes keys (K) and not values (V)")
+def _mixes_keys(q, k, v, mask):
+    return _attend(q, k, k, mask)
 
 
 @grouped.mistake("hidden scores are set to 0, which still has the weight exp(0) = 1")
@@ -207,15 +273,18 @@ def _shape(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
 
 
 cost = Exercise("1.4", _cost, outputs=("flops", "hbm_bytes"), tolerance=0.0)
-cost.case("one query, two keys, one head", **_shape(1, 2, 1, 1, 4, 2))
+cost.case("two queries, five keys, one head", **_shape(2, 5, 1, 1, 4, 2))
 cost.case("three tokens at once, two heads", **_shape(3, 3, 2, 2, 4, 4))
 cost.case("decode, Llama 3 8B, bfloat16", **_shape(1, 4096, 32, 8, 128, 2))
 cost.case("prefill, Llama 3 8B, float8", **_shape(1024, 1024, 32, 8, 128, 1))
-cost.case("a chunk behind a cached prefix, SmolLM2", **_shape(64, 1000, 9, 3, 64, 2))
+cost.case("a chunk after a cached prefix, SmolLM2", **_shape(64, 1000, 9, 3, 64, 2))
 
 
-@cost.mistake("a multiplication and an addition are counted as one")
-def _fused(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+@cost.mistake(
+    "a multiplication and an addition are counted as one, or one of the two matrix products is "
+    "left out: either gives half"
+)
+def _half(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     flops, hbm_bytes = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
     return flops // 2, hbm_bytes
 
@@ -224,6 +293,19 @@ def _fused(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
 def _full_rectangle(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     _, hbm_bytes = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
     return 4 * num_q_heads * head_dim * q_len * kv_len, hbm_bytes
+
+
+@cost.mistake("a token does not see itself: query t sees kv_len - q_len + t keys and its own")
+def _not_itself_counted(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    _, hbm_bytes = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
+    pairs = sum(kv_len - q_len + t for t in range(q_len))
+    return 4 * num_q_heads * head_dim * pairs, hbm_bytes
+
+
+@cost.mistake("half of all pairs are counted: the mask hides only some pairs of new tokens")
+def _half_rectangle(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    _, hbm_bytes = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
+    return 4 * num_q_heads * head_dim * (q_len * kv_len // 2), hbm_bytes
 
 
 @cost.mistake("the causal mask ignores the cached prefix: new tokens see only new tokens")
@@ -257,6 +339,15 @@ def _only_cache(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     return flops, 2 * head_dim * kv_len * num_kv_heads * item_bytes
 
 
+@cost.mistake(
+    "the new K and V are counted once more, as written: a kernel does write them, but this "
+    "exercise leaves that out"
+)
+def _with_writes(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    flops, hbm_bytes = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
+    return flops, hbm_bytes + 2 * q_len * num_kv_heads * head_dim * item_bytes
+
+
 @cost.mistake("numbers are counted and not bytes: item_bytes is not used")
 def _numbers(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     return _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, 1)
@@ -273,8 +364,8 @@ def _range(q_len, kv_len, window):
 
 
 window = Exercise("1.5", _range, outputs=("first", "end"), tolerance=0.0)
-window.case("two queries at 8 and 9, window 3", q_len=2, kv_len=10, window=3)
-window.case("decode", q_len=1, kv_len=10, window=4)
+window.case("three queries at 7, 8 and 9, window 4", q_len=3, kv_len=10, window=4)
+window.case("decode", q_len=1, kv_len=10, window=3)
 window.case("a window longer than the sequence", q_len=2, kv_len=6, window=100)
 window.case("the window begins exactly at the first token", q_len=3, kv_len=10, window=8)
 window.case("every token sees only itself", q_len=3, kv_len=9, window=1)
@@ -304,6 +395,12 @@ def _negative(q_len, kv_len, window):
 @window.mistake("end is the last key itself: like Python's ranges, it stands one past it")
 def _end_included(q_len, kv_len, window):
     return max(0, kv_len - q_len - window + 1), kv_len - 1
+
+
+@window.mistake("end is first + window: there ends what the first query sees, and others see more")
+def _end_of_the_first(q_len, kv_len, window):
+    first, end = _range(q_len, kv_len, window)
+    return first, min(end, first + window)
 
 
 @window.mistake("the cached prefix is ignored: the first query is taken to stand at position 0")
