@@ -33,8 +33,8 @@ paged_attention = jax.jit(paged_attention, static_argnames="num_kv_heads")  # on
 # Write `token_owner(q_lens, num_tokens)`. It returns two arrays:
 #
 # - `cu_q_lens`, i32[num_seqs + 1]: where the rows of each sequence start, and the total at the end;
-# - `owner`, i32[num_tokens]: the sequence of each row, and -1 for a padding row behind the last
-#   one.
+# - `owner`, i32[num_tokens]: the sequence of each row, and -1 for a padding row, one that comes
+#   after the last owned row.
 #
 # By hand: `q_lens = [1, 3]` and `num_tokens = 6` give `cu_q_lens = [0, 1, 4]` and
 # `owner = [0, 1, 1, 1, -1, -1]`. A `q_len` may be 0 (an idle slot); it owns no row.
@@ -119,7 +119,8 @@ def token_owner(q_lens, num_tokens):
 # `page_table` is i32[num_seqs, pages_per_seq]; `owner` is what 3.1 returns, here without padding
 # rows.
 #
-# **Teaches:** the one formula of ragged batching, `position = kv_len - q_len + (t - start)`.
+# **Teaches:** a new token's place follows from where its sequence ends; this is the one formula of
+# ragged batching.
 
 # %% [markdown] tags=["hint"]
 # Work backwards from the end. The last new token of a sequence has position `kv_len - 1` and stands
@@ -172,6 +173,18 @@ def token_places(kv_lens, cu_q_lens, page_table, page_size, owner):
     q_lens = jnp.diff(cu_q_lens)
     positions = (kv_lens - q_lens)[owner] + jnp.arange(len(owner)) - cu_q_lens[owner]
     return positions, *jnp.divmod(positions, page_size)
+
+
+# %% tags=["wrong"] refused="the column of the page table is position % page_size, the slot"
+def token_places(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions = kv_lens[owner] - cu_q_lens[owner + 1] + jnp.arange(len(owner))
+    return positions, page_table[owner, positions % page_size], positions % page_size
+
+
+# %% tags=["wrong"] refused="positions are counted from 1"
+def token_places(kv_lens, cu_q_lens, page_table, page_size, owner):
+    positions = kv_lens[owner] - cu_q_lens[owner + 1] + jnp.arange(1, len(owner) + 1)
+    return positions, page_table[owner, positions // page_size], positions % page_size
 
 
 # %% tags=["wrong"] refused="the cached prefix is forgotten"
@@ -262,6 +275,13 @@ def ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions):
     return (q_owner[:, None] == kv_owner) & (kv_positions < q_positions[:, None])
 
 
+# %% tags=["wrong"] refused="the comparison is one too far"
+def ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions):
+    q_owner = jnp.repeat(jnp.arange(len(kv_lens)), jnp.diff(cu_q_lens))
+    q_positions = (kv_lens - cu_q_lens[1:])[q_owner] + jnp.arange(len(q_owner))
+    return (q_owner[:, None] == kv_owner) & (kv_positions <= q_positions[:, None] + 1)
+
+
 # %% [markdown]
 # ## Exercise 3.4: Decode first
 #
@@ -271,14 +291,16 @@ def ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions):
 #
 # 1. decode: `q_len` at most 1, so an idle slot (`q_len` 0) counts;
 # 2. chunked prefill: `q_len` is exactly `chunk_prefill_size`, a full chunk;
-# 3. mixed: everything else.
+# 3. mixed: everything else, a shorter rest of a prompt as well as a longer one. The chunk size is
+#    what a kernel was compiled for, not a limit: a sequence may bring more tokens.
 #
 # Within a kind the sequences stay in the order in which they came. It returns five arrays:
 # `order` (place s is taken by arrival `order[s]`), then `kv_lens`, `page_table` and `cu_q_lens` of
 # the ordered batch, and `distribution`, the three *ends* (i, j, k) of the kinds.
 #
-# By hand: `q_lens = [4, 1]` with chunks of 3. The decode moves to the front: `order = [1, 0]`,
-# `cu_q_lens = [0, 1, 5]`, and `distribution = [1, 1, 2]`: one decode, no chunk, one mixed.
+# By hand: `q_lens = [4, 1]` with chunks of 3. 4 tokens are more than a chunk, so that sequence is
+# mixed. The decode moves to the front: `order = [1, 0]`, `cu_q_lens = [0, 1, 5]`, and
+# `distribution = [1, 1, 2]`: one decode, no chunk, one mixed.
 #
 # **Teaches:** the order of a batch is a promise to the kernel, and everything has to follow it.
 
@@ -320,9 +342,10 @@ rpa.check("3.4", order_batch)
 # One permutation, applied to all: lengths, the rows of the page table, the running sum, and (by the
 # caller) the tokens themselves. If one of them stays behind, nothing crashes; a sequence then reads
 # another one's pages. The sort is by *kind*, not by length: a prompt's rest of 2 tokens is shorter
-# than a full chunk and still belongs behind it, because a kernel may be compiled for chunks of one
-# fixed size. And the distribution holds ends, not counts, so that the three loops are
-# `range(0, i)`, `range(i, j)` and `range(j, k)`.
+# than a full chunk and still comes after it, because a kernel may be compiled for chunks of one
+# fixed size. The sort has to be *stable* as well: without `kind="stable"` a short batch may look
+# right, and in a longer one equals change places. And the distribution holds ends, not counts, so
+# that the three loops are `range(0, i)`, `range(i, j)` and `range(j, k)`.
 
 
 # %% tags=["wrong"] refused="counts the sequences of each kind"
@@ -341,6 +364,24 @@ def order_batch(q_lens, kv_lens, page_table, chunk_prefill_size):
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens[order])])
     distribution = np.array([(number == 0).sum(), (number <= 1).sum(), len(number)])
     return order, kv_lens[order], page_table, cu_q_lens, distribution
+
+
+# %% tags=["wrong"] refused="the sort is not stable"
+def order_batch(q_lens, kv_lens, page_table, chunk_prefill_size):
+    number = np.where(q_lens <= 1, 0, np.where(q_lens == chunk_prefill_size, 1, 2))
+    order = np.argsort(number)
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens[order])])
+    distribution = np.array([(number == 0).sum(), (number <= 1).sum(), len(number)])
+    return order, kv_lens[order], page_table[order], cu_q_lens, distribution
+
+
+# %% tags=["wrong"] refused="more tokens than a chunk count as a full chunk"
+def order_batch(q_lens, kv_lens, page_table, chunk_prefill_size):
+    number = np.where(q_lens <= 1, 0, np.where(q_lens >= chunk_prefill_size, 1, 2))
+    order = np.argsort(number, kind="stable")
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens[order])])
+    distribution = np.array([(number == 0).sum(), (number <= 1).sum(), len(number)])
+    return order, kv_lens[order], page_table[order], cu_q_lens, distribution
 
 
 # %% tags=["wrong"] refused="sorted by q_len and not by kind"
@@ -371,7 +412,8 @@ def order_batch(q_lens, kv_lens, page_table, chunk_prefill_size):
 #   sequence; `pages` is its row of the page table, `q_start` the position of its first query.
 #
 # A Python loop over `range(int(batch.num_seqs))` is fine: this is about being right. Skip a
-# sequence without new tokens.
+# sequence without new tokens. The first check takes a few seconds: JAX compiles `paged_attention`
+# once for every number of queries that it meets.
 #
 # **Teaches:** rung 3 is rung 2 plus bookkeeping, and the store comes before the read.
 
@@ -431,7 +473,7 @@ rpa.check("3.5", ragged_attention)
 # %% [markdown] tags=["explanation"]
 # The store comes first because a new token attends to itself and to the new tokens before it: their
 # K and V must be in the cache when it is read. Everything else is addressing. The loop ends at
-# `num_seqs`, since slots behind it hold whatever the last step left there; padding rows go to a
+# `num_seqs`, since the slots after it hold whatever the last step left there; padding rows go to a
 # page that does not exist, because row 0 of everything belongs to somebody. What this version lacks
 # is a fixed shape: each `q_len` compiles `paged_attention` once more. `rpa.ragged` cuts the queries
 # into blocks of fixed size instead, and loops inside jit.
@@ -457,6 +499,29 @@ def ragged_attention(queries, keys, values, kv_cache, batch):
     seqs, positions, owned = batch.token_positions(len(queries))
     pages = jnp.where(owned, table[seqs, positions // page_size], num_pages)
     return output, store_kv(kv_cache, keys, values, pages, positions % page_size)
+
+
+# %% tags=["wrong"] refused="keys and values are swapped"
+def ragged_attention(queries, keys, values, kv_cache, batch):
+    num_pages, page_size = kv_cache.shape[:2]
+    table = batch.page_indices.reshape(-1, batch.pages_per_seq)
+    seqs, positions, owned = batch.token_positions(len(queries))
+    pages = jnp.where(owned, table[seqs, positions // page_size], num_pages)
+    kv_cache = store_kv(kv_cache, values, keys, pages, positions % page_size)
+    output = jnp.zeros_like(queries)
+    for s in range(int(batch.num_seqs)):
+        start, end = int(batch.cu_q_lens[s]), int(batch.cu_q_lens[s + 1])
+        n = batch.kv_lens[s]
+        out = paged_attention(
+            queries[start:end],
+            kv_cache,
+            table[s],
+            n,
+            n - (end - start),
+            num_kv_heads=keys.shape[1],
+        )
+        output = output.at[start:end].set(out)
+    return output, kv_cache
 
 
 # %% tags=["wrong"] refused="q_start is kv_len"
@@ -508,8 +573,8 @@ def ragged_attention(queries, keys, values, kv_cache, batch):
 # `shared_writes(kv_lens, cu_q_lens, page_table, page_size)` with NumPy: a bool array of the page
 # table's shape, True where a page receives new tokens and is live in another place as well.
 #
-# Only live entries count: the first `ceil(kv_len / page_size)` of each row. Entries behind them are
-# padding and may hold any number, -9 or 999 too. A sequence without new tokens writes nothing.
+# Only live entries count: the first `ceil(kv_len / page_size)` of each row. The entries after them
+# are padding and may hold any number, -9 or 999 too. A sequence without new tokens writes nothing.
 #
 # By hand: two sequences of `kv_len = 6`, each with one new token, pages `[3, 5]` both. Position 5
 # is on the second page: both write page 5, and it is shared. Page 3 is shared too, but only read.
@@ -579,6 +644,28 @@ def shared_writes(kv_lens, cu_q_lens, page_table, page_size):
     owners = np.bincount(page_table[live])
     fresh = live & (column >= cdiv(kv_lens - q_lens, page_size)[:, None])
     return fresh & (owners[np.where(live, page_table, 0)] > 1)
+
+
+# %% tags=["wrong"] refused="only the pages that are written are counted"
+def shared_writes(kv_lens, cu_q_lens, page_table, page_size):
+    q_lens = np.diff(cu_q_lens)
+    column = np.arange(page_table.shape[1])
+    live = column < cdiv(kv_lens, page_size)[:, None]
+    written = live & (column >= ((kv_lens - q_lens) // page_size)[:, None])
+    written &= (q_lens > 0)[:, None]
+    writers = np.bincount(page_table[written])
+    return written & (writers[np.where(written, page_table, page_table[written][0])] > 1)
+
+
+# %% tags=["wrong"] refused="a page that stands twice in its own row is left out"
+def shared_writes(kv_lens, cu_q_lens, page_table, page_size):
+    result = np.zeros(page_table.shape, bool)
+    owners = [set(row[: cdiv(n, page_size)]) for row, n in zip(page_table, kv_lens, strict=True)]
+    for s, q_len in enumerate(np.diff(cu_q_lens)):
+        first, end = (kv_lens[s] - q_len) // page_size, cdiv(kv_lens[s], page_size)
+        for p in range(first, end if q_len else first):
+            result[s, p] = sum(page_table[s, p] in pages for pages in owners) > 1
+    return result
 
 
 # %% tags=["wrong"] refused="the padding of the page table counts"

@@ -160,7 +160,7 @@ pictures.waste_figure(rows, title="One step of 64 conversations: what is touched
 # %% [markdown]
 # ## 3. Side by side: one axis for all tokens
 #
-# So drop the sequence axis. Put the new tokens of all sequences into one row, one behind the other,
+# So drop the sequence axis. Put the new tokens of all sequences into one row, one after the other,
 # and remember where each sequence starts. For B, D, A, C (the order is explained in section 8):
 #
 # ```
@@ -182,14 +182,23 @@ print(cu_q_lens)
 assert cu_q_lens.tolist() == [0, 1, 2, 5, 9]
 
 # %% [markdown]
-# The pages come from a pool, as in chapter 2: four tokens a page. `RaggedBatch` holds the four
-# small integer arrays that describe a step; a kernel gets nothing else.
+# The pages come from a pool, as in chapter 2: four tokens a page. The page table has a row for each
+# sequence and a column for each page of it: column 0 names the page of positions 0 to 3, column 1
+# that of positions 4 to 7, and so on. A sequence that needs fewer pages than the longest has
+# padding in its last columns; nobody looks at it.
+#
+# `RaggedBatch` holds the four small integer arrays that describe a step; a kernel gets nothing
+# else. `from_lengths` builds it, and two things in its call have to wait for section 8:
+# `chunk_prefill_size=3` says which sequences count as full chunks (the legend of the picture shows
+# the kinds), and the second result, dropped here as `_`, is the order in which it put the
+# sequences: ours, because they stand in it already.
 
 # %%
 pool = PagePool(num_pages=12, page_size=4)
 for name, kv_len in zip(names, kv_lens, strict=True):
     pool.allocate(name, int(kv_len))
 table = pool.page_table(names, pages_per_seq=3)  # i32[num_seqs, pages_per_seq]
+print(table)
 
 batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, table, chunk_prefill_size=3)
 pictures.batch_figure(batch, names=names, title="Four sequences, nine new tokens, no padding")
@@ -254,12 +263,11 @@ assert positions.tolist() == [5, 8, 4, 5, 6, 0, 1, 2, 3]
 # Each new token brings a key and a value. They have to be in the cache before attention reads it,
 # because a token also sees itself and the new tokens before it. A position is a page of the
 # sequence and a slot in it, and the page table turns that into a page of the cache. Row 3: position
-# 5 is slot 1 of A's second page.
+# 5 is slot 1 of A's second page, so look into A's row of the table, column 1.
 
 # %%
 pages = table[owner, positions // 4]  # the row of the table is the owner's, not the token's
 slots = positions % 4
-print(table)
 print("pages", pages)
 print("slots", slots)
 assert len(set(zip(pages.tolist(), slots.tolist(), strict=True))) == 9  # no two in one place
@@ -330,6 +338,10 @@ for kind, q_len in {"decode": 1, "full chunk": 512, "short rest": 40}.items():
 #   mask. It waits for memory, so all that matters is to keep the copies of pages in flight.
 # - **Chunked prefill**: chunks of one fixed size, again known to the compiler: no ragged end.
 # - **Mixed**: anything else, and the price of being general.
+#
+# `chunk_prefill_size` is the size that a kernel is compiled for. It sorts, it does not limit: in
+# section 2 the server cut its prompts into chunks of at most that size, but a sequence may bring
+# more, as C does with 4 tokens where a chunk is 3. It is then mixed, like a rest that is shorter.
 #
 # So the sequences of a batch are sorted by kind, and `distribution` holds three *ends*, (i, j, k):
 # sequences [0, i) decode, [i, j) are full chunks, [j, k) are mixed. A kernel runs three loops, each
