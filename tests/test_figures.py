@@ -25,6 +25,7 @@ TRIANGLE = np.tri(6, dtype=bool)
 USE = {"running": 3, "live": 300, "later": 200, "never": 400}
 PERCENT = np.array([[50.0], [94.0]])
 BATCH, _ = RaggedBatch.from_lengths([1, 1, 2, 3], [5, 6, 4, 3], [[0, 1], [2, 3], [4], [5]])
+IDLE, _ = RaggedBatch.from_lengths([0, 0], [5, 0], [[0, 1], [2]])
 
 EXAMPLES = {
     "tpu_v5e": lambda: figures.tpu("v5e"),
@@ -55,6 +56,7 @@ EXAMPLES = {
     "prefix_bytes": lambda: paging.prefix_bytes((3 * 2**30, 2**30), (2**28, 2**30)),
     "query_padding": lambda: paging.query_padding([1, 1, 40, 1, 7]),
     "batch_figure": lambda: ragged.batch_figure(BATCH, names=["A", "B", "C", "D"]),
+    "batch_figure of idle slots only": lambda: ragged.batch_figure(IDLE),
     "mask_figure": lambda: ragged.mask_figure(BATCH),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]

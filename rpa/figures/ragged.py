@@ -178,7 +178,7 @@ def _draw_strip(axes, cu_q_lens, kinds, names, num_tokens):
         pieces = range(start, end) if as_cells else [start]
         width = 1 if as_cells else end - start
         # A name needs room: about one percent of the width for each letter.
-        if width / num_tokens > 0.012 * len(names[s]):
+        if width > 0.012 * len(names[s]) * num_tokens:
             for piece in pieces:
                 place = {"ha": "center", "va": "center", "weight": "bold"}
                 axes.text(piece + width / 2, 0, names[s], color=KIND_INKS[kind], **place)
@@ -187,7 +187,8 @@ def _draw_strip(axes, cu_q_lens, kinds, names, num_tokens):
     cuts = _apart(cu_q_lens, num_tokens)
     for row in cuts:
         axes.plot([row, row], [-0.55, 0.55], color=COLORS["black"], linewidth=1.2, clip_on=False)
-    axes.set(xlim=(0, num_tokens), ylim=(-0.6, 0.6), yticks=[])
+    # A batch of idle slots has no rows; an axis needs a width all the same.
+    axes.set(xlim=(0, max(num_tokens, 1)), ylim=(-0.6, 0.6), yticks=[])
     axes.set_xticks(cuts)
     where = "" if as_cells else ", where there is room"
     axes.set_xlabel(f"row of queries, keys and values; black lines: cu_q_lens{where}")
@@ -204,7 +205,7 @@ def _apart(ticks, length):
 
 
 def _draw_sequences(axes, cu_q_lens, kv_lens, kinds, names):
-    longest = max(kv_lens)
+    longest = max(kv_lens, default=0) or 1  # idle slots may hold no token at all
     as_cells = longest <= MOST_TOKENS_AS_CELLS
     edge = {"edgecolor": "white", "linewidth": 1.2} if as_cells else {"linewidth": 0}
     for s, (kv_len, kind) in enumerate(zip(kv_lens, kinds, strict=True)):
