@@ -6,6 +6,7 @@ PYTHON ?= $(shell sh tools/find_python.sh 3.11 3.12 3.13)
 FLOOR_VENV ?= .venv-floor
 FLOOR_PYTHON ?= $(shell sh tools/find_python.sh 3.13 3.12 3.11)
 FLOOR_JAX = 0.7.2
+NEWEST_VENV ?= .venv-newest
 BIN = $(VENV)/bin
 OUT ?= out
 
@@ -16,7 +17,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env demo test test-full test-core test-floor notebooks nbtest readme lab format clean
+.PHONY: help env demo test test-full test-floor matrix notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -25,6 +26,7 @@ help:
 	@echo "make notebooks  rebuild and run all notebooks from course/"
 	@echo "make readme     renew the tables and pictures of README.md"
 	@echo "make test-full  slow and exhaustive tests too"
+	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
 
@@ -58,9 +60,16 @@ nbtest: env
 	$(BIN)/python tools/update_readme.py --check
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
 
-# The core tests once more, at the oldest jax that is supported: the one Colab's TPU runtime ships.
+# Rungs 1 to 3 and one batch through every other rung once more, at the oldest jax that is
+# supported: the one Colab's TPU runtime ships. `make matrix` runs all core tests there.
+FLOOR_TESTS = $(addprefix tests/test_,$(addsuffix .py,dense paging ragged validation ladder))
 test-floor: $(FLOOR_VENV)/ready
+	$(FLOOR_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" $(FLOOR_TESTS)
+
+# All core tests at the oldest and at the newest jax, beside those of `make test` in between.
+matrix: $(FLOOR_VENV)/ready $(NEWEST_VENV)/ready
 	$(FLOOR_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" tests
+	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" tests
 
 $(FLOOR_VENV)/ready: pyproject.toml constraints.txt
 	@echo "Setting up $(FLOOR_VENV) with $(FLOOR_PYTHON) and jax $(FLOOR_JAX)."
@@ -74,6 +83,14 @@ $(FLOOR_VENV)/ready: pyproject.toml constraints.txt
 readme: env
 	$(BIN)/python tools/update_readme.py
 
+# No constraints: what a user gets who installs today.
+$(NEWEST_VENV)/ready: pyproject.toml
+	@echo "Setting up $(NEWEST_VENV) with $(FLOOR_PYTHON) and the newest jax."
+	rm -rf $(NEWEST_VENV)
+	$(FLOOR_PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip $(PIP_INSTALL) --editable ".[tpu]" pytest pytest-xdist hypothesis
+	touch $@
+
 notebooks: env
 	$(BIN)/python -m course.build --execute
 
@@ -85,4 +102,4 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR_VENV) $(NEWEST_VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

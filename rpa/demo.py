@@ -445,8 +445,9 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m rpa demo`."""
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the pictures and rows.json"
+    )
 
 
 def main(args) -> int:
@@ -472,9 +473,7 @@ def main(args) -> int:
         rows.append(measure(rung, scene))
     bar.close()
     pictures = save_pictures(rows, scene, args.out)
-    if args.json:
-        print(json.dumps([vars(row) for row in rows]))
-        return 0
+    (args.out / "rows.json").write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
     device = jax.devices()[0]
     print(f"\nOne step of a server: {what}, on {device.device_kind} ({device.platform}).")
     print(describe(scene))

