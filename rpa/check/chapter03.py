@@ -59,7 +59,7 @@ def _searched(q_lens, num_tokens, side="right", minus=1, padding=-1):
 
 
 @token_owner.mistake(
-    "the first padding row counts as owned: row cu_q_lens[-1] is behind the end already, so the "
+    "the first padding row counts as owned: row cu_q_lens[-1] is past the end already, so the "
     "comparison is < and not <="
 )
 def _end_is_owned(q_lens, num_tokens):
