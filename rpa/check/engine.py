@@ -1,18 +1,19 @@
 """Run a learner's function through the cases of an exercise and say in words what is wrong."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
 
-from rpa.check.compare import Wrong, equal, first_wrong
+from rpa.check.compare import Wrong, first_wrong
 from rpa.check.errors import CheckFailed, NotStarted, WrongResult
 from rpa.check.exercise import Case, Exercise
+from rpa.check.matching import why
 from rpa.check.messages import (
     explain_changed_argument,
     explain_difference,
     explain_exception,
-    explain_refused_result,
     headline,
     praise,
 )
@@ -46,12 +47,16 @@ def check(number: str, function: Callable) -> None:
 def check_exercise(exercise: Exercise, function: Callable) -> None:
     """Run the cases in order; print praise, or raise CheckFailed at the first that is wrong."""
     for position, case in enumerate(exercise.cases):
-        actual = _run_case(exercise, case, function)
-        expected = exercise.expected[position]
-        wrong = first_wrong(expected, actual, exercise.tolerance, exercise.outputs)
+        try:
+            actual = _run_case(exercise, case, function)
+            expected = exercise.expected[position]
+            wrong = first_wrong(expected, actual, exercise.tolerance, exercise.outputs)
+        except WrongResult as refused:
+            actual, wrong = refused, Wrong(str(refused))
         if wrong:
-            named = _matching_mistakes(exercise, position, wrong, function, actual)
-            text = explain_difference(exercise, position, wrong, named)
+            later = partial(_outputs_after, exercise, position, function)
+            cause = why(exercise, position, wrong, actual, later)
+            text = explain_difference(exercise, position, wrong, cause)
             raise _refusal(exercise, case, function, text)
     print(praise(exercise, function))
 
@@ -64,8 +69,8 @@ def _run_case(exercise: Exercise, case: Case, function: Callable):
     except TookTooLong as late:
         text = f"Your function was {late}. Is there a loop that never ends?"
         raise _refusal(exercise, case, function, text) from None
-    except WrongResult as refused:
-        raise _refusal(exercise, case, function, explain_refused_result(refused)) from None
+    except WrongResult:  # `drive` speaks, not the learner's function
+        raise
     except Exception as error:
         # Only the stub's own error: JAX, too, raises NotImplementedError for what it cannot do.
         if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):
@@ -93,38 +98,8 @@ def _untouched(given, original) -> bool:
     return len(jax.tree.leaves(given)) == len(jax.tree.leaves(original))
 
 
-def _matching_mistakes(
-    exercise: Exercise, position: int, wrong: Wrong, function: Callable, actual
-) -> list[str]:
-    """Words of the known mistakes that give the learner's output in this case.
-
-    Two mistakes may agree in a small case; the one that also agrees in most other cases is meant.
-    Of several outputs only the wrong one is compared, so that two mistakes at once are found too.
-    """
-
-    def agree(theirs, mine) -> bool:
-        pair = (_pick(theirs, wrong.position), _pick(mine, wrong.position))
-        return equal(*pair, exercise.tolerance)
-
-    candidates = [
-        (mistake, outputs)
-        for mistake, outputs in zip(exercise.mistakes, exercise.mistaken, strict=True)
-        if agree(outputs[position], actual)
-    ]
-    if len(candidates) < 2:
-        return [mistake.words for mistake, _ in candidates]
-    elsewhere = [_attempt(exercise, case, function) for case in exercise.cases]
-    agreements = [
-        sum(agree(theirs, mine) for theirs, mine in zip(outputs, elsewhere, strict=True))
-        for _, outputs in candidates
-    ]
-    most = max(agreements)
-    return [m.words for (m, _), count in zip(candidates, agreements, strict=True) if count == most]
-
-
-def _pick(outputs, position: int | None):
-    several = position is not None and isinstance(outputs, tuple | list)
-    return outputs[position] if several and position < len(outputs) else outputs
+def _outputs_after(exercise: Exercise, position: int, function: Callable) -> list:
+    return [_attempt(exercise, case, function) for case in exercise.cases[position + 1 :]]
 
 
 def _attempt(exercise: Exercise, case: Case, function: Callable):

@@ -24,5 +24,6 @@ class UnfinishedCheck(ValueError):
 class WrongResult(ValueError):
     """What an exercise's `drive` raises to refuse a result; the text says what it expected.
 
-    The learner reads that text as a wrong result, not as an exception of their own function.
+    The learner reads that text as a wrong result, not as an exception of their own function. A
+    known mistake that is refused with the same words is named.
     """

@@ -50,6 +50,7 @@ class Exercise:
             `np.array` (a copy) where the exercise works on the host.
         drive: how a function is used, `drive(function, *arguments)`. The default calls it once;
             an exercise about a class has a function here that uses the class and returns arrays.
+            It raises `rpa.check.errors.WrongResult` for a result that it cannot go on with.
         runner: where the learner's function runs, `runner(drive, function, arguments, limit_s)`.
             The default is this process; code that can hang for ever needs a process of its own.
         limit_s: seconds that one case may take.
