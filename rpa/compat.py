@@ -84,11 +84,24 @@ class _Impatient(threading.Condition):
 def hbm_memory_space(interpret):
     """The memory space for arrays that a kernel moves by its own DMAs: HBM, unless interpreted.
 
-    Compiled, `pl.ANY` leaves the choice to XLA, which copies what is small enough into VMEM, and
-    every "DMA from HBM" of the kernel becomes something else. Interpreted, jax 0.7.2 to 0.9.0 lose
-    what a kernel does not write of an aliased HBM buffer; `pl.ANY` is right in all of them.
+    Interpreted, jax 0.7.2 to 0.9.0 lose what a kernel does not write of an aliased HBM buffer;
+    `pl.ANY` is right in all of them.
     """
     return pl.ANY if interpret else pltpu.HBM
+
+
+def keep_in_hbm(array, interpret):
+    """Forbid XLA to place an argument of a kernel anywhere but in HBM, where it is compiled.
+
+    The BlockSpec's memory space tells the kernel where the array is; this tells XLA, which
+    otherwise copies what is small enough into VMEM and back: a whole cache on a v5e.
+
+    Tested from jax 0.10.2 on. With 0.7.2 and its libtpu the compiler refuses or crashes where the
+    array is aliased, so there XLA keeps the choice.
+    """
+    if interpret or JAX_VERSION < (0, 10, 2):
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def compiler_params(**params):

@@ -217,7 +217,7 @@ def _call_kernel(scalars, queries, new_kv, kv_cache, *, sizes, group, interpret)
         input_output_aliases={len(scalars) + 2: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
-    )(*scalars, queries, new_kv, kv_cache)
+    )(*scalars, queries, *(compat.keep_in_hbm(array, interpret) for array in (new_kv, kv_cache)))
 
 
 def _fused_kernel(

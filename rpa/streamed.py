@@ -160,11 +160,12 @@ fetched page by page. Leave it out for a default.
 @partial(jax.jit, static_argnames=["sizes", "interpret"])
 def _paged_decode(queries, kv_cache, kv_lens, page_indices, sm_scale, *, sizes, interpret):
     queries, unpad = fold_heads(queries, sizes.num_kv_heads)
+    scalars = (kv_lens, page_indices, find_next_live(kv_lens), sm_scale)
     q_spec = pl.BlockSpec((None, *queries.shape[1:]), lambda s, *_: (s, 0, 0, 0))
     out = pl.pallas_call(
         partial(_decode_kernel, sizes=sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=len(scalars),
             grid=(sizes.num_seqs,),
             in_specs=[q_spec, pl.BlockSpec(memory_space=compat.hbm_memory_space(interpret))],
             out_specs=q_spec,
@@ -178,7 +179,7 @@ def _paged_decode(queries, kv_cache, kv_lens, page_indices, sm_scale, *, sizes, 
         # Buffers and semaphores live on from one sequence to the next, so the order matters.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
-    )(kv_lens, page_indices, find_next_live(kv_lens), sm_scale, queries, kv_cache)
+    )(*scalars, queries, compat.keep_in_hbm(kv_cache, interpret))
     return unpad(out)
 
 
