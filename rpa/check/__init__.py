@@ -4,9 +4,11 @@
 |---|---|
 | `exercise.py` | what a teacher declares: cases, the truth, known mistakes |
 | `registry.py` | finds an exercise by its number, refuses unfinished ones |
-| `engine.py` | runs the cases in order, finds the known mistake |
+| `engine.py` | runs the cases in order, refuses at the first that is wrong |
+| `matching.py` | finds the known mistake that an answer makes |
 | `compare.py` | whether two outputs agree, and where they first do not |
 | `messages.py` | what the learner reads |
+| `literal.py` | an argument as code, so that the call can be repeated |
 | `places.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
 | `chapterNN.py` | the exercises of one chapter |

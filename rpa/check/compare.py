@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SHOWN_ELEMENTS = 32
+SHOWN_ELEMENTS = 64
 """Arrays up to this many elements are shown in full in a message."""
 
 

@@ -3,48 +3,42 @@
 import linecache
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rpa.check.compare import Wrong, show
-from rpa.check.errors import WrongResult
 from rpa.check.exercise import Case, Exercise
+from rpa.check.literal import literal, module_of
 
 
 def headline(exercise: Exercise, function: Callable, case: Case) -> str:
     """Which exercise, which case, and the call as the learner could repeat it."""
-    parts = (_describe(name, value) for name, value in case.arguments.items())
+    module = module_of(exercise.convert)
+    parts = (f"{name}={literal(value, module)}" for name, value in case.arguments.items())
     name = getattr(function, "__name__", "your_function")
+    call = f"{name}({', '.join(parts)})"
     return (
         f"✗ Exercise {exercise.number}: {name} is not right yet.\n"
         f"Case: {case.title}\n"
-        + textwrap.fill(f"{name}({', '.join(parts)})", 100, subsequent_indent="    ")
+        # Hyphens are minus signs here: no line ends after one.
+        + textwrap.fill(
+            call, 100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+        )
     )
 
 
-def _describe(name: str, value) -> str:
-    """An argument as a message shows it: numbers in full, arrays by dtype and shape."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        if value.size <= 8:
-            return f"{name}={show(value)}".replace("\n", "")
-        return f"{name}={value.dtype}{list(value.shape)}"
-    text = repr(value)
-    return f"{name}={text if len(text) <= 60 else type(value).__name__}"
-
-
-def explain_difference(
-    exercise: Exercise, position: int, wrong: Wrong, named: Sequence[str]
-) -> str:
-    """Where the output of a case first differs, and the known mistakes that give the same."""
+def explain_difference(exercise: Exercise, position: int, wrong: Wrong, cause: str | None) -> str:
+    """Where the output of a case first differs, and the cause if it is known."""
     lines = []
     if wrong.index:
         lines.append(f"First wrong: {_place(exercise, exercise.cases[position], wrong)}.")
-    lines.append(f"{wrong.sentence[0].upper()}{wrong.sentence[1:]}.".replace("?.", "?"))
+    end = "" if wrong.sentence.endswith(("?", ".")) else "."
+    lines.append(f"{wrong.sentence[:1].upper()}{wrong.sentence[1:]}{end}")
     if wrong.expected is not None:
         for title, value in (("expected", wrong.expected), ("yours", wrong.actual)):
             if shown := show(value):
                 lines.append(f"{title:>10}: " + shown.replace("\n", "\n" + " " * 12))
-    if named:
-        lines += ["", textwrap.fill(f"This is what you get if {', or if '.join(named)}.", 100)]
+    if cause:
+        lines += ["", textwrap.fill(cause, 100)]
     if position:
         titles = "; ".join(passed.title for passed in exercise.cases[:position])
         lines += ["", textwrap.fill(f"Right so far: {titles}.", 100)]
@@ -78,12 +72,6 @@ def explain_exception(error: Exception, function: Callable) -> str:
         line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
         text += f"\n  line {own[-1].lineno}, in {own[-1].name}" + (f":  {line}" if line else "")
     return text
-
-
-def explain_refused_result(refused: WrongResult) -> str:
-    """What `drive` says about a result that it cannot go on with, as a sentence."""
-    text = str(refused)
-    return f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def praise(exercise: Exercise, function: Callable) -> str:
