@@ -12,7 +12,12 @@ FEWEST_MISTAKES = 2
 
 def find_exercise(number: str) -> Exercise:
     """The exercise with this number; ValueError names those that exist."""
-    chapter, _, position = str(number).partition(".")
+    if not isinstance(number, str):
+        raise ValueError(
+            f"number is {number!r} of type {type(number).__name__}, expected text: write it in "
+            f'quotes, rpa.check("{number}", function)'
+        )
+    chapter, _, position = number.partition(".")
     if not (chapter.isdigit() and position.isdigit()):
         raise ValueError(f'number is {number!r}, expected "chapter.exercise", for example "1.2"')
     exercises = exercises_of_chapter(int(chapter))
