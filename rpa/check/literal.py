@@ -35,6 +35,11 @@ def literal(value, module: str = "jnp") -> str:
     return text if len(text) <= LONGEST_TEXT else type(value).__name__
 
 
+def module_of(convert) -> str:
+    """Which module's arrays a function gets whose arguments go through `convert`."""
+    return "jnp" if convert is jnp.asarray else "np"
+
+
 def _array(value, module: str) -> str:
     short = f"{value.dtype}{list(value.shape)}"
     if value.size > SHOWN_ELEMENTS:
@@ -51,25 +56,6 @@ def _array(value, module: str) -> str:
         array, separator=", ", max_line_width=10**6, formatter={"float_kind": _number, "int": str}
     )
     text = f"{dtype}({' '.join(numbers.split())})".replace("[ ", "[")
-    return text if len(text) <= LONGEST_TEXT else type(value).__name__
-
-
-def _array(value, module: str) -> str:
-    short = f"{value.dtype}{list(value.shape)}"
-    if value.size > SHOWN_ELEMENTS:
-        return short
-    array = np.asarray(value)
-    numpy_has_it = array.dtype.isbuiltin == 1  # bfloat16 and float8 are JAX's
-    dtype = f"{module if numpy_has_it else 'jnp'}.{'bool_' if array.dtype == bool else array.dtype}"
-    if array.size == 0:  # `[]` has lost its shape
-        return f"{module}.zeros({array.shape}, {dtype})"
-    if not numpy_has_it:
-        array = array.astype(np.float32)
-    # Pad nothing and break nowhere: the message wraps its lines itself.
-    numbers = np.array2string(
-        array, separator=", ", max_line_width=10**6, formatter={"float_kind": _number, "int": str}
-    )
-    text = f"{dtype}({re.sub(r'\s+', ' ', numbers)})".replace("[ ", "[")
     return text if len(text) <= LONGEST_TEXT else short
 
 
@@ -78,8 +64,3 @@ def _number(number: np.floating) -> str:
     if np.isfinite(number):
         return np.format_float_positional(number, trim="-")
     return f'float("{number}")'
-
-
-def module_of(convert) -> str:
-    """Which module's arrays a function gets whose arguments go through `convert`."""
-    return "jnp" if convert is jnp.asarray else "np"
