@@ -13,10 +13,12 @@ import rpa.check
 from rpa.check import CheckFailed, Exercise, NotStarted
 from rpa.check.compare import equal, first_wrong
 from rpa.check.engine import check_exercise
-from rpa.check.errors import UnfinishedCheck
+from rpa.check.errors import UnfinishedCheck, WrongResult
+from rpa.check.literal import literal
 from rpa.check.places import ragged
 from rpa.check.registry import collect
 from rpa.check.runner import TookTooLong, time_limit
+from rpa.ragged import RaggedBatch
 
 pytestmark = pytest.mark.core
 
@@ -180,6 +182,87 @@ def test_two_mistakes_at_once_are_named_one_after_the_other():
     assert "if flops are not doubled." in refusal(lambda n: (n, n), exercise)
 
 
+def test_mistake_that_fails_an_earlier_case_is_not_named():
+    exercise = doubling()
+    exercise.case("a negative number", x=np.float32([[-1]]))
+    exercise.mistake("the sign is lost")(lambda x: jnp.abs(2 * x))
+    exercise.mistake("everything becomes two")(lambda x: jnp.full_like(x, 2.0))
+    said = refusal(lambda x: jnp.abs(2 * x), exercise)
+    assert "This is what you get if the sign is lost." in " ".join(said.split())
+
+
+def test_mistake_whose_other_output_the_answer_has_right_is_not_named():
+    exercise = Exercise("9.1", lambda n: (n, n + 1), outputs=("positions", "pages"))
+    exercise.case("three", n=3)
+    exercise.mistake("positions start at 0")(lambda n: (0, 0))
+    exercise.mistake("pages are doubled")(lambda n: (n, 2 * n))
+    assert "This is what you get" not in refusal(lambda n: (n, 0), exercise)
+    assert "if positions start at 0." in refusal(lambda n: (0, 0), exercise)
+
+
+def test_numpy_mistake_in_float64_is_recognised():
+    exercise = doubling()
+    exercise.mistake("it is tripled")(lambda x: 3 * np.asarray(x, np.float64))
+    assert "if it is tripled." in refusal(lambda x: 3 * x, exercise)
+
+
+def test_outputs_in_another_order_are_recognised():
+    outputs = ("starts", "owner", "count")
+    exercise = Exercise("9.1", lambda x: (x, x + 1, np.int32(7)), outputs=outputs)
+    exercise.case("two", x=np.int32([3, 5]))
+    said = " ".join(refusal(lambda x: (np.int32(7), x, x + 1), exercise).split())
+    assert "right but in another order: you return (count, starts, owner), expected (st" in said
+    assert "another order" not in refusal(lambda x: (np.int32(7), x, x), exercise)
+
+
+def test_transposed_output_is_recognised():
+    said = refusal(lambda x: 2 * x.T)
+    assert "Your output is right but transposed: its `.transpose(1, 0)` is what was exp" in said
+    assert "transposed" not in refusal(lambda x: 5 * x.T)
+
+
+def test_call_is_written_so_that_it_can_be_repeated():
+    assert "<lambda>(x=jnp.float32([[1, 2], [3, 4]]))" in refusal(lambda x: x)
+    assert "x=np.float32(" in refusal(lambda x: 5 * x, doubling(convert=np.array))
+    batch = RaggedBatch(*(np.arange(n, dtype=np.int32) for n in (2, 6, 3, 3)))
+    values = [
+        np.float32([[0.1, -np.inf], [np.nan, 1e-7]]),
+        np.arange(64, dtype=np.int32).reshape(8, 8),
+        np.bool_([True, False]),
+        jnp.bfloat16([1, 2.5]),
+        [("be kind: yo, be kind: yo, be kind: yo, be kind: yo", [7, 2, 5])],
+        batch,
+    ]
+    for value in values:
+        again = eval(literal(value), {"jnp": jnp, "RaggedBatch": RaggedBatch})
+        assert type(again) is list or jax.tree.all(jax.tree.map(equal_bits, again, value))
+        assert type(again) is not list or again == value
+
+
+def equal_bits(one, other) -> bool:
+    return one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def refuses_text(function, count):
+    """A `drive` that cannot go on with a text."""
+    result = function(count)
+    if isinstance(result, str):
+        raise WrongResult(f"expected a list, got {result!r}")
+    return result
+
+
+def test_result_that_drive_refuses_is_a_wrong_result_not_an_exception():
+    exercise = Exercise("9.1", lambda n: list(range(n)), drive=refuses_text)
+    exercise.case("none", n=0)
+    exercise.case("two", n=2)
+    exercise.mistake("a text of digits is made")(lambda n: "01"[:n] or [])
+    exercise.mistake("one is left out")(lambda n: list(range(1, n)))
+    said = refusal(lambda n: ["", "", "xy"][n] or [], exercise)
+    assert "Expected a list, got 'xy'." in said and "raises" not in said
+    assert "Right so far: none." in said and "This is what you get" not in said
+    assert "if a text of digits is made." in refusal(lambda n: "01" if n else [], exercise)
+
+
 def test_numbers_are_shown_in_their_own_kind():
     assert "expected True, your output has False" in first_wrong(True, np.bool_(False), 0).sentence
     assert "expected 16793600, " in first_wrong(16793600, 1, 0).sentence
@@ -265,6 +348,8 @@ def test_rpa_check_is_callable_although_it_is_a_package():
         rpa.check("one", lambda: None)
     with pytest.raises(ValueError, match="there is no exercise 77.1"):
         rpa.check("77.1", lambda: None)
+    with pytest.raises(ValueError, match=r'expected text: write it in quotes, rpa.check\("0.1", '):
+        rpa.check(0.1, lambda: None)
     with pytest.raises(ValueError, match="without brackets"):
         rpa.check("1.1", 3.0)
 
