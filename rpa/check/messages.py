@@ -32,7 +32,7 @@ def explain_difference(exercise: Exercise, position: int, wrong: Wrong, cause: s
     if wrong.index:
         lines.append(f"First wrong: {_place(exercise, exercise.cases[position], wrong)}.")
     end = "" if wrong.sentence.endswith(("?", ".")) else "."
-    lines.append(f"{wrong.sentence[:1].upper()}{wrong.sentence[1:]}{end}")
+    lines.append(textwrap.fill(f"{wrong.sentence[:1].upper()}{wrong.sentence[1:]}{end}", 100))
     if wrong.expected is not None:
         for title, value in (("expected", wrong.expected), ("yours", wrong.actual)):
             if shown := show(value):
