@@ -21,8 +21,8 @@ from rpa.serving import LLAMA3_8B
 # HBM, as an integer.
 #
 # - All weights together are `weight_bytes`. One read of them serves the whole batch.
-# - Each sequence has `kv_len` tokens in the KV cache, `token_bytes` each, and its new token attends
-#   to all of them.
+# - Each sequence has `kv_len` tokens in the KV cache, `token_bytes` each; the new token is one of
+#   them, and it attends to all of them.
 #
 # By hand: 100 bytes of weights, 2 bytes a token, one sequence of three tokens. 106 bytes.
 #
@@ -59,15 +59,15 @@ rpa.check("0.1", decode_bytes)
 # %%
 weight_bytes = 2 * LLAMA3_8B.matmul_parameters  # bfloat16
 token_bytes = LLAMA3_8B.kv_bytes_per_token()
-for batch_size in (1, 16, 32, 64, 128):
+for batch_size in (1, 32, 55, 56, 64, 128):
     step_bytes = decode_bytes(weight_bytes, token_bytes, batch_size, kv_len=2048)
     share = 1 - weight_bytes / step_bytes
-    print(f"{batch_size:4} sequences: {step_bytes / 1e9:5.1f} GB, {share:.0%} of it cache")
+    print(f"{batch_size:4} sequences: {step_bytes / 1e9:5.1f} GB, {share:.1%} of it cache")
 
 # %% [markdown] tags=["explanation"]
 # The weights stand alone, everything else is multiplied by the batch. So a larger batch spreads the
-# weights over more tokens, and what is left is attention: from about 56 sequences on, the cache is
-# the larger part.
+# weights over more tokens, and what is left is attention: from 56 sequences on, the cache is the
+# larger part.
 
 
 # %% tags=["wrong"] refused="the weights are read again for every sequence"
@@ -83,3 +83,13 @@ def decode_bytes(weight_bytes, token_bytes, batch_size, kv_len):
 # %% tags=["wrong"] refused="Is the `return` missing?"
 def decode_bytes(weight_bytes, token_bytes, batch_size, kv_len):
     print(weight_bytes + batch_size * kv_len * token_bytes)
+
+
+# %% tags=["wrong"] refused="kv_len + 1 is too many"
+def decode_bytes(weight_bytes, token_bytes, batch_size, kv_len):
+    return weight_bytes + batch_size * token_bytes * (kv_len + 1)
+
+
+# %% tags=["wrong"] refused="Your function returns 106.0, a float"
+def decode_bytes(weight_bytes, token_bytes, batch_size, kv_len):
+    return weight_bytes + float(batch_size * kv_len * token_bytes)

@@ -224,9 +224,9 @@ except AssertionError as refused:
     print(message)
 
 # %% [markdown]
-# Read it from the top: which case, the call that you can repeat yourself, what was expected and
-# what came out. And then the sentence that says *why*. In an exercise the same text ends the cell
-# in red; we caught it here so that the lesson goes on.
+# Read it from the top: which case, the call that you can repeat yourself (of a large array you see
+# only dtype and shape), what was expected and what came out. And then the sentence that says *why*.
+# In an exercise the same text ends the cell in red; we caught it here so that the lesson goes on.
 
 # %%
 assert "This is what you get if the weights are read again" in message
