@@ -64,7 +64,7 @@ def tables(sources: list[Source]) -> dict[Path, str]:
         checks = _checks_of(source)
         for exercise in source.exercises:
             link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
-            mistakes = "<br>".join(f"if {m.words}" for m in checks[exercise.number].mistakes)
+            mistakes = _folded([m.words for m in checks[exercise.number].mistakes])
             lines = count_lines(with_solution(exercise))
             exercises.append(f"| {link} | {exercise.teaches} | {mistakes} |")
             solutions.append(f"| {link} | `{exercise.name}` | {lines} | {exercise.teaches} |")
@@ -86,6 +86,12 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             solutions,
         ),
     }
+
+
+def _folded(mistakes: list[str]) -> str:
+    """A cell of the table that opens on a click: read before trying, mistakes give hints away."""
+    listed = "<br>".join(f"if {words}" for words in mistakes)
+    return f"<details><summary>{len(mistakes)} mistakes</summary>{listed}</details>"
 
 
 def _checks_of(source: Source) -> dict[str, Exercise]:
