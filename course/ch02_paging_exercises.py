@@ -41,8 +41,8 @@ from rpa.paging import cdiv, unpack_kv
 # Write `address(page_indices, pages_per_seq, seqs, positions, page_size)`: for each token, given
 # its sequence and its position there, the page of the cache and the slot in that page.
 #
-# By hand: sequence 0 lives in pages 7, 2, 5 of 4 tokens. Its token 9 is the second token of its
-# third page: page 5, slot 1.
+# By hand: sequence 0 lives in pages 7, 2, 5 of 4 tokens. The token at position 9 is the second
+# token of its third page: page 5, slot 1.
 #
 # **Teaches:** an address in two steps, which every paged kernel computes before it moves a byte.
 
@@ -111,7 +111,7 @@ def address(page_indices, pages_per_seq, seqs, positions, page_size):
 #
 # Write `gather_keys(kv_cache, pages, kv_len, num_kv_heads, head_dim)`: the keys of one sequence,
 # `[kv_len, num_kv_heads, head_dim]`, as if they had never been scattered. Only live tokens: the
-# last page may have empty slots, and the table may have entries behind the live ones that mean
+# last page may have empty slots, and the table may have entries after the live ones that mean
 # nothing.
 #
 # In the first case every number of the cache says where it lies: `100 * page + 10 * slot +
@@ -202,7 +202,7 @@ def gather_keys(kv_cache, pages, kv_len, num_kv_heads, head_dim):
 #
 # Now the other way. Write `pack(keys, values, packing, lanes)`: from `[num_tokens, num_kv_heads,
 # head_dim]` to `[num_tokens, rows, packing, lanes]`, as the cache holds it. K and V of a head are
-# neighbours, `packing` combined heads form a row, and everything behind the true heads and the
+# neighbours, `packing` combined heads form a row, and everything after the true heads and the
 # true lanes is zero.
 #
 # By hand, two heads of 2, packing 2, lanes 4: row 0 is K and V of head 0, row 1 those of head 1.
@@ -215,8 +215,8 @@ def gather_keys(kv_cache, pages, kv_len, num_kv_heads, head_dim):
 
 # %% [markdown] tags=["hint"]
 # `jnp.stack([keys, values], axis=2)` makes K and V of a head neighbours, and a `reshape` merges
-# them with the heads. `jnp.pad(x, ((0, 0), (0, a), (0, b)))` pads behind the second and third
-# dimension. `-n % packing` is what is missing from `n` to a multiple of `packing`.
+# them with the heads. `jnp.pad(x, ((0, 0), (0, a), (0, b)))` pads at the end of the second and
+# third dimension. `-n % packing` is what is missing from `n` to a multiple of `packing`.
 
 # %% [markdown] tags=["hint"]
 # ```python
@@ -233,7 +233,8 @@ def pack(keys, values, packing, lanes):
     """Lay tokens out for the cache: [num_tokens, ceil(2 * num_kv_heads / packing), packing, lanes].
 
     keys, values: [num_tokens, num_kv_heads, head_dim], of one dtype.
-    packing: how many values share 32 bits; lanes: head_dim rounded up to a multiple of 128.
+    packing: how many values share 32 bits.
+    lanes: given, at least head_dim; a multiple of 128 on a TPU, 4 in the small cases.
     """
     ### BEGIN SOLUTION
     num_tokens, num_kv_heads, head_dim = keys.shape
@@ -249,7 +250,7 @@ rpa.check("2.3", pack)
 
 # %% [markdown] tags=["explanation"]
 # `stack` on axis 2 gives `[num_tokens, num_kv_heads, 2, head_dim]`, and the reshape reads it row
-# by row: K0, V0, K1, V1. All the padding goes behind the last head and the last lane, so the
+# by row: K0, V0, K1, V1. All the padding goes after the last head and the last lane, so the
 # combined head `2h` is K of head `h` whatever the packing. The token is the first dimension and is
 # not cut into tiles, so a run of tokens is one block of memory. And in bfloat16 one 32-bit word
 # holds a lane of K and the same lane of V, which a kernel splits with a shift.
@@ -286,7 +287,7 @@ def pack(keys, values, packing, lanes):
 # Two sequences share the pages of a common prefix until one of them writes. Write
 # `append_token(book, name)`: make room for one more token of the sequence `name`, and return the
 # page copies, a list of `(source, target)`, that must be carried out before the token is stored.
-# The book is `rpa.check.chapter02.PageBook`, a small `PagePool`:
+# The book is a `PageBook`, a small `PagePool` (`rpa/check/page_book.py`, one screen):
 #
 # | | |
 # |---|---|
@@ -373,6 +374,27 @@ def append_token(book, name):
     return copies
 
 
+# %% tags=["wrong"] refused="`book.kv_len['a']` is 9, but `book.pages['a']` lists 2 pages of 4"
+def append_token(book, name):
+    pages, copies = book.pages[name], []
+    if pages and book.references[pages[-1]] > 1:
+        shared, pages[-1] = pages[-1], book.take()
+        book.references[shared] -= 1
+        copies.append((shared, pages[-1]))
+    elif book.kv_len[name] % book.page_size == 0:
+        pages.append(book.take())
+    book.kv_len[name] += 1
+    return copies
+
+
+# %% tags=["wrong"] refused="`book.kv_len['a']` is 1, but `book.pages['a']` lists 0 pages of 4"
+def append_token(book, name):
+    if book.kv_len[name] % book.page_size == 0:
+        book.take()
+    book.kv_len[name] += 1
+    return []
+
+
 # %% tags=["wrong"] refused="the old page still counts the sequence that has left it"
 def append_token(book, name):
     pages, copies = book.pages[name], []
@@ -385,7 +407,7 @@ def append_token(book, name):
     return copies
 
 
-# %% tags=["wrong"] refused="book.kv_len['a'] was 0 and is 0 behind the call"
+# %% tags=["wrong"] refused="`book.kv_len['a']` was 0 and is 0 after the call"
 def append_token(book, name):
     pages = book.pages[name]
     if book.kv_len[name] == len(pages) * book.page_size:
@@ -402,10 +424,10 @@ def append_token(book, name):
 #
 # As in a server, the check compiles your function (`jax.jit`) and `kv_len` is known only when it
 # runs: a shape cannot depend on it, so `keys[:kv_len]` raises. Gather all entries of `pages` and
-# mask. What lies behind the last token, in its page or in the pages of meaningless table entries,
+# mask. What lies after the last token, in its page or in the pages of meaningless table entries,
 # may be an old token of somebody else, or NaN.
 #
-# **Teaches:** mask scores *and* values: a weight of zero does not silence NaN.
+# **Teaches:** what a mask has to cover when memory may hold NaN.
 
 # %% [markdown] tags=["hint"]
 # Gather K and V of every slot that the table names. Which slots hold tokens of this sequence? The
@@ -478,6 +500,20 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
     scores = jnp.einsum("hd,khd->hk", q, keys) * head_dim**-0.5
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
     return jnp.einsum("hk,khd->hd", weights, values)
+
+
+# %% tags=["wrong"] refused="-infinity is added to a score that is NaN"
+def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
+    num_q_heads, head_dim = q.shape
+    keys, values = unpack_kv(kv_cache[pages], num_kv_heads, head_dim)
+    keys, values = (
+        jnp.repeat(x.reshape(-1, num_kv_heads, head_dim), num_q_heads // num_kv_heads, axis=1)
+        for x in (keys, values)
+    )
+    seen = jnp.arange(len(keys)) < kv_len
+    scores = jnp.einsum("hd,khd->hk", q, keys) * head_dim**-0.5
+    weights = jax.nn.softmax(scores + jnp.where(seen, 0, -jnp.inf))
+    return jnp.einsum("hk,khd->hd", weights, jnp.where(seen[:, None, None], values, 0))
 
 
 # %% tags=["wrong"] refused="a masked score is set to 0, whose exp is 1"

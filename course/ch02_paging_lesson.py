@@ -265,18 +265,29 @@ print(table)
 
 
 # %%
-def grow(pool, running, waiting):
-    """A token for every running sequence; as long as pages lack, the youngest gives way."""
-    for name in list(running):
-        while name in running:
-            try:
-                pool.append(name, 1)
-                break
-            except OutOfPages:
-                youngest, (request, _) = running.popitem()
-                waiting.appendleft((youngest, request))
-                pool.free(youngest)
-                gave_way.append(youngest)
+def grow(pool, name, running, waiting, gave_way):
+    """A token for one sequence; as long as pages lack, the youngest gives way."""
+    while name in running:  # it may be the youngest itself
+        try:
+            pool.append(name, 1)
+            return
+        except OutOfPages:
+            youngest, (request, _) = running.popitem()
+            pool.free(youngest)
+            waiting.appendleft((youngest, request))
+            gave_way.append(youngest)
+
+
+# %% [markdown]
+# Whoever has all of its answer leaves, and its pages are free at once:
+
+
+# %%
+def leave(pool, running, step):
+    done = [name for name, ((_, answer), since) in running.items() if step - since == answer]
+    for name in done:
+        pool.free(name)
+        del running[name]
 
 
 # %% [markdown]
@@ -285,17 +296,29 @@ def grow(pool, running, waiting):
 
 
 # %%
-def serve_pages(requests, pool, spare_pages, num_steps=1000):
+def let_in(pool, running, waiting, spare_pages, step):
+    while True:
+        name, (prompt, answer) = waiting[0]
+        if pool.num_free - cdiv(prompt, pool.page_size) <= spare_pages:
+            return
+        waiting.popleft()
+        pool.allocate(name, prompt)
+        running[name] = (prompt, answer), step
+
+
+# %% [markdown]
+# A step is these three, one after the other. `gave_way` is a list in which the caller finds the
+# names of those that were sent back.
+
+
+# %%
+def serve_pages(requests, pool, spare_pages, gave_way, num_steps=1000):
     running, waiting = {}, deque(enumerate(requests))
     for step in range(num_steps):
-        grow(pool, running, waiting)
-        for name in [n for n, ((_, answer), since) in running.items() if step - since == answer]:
-            pool.free(name)
-            del running[name]
-        while pool.num_free - cdiv(waiting[0][1][0], pool.page_size) > spare_pages:
-            name, request = waiting.popleft()
-            pool.allocate(name, request[0])
-            running[name] = request, step
+        for name in list(running):
+            grow(pool, name, running, waiting, gave_way)
+        leave(pool, running, step)
+        let_in(pool, running, waiting, spare_pages, step)
         yield paged_use(pool, running)
 
 
@@ -307,11 +330,9 @@ def paged_use(pool, running):
 
 
 # %%
-gave_way = []  # the names that `grow` sends back to wait
 for spare_pages in (0, NUM_SLOTS // 16 // 100):
-    gave_way.clear()
-    pool = PagePool(NUM_SLOTS // 16, page_size=16)
-    measured["pages of 16"] = average(serve_pages(requests, pool, spare_pages))
+    pool, gave_way = PagePool(NUM_SLOTS // 16, page_size=16), []
+    measured["pages of 16"] = average(serve_pages(requests, pool, spare_pages, gave_way))
     print(f"{spare_pages:2} pages spared: {len(gave_way):2} times a sequence had to give way")
     pool.check()  # the invariants of the pool held through a thousand steps
 
@@ -386,9 +407,13 @@ assert tokens_first[0:5].flags.c_contiguous  # one piece
 # So: tokens first, and K and V of all heads of a token together. But there is more to it. A TPU
 # cuts the **last two** dimensions of an array into **tiles**, of which the hardware moves whole
 # ones; the dimensions before them can be cut anywhere. With the token in front of the last two, 1
-# token or 5 are as easy as 16. The last two are made to be exactly one tile of 32-bit words: 128
+# token or 5 are as easy as 16. The last two are made to be exactly one row of 32-bit words: 128
 # **lanes**, and as many values as share 32 bits, the **packing**: 1 in float32, 2 in bfloat16, 4
 # in float8.
+#
+# The registers of chapter 0 are 8 x 128 words, that is eight such rows, and most arrays have tiles
+# of eight rows too. Here a tile is a single row, so any number of them can be moved; a kernel loads
+# eight, of one token or of several, to fill a register.
 
 # %%
 shape = paging.get_kv_cache_shape(1000, 16, 3, 64, jnp.bfloat16)  # SmolLM2: 3 KV heads of 64
@@ -473,7 +498,7 @@ print(f"{jnp.isnan(cache).mean():.0%} of the cache is NaN")
 # %% [markdown]
 # `store_kv` is the address of section 4, for all tokens at once. Then three new tokens ask; they
 # are the last three of the 37. The table has room for more pages than the sequence owns, and the
-# entry behind the live ones is nonsense, as it will be in a server.
+# entry after the live ones is nonsense, as it will be in a server.
 
 # %%
 q = jnp.float32(rng.standard_normal((3, 8, 64)))  # [q_len, num_q_heads, head_dim]
@@ -485,8 +510,11 @@ print(f"relative error against float64: {error:.1e}")
 assert error < 2e-6
 
 # %% [markdown]
-# Not one NaN got in, although page 4 is NaN from slot 5 on. Here is how. Read the comment about
-# the tail: a masked key has weight 0, and 0 times NaN is NaN.
+# Not one NaN got in, although page 4 is NaN from slot 5 on. Here is how. The lines that matter are
+# `score_page` and `mix_page`, which look a page up and work on it, and the two loops over live
+# pages that call them. `soft_cap`, `sinks`, `sliding_window` and `score_scale` are what some models
+# need; they come in chapter 9, and are off unless asked for. And read the comment about the tail:
+# a masked key has weight 0, and 0 times NaN is NaN.
 
 # %%
 show_source(paging.paged_attention)
@@ -544,8 +572,10 @@ for size in (1, 4, 16, 64, 256):
 # schedule how many). Where it takes longer than the page needs to arrive, the memory waits for the
 # scalar core.
 #
-# The same can be felt here: rung 2 loops over pages, and every turn of the loop costs something
-# whatever the size of the page.
+# Something like it can be felt here: rung 2 loops over pages, and every turn of the loop costs
+# something whatever the size of the page. The time does not fall in proportion to the number of
+# pages, for a turn also computes with its page, and beyond 32 or so it falls no more. (This is how
+# a CPU runs a loop of XLA. It says nothing about the DMAs of a TPU.)
 
 
 # %%
@@ -564,7 +594,7 @@ def best_ms(function, *arguments, repeats=30):
 q = jnp.ones((1, 8, 64))  # one decode step of one sequence with 4,096 tokens
 decode = jax.jit(partial(paging.paged_attention, num_kv_heads=2))
 machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-for size in (2, 8, 32):
+for size in (1, 4, 16):
     cache = jnp.ones(paging.get_kv_cache_shape(4096 // size, size, 2, 64, jnp.float32))
     ms = best_ms(decode, q, cache, jnp.arange(4096 // size), 4096, 4095)
     print(f"page_size {size:3}: {4096 // size:4} pages, {ms:6.2f} ms, measured on {machine}")
@@ -608,8 +638,8 @@ shared = prefix_pages * page_bytes, (shared_pages - prefix_pages) * page_bytes
 pictures.prefix_bytes(alone, shared)
 
 # %% [markdown]
-# And the instructions are computed once: a newcomer's prefill starts behind them, with 1,000
-# tokens in the cache already. That is the chunk behind a cached prefix of chapter 1. Here somebody
+# And the instructions are computed once: a newcomer's prefill starts after them, with 1,000
+# tokens in the cache already. That is the chunk after a cached prefix of chapter 1. Here somebody
 # told the pool whom to fork; how a server finds a common prefix by itself is exercise 2.6.
 #
 # **Takeaway.** Pages turn a common prefix into one set of pages, and into work that is not done

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
+from rpa.check.page_book import PageBook
 
 RNG = np.random.default_rng(2)
 
@@ -226,7 +228,7 @@ def _tail_kept(kv_cache, pages, kv_len, num_kv_heads, head_dim):
     )
 
 
-@gather_keys.mistake("the first tokens are cut off; the empty slots are behind the last token")
+@gather_keys.mistake("the first tokens are cut off; the empty slots are after the last token")
 def _front_cut(kv_cache, pages, kv_len, num_kv_heads, head_dim):
     return _tail_kept(kv_cache, pages, kv_len, num_kv_heads, head_dim)[-kv_len:]
 
@@ -342,48 +344,10 @@ def _row_for_each_head(keys, values, packing, lanes):
 # 2.4 append_token --------------------------------------------------------------------------------
 
 
-class PageBook:
-    """Who lists which page: `rpa.paging.PagePool` without its guards, and without `append`.
-
-    Attributes:
-        page_size: tokens of a page.
-        free: pages that nobody lists; `take` uses the first one.
-        references: for each page, how many sequences list it.
-        pages: for each sequence, its pages in the order of its tokens.
-        kv_len: for each sequence, how many tokens it has.
-    """
-
-    def __init__(self, num_pages, page_size):
-        self.page_size = page_size
-        self.free = list(range(num_pages))
-        self.references = [0] * num_pages
-        self.pages, self.kv_len = {}, {}
-
-    def take(self):
-        """Take a free page; its only owner is whoever took it."""
-        page = self.free.pop(0)
-        self.references[page] = 1
-        return page
-
-    def fork(self, parent, child):
-        """Open `child` with all tokens of `parent`: the same pages, one owner more."""
-        self.pages[child], self.kv_len[child] = list(self.pages[parent]), self.kv_len[parent]
-        for page in self.pages[child]:
-            self.references[page] += 1
-
-    def close(self, name):
-        """Close a sequence; pages that nobody lists any more become free."""
-        for page in self.pages.pop(name):
-            self.references[page] -= 1
-            if self.references[page] == 0:
-                self.free.append(page)
-        del self.kv_len[name]
-
-
 def play(append_token, num_pages, page_size, script):
     """Let sequences write letters into pages as a script says, and read everything back.
 
-    A script is a list of steps behind semicolons: "a: cat" opens `a` if there is no such sequence
+    A script is a list of steps between semicolons: "a: cat" opens `a` if there is no such sequence
     and writes three tokens, "a > b" forks `b` from `a`, "a ." closes `a`.
 
     Returns:
@@ -407,24 +371,40 @@ def play(append_token, num_pages, page_size, script):
 
 def _write(append_token, book, memory, name, text):
     """Write a text letter by letter; the number of page copies that it took."""
-    book.pages.setdefault(name, [])
-    book.kv_len.setdefault(name, 0)
+    if name not in book.pages:
+        book.open(name)
     num_copies = 0
     for letter in text:
         before = book.kv_len[name]
         copies = append_token(book, name)
-        if not isinstance(copies, list):
-            raise TypeError(f"expected a list of (source, target) page copies, got {copies!r}")
-        if book.kv_len[name] != before + 1:
-            raise ValueError(
-                f"book.kv_len[{name!r}] was {before} and is {book.kv_len[name]} behind the call: "
-                "it must grow by one"
-            )
+        _refuse_impossible(book, name, before, copies)
         for source, target in copies:
             memory[target] = list(memory[source])
         num_copies += len(copies)
         memory[book.pages[name][before // book.page_size]][before % book.page_size] = letter
     return num_copies
+
+
+def _refuse_impossible(book, name, before, copies):
+    """Say what is wrong with a book or with copies that a token cannot be stored after."""
+    pairs = isinstance(copies, list) and all(
+        isinstance(copy, tuple | list) and len(copy) == 2 for copy in copies
+    )
+    if not pairs:
+        raise WrongResult(
+            f"append_token returns {copies!r}, expected a list of (source, target) page copies"
+        )
+    if book.kv_len[name] != before + 1:
+        raise WrongResult(
+            f"`book.kv_len[{name!r}]` was {before} and is {book.kv_len[name]} after the call: it "
+            "must grow by one"
+        )
+    listed = len(book.pages[name])
+    if listed * book.page_size <= before:
+        raise WrongResult(
+            f"`book.kv_len[{name!r}]` is {before + 1}, but `book.pages[{name!r}]` lists {listed} "
+            f"pages of {book.page_size} tokens: there is no slot for the new token"
+        )
 
 
 def _read(book, memory, name):
@@ -458,7 +438,7 @@ append_token.case(
     script="a: kite; b: cats; a: s",
 )
 append_token.case(
-    "both write behind a shared prefix",
+    "both write after a shared prefix",
     num_pages=8,
     page_size=4,
     script="a: a kitt; a > b; b: y; a: en",
@@ -513,6 +493,30 @@ def _copies_full_page(book, name):
 
 
 @append_token.mistake(
+    "a shared page is copied although it is full, and the new token gets no page: ask whether the "
+    "page is full before you ask who else lists it"
+)
+def _asks_for_sharers_first(book, name):
+    pages, copies = book.pages[name], []
+    if pages and book.references[pages[-1]] > 1:
+        shared, pages[-1] = pages[-1], book.take()
+        book.references[shared] -= 1
+        copies = [(shared, pages[-1])]
+    elif book.kv_len[name] % book.page_size == 0:
+        pages.append(book.take())
+    book.kv_len[name] += 1
+    return copies
+
+
+@append_token.mistake("the page that book.take() returns is not put into book.pages[name]")
+def _takes_and_forgets(book, name):
+    if book.kv_len[name] % book.page_size == 0:
+        book.take()
+    book.kv_len[name] += 1
+    return []
+
+
+@append_token.mistake(
     "the old page still counts the sequence that has left it (references), so it is never freed"
 )
 def _keeps_counting(book, name):
@@ -556,8 +560,8 @@ def _copies_all_pages(book, name):
     return copies
 
 
-@append_token.mistake("the copy is put behind the shared page; it has to take its place")
-def _copy_behind(book, name):
+@append_token.mistake("the copy is put after the shared page; it has to take its place")
+def _copy_after(book, name):
     pages, copies = book.pages[name], []
     if book.kv_len[name] % book.page_size == 0:
         pages.append(book.take())
@@ -632,9 +636,13 @@ paged_attention.case(
 
 
 def _case(title, kv_len, spoil, pages=(5, 2, 0, 7), dtype="float32", rows=4, packing=1):
+    """Add a case; `spoil` says where the cache is NaN: "nowhere", in "keys", or "everywhere"."""
     kv_cache = normal(8, 4, rows, packing, 128)
-    if spoil:
-        kv_cache = poisoned(kv_cache, int32(*pages), kv_len)
+    if spoil != "nowhere":
+        spoiled = poisoned(kv_cache, int32(*pages), kv_len)
+        if spoil == "keys":
+            spoiled[:, :, 1::2] = kv_cache[:, :, 1::2]  # with packing 1 the odd rows are values
+        kv_cache = spoiled
     paged_attention.case(
         title,
         q=normal(6, 64),
@@ -645,16 +653,17 @@ def _case(title, kv_len, spoil, pages=(5, 2, 0, 7), dtype="float32", rows=4, pac
     )
 
 
-_case("four full pages, six q heads on two KV heads", 16, spoil=False)
-_case("an old token of somebody else behind the last one", 9, spoil=False)
-_case("NaN behind the last token", 7, spoil=True)
-_case("NaN behind the last token, which fills its page", 8, spoil=True)
-_case("one token", 1, spoil=True)
-_case("garbage behind the live pages of the table", 5, spoil=True, pages=(3, 6, 999, 999))
-_case("bfloat16", 13, spoil=True, dtype="bfloat16", rows=2, packing=2)
+_case("four full pages, six q heads on two KV heads", 16, spoil="nowhere")
+_case("an old token of somebody else after the last one", 9, spoil="nowhere")
+_case("keys that are NaN after the last token", 7, spoil="keys")
+_case("keys and values that are NaN after the last token", 7, spoil="everywhere")
+_case("NaN after the last token, which fills its page", 8, spoil="everywhere")
+_case("one token", 1, spoil="everywhere")
+_case("garbage after the live pages of the table", 5, "everywhere", pages=(3, 6, 999, 999))
+_case("bfloat16", 13, spoil="everywhere", dtype="bfloat16", rows=2, packing=2)
 
 
-@paged_attention.mistake("slots behind the last token are seen too: kv_len is not used")
+@paged_attention.mistake("slots after the last token are seen too: kv_len is not used")
 def _no_mask(q, kv_cache, pages, kv_len, num_kv_heads):
     keys, values = _keys_values(q, kv_cache, pages, num_kv_heads)
     return _attend(q, keys, values, q.shape[1] ** -0.5)
@@ -678,6 +687,16 @@ def _masked_to_zero(q, kv_cache, pages, kv_len, num_kv_heads):
     masked = np.arange(len(keys)) >= kv_len
     values = np.where(masked[:, None, None], 0, values)
     return _attend(q, np.nan_to_num(keys), values, q.shape[1] ** -0.5, masked=masked)
+
+
+@paged_attention.mistake(
+    "-infinity is added to a score that is NaN, which stays NaN; it has to replace the score"
+)
+def _mask_added(q, kv_cache, pages, kv_len, num_kv_heads):
+    keys, _ = _keys_values(q, kv_cache, pages, num_kv_heads)
+    right = _paged_attention(q, kv_cache, pages, kv_len, num_kv_heads)
+    unseen = keys[kv_len:].sum(axis=(0, 2)) * 0.0  # [num_kv_heads], NaN if a score is
+    return (right + np.repeat(unseen, len(q) // num_kv_heads)[:, None]).astype(np.float32)
 
 
 @paged_attention.mistake(
@@ -769,7 +788,7 @@ reusable_pages.case(
     page_size=4,
 )
 reusable_pages.case(
-    "the same page, behind another beginning",
+    "the same page, after another beginning",
     tokens="abcdwxyzq",
     cached=[("abcdefgh", [0, 1]), ("mnopwxyz", [2, 3])],
     page_size=4,
@@ -822,7 +841,7 @@ def _own_tokens_only(tokens, cached, page_size):
     return found
 
 
-@reusable_pages.mistake("pages behind the first difference are reused, too")
+@reusable_pages.mistake("pages after the first difference are reused, too")
 def _beyond_a_difference(tokens, cached, page_size):
     runs = [
         [
