@@ -215,6 +215,17 @@ def test_outputs_in_another_order_are_recognised():
     assert "another order" not in refusal(lambda x: (np.int32(7), x, x), exercise)
 
 
+def test_another_order_explains_more_than_a_mistake_in_one_output():
+    exercise = Exercise("9.1", lambda n: (2 * n, n + 1), outputs=("flops", "bytes"))
+    exercise.case("three", n=3)
+    exercise.mistake("one is added to n")(lambda n: (n + 1, n + 1))
+    assert "another order" in refusal(lambda n: (n + 1, 2 * n), exercise)
+    exercise = Exercise("9.1", lambda n: (2 * n, n + 1), outputs=("keys", "values"))
+    exercise.case("three", n=3)
+    exercise.mistake("keys and values are swapped")(lambda n: (n + 1, 2 * n))
+    assert "keys and values are swapped" in refusal(lambda n: (n + 1, 2 * n), exercise)
+
+
 def test_transposed_output_is_recognised():
     said = refusal(lambda x: 2 * x.T)
     assert "Your output is right but transposed: its `.transpose(1, 0)` is what was exp" in said

@@ -23,12 +23,16 @@ def why(
         later: gives the learner's outputs in the cases after this one. Called only if two mistakes
             have to be told apart, because each of these calls can take seconds.
     """
+    expected = exercise.expected[position]
+    reordered = _another_order(exercise, expected, actual)
+    exact = any(_agree(exercise, outputs[position], actual) for outputs in exercise.mistaken)
+    if reordered and not exact:  # one cause for all outputs, before one that explains a single one
+        return reordered
     named = _known_mistakes(exercise, position, wrong, actual, later)
     if named:
         return f"This is what you get if {', or if '.join(named)}."
-    expected = exercise.expected[position]
-    return _another_order(exercise, expected, actual) or _transposed(
-        exercise, _pick(expected, wrong.position), _pick(actual, wrong.position), wrong.output
+    return reordered or _transposed(
+        _pick(expected, wrong.position), _pick(actual, wrong.position), exercise.tolerance, wrong
     )
 
 
@@ -102,15 +106,15 @@ def _another_order(exercise: Exercise, expected, actual) -> str | None:
     return None
 
 
-def _transposed(exercise: Exercise, expected, actual, output: str) -> str | None:
+def _transposed(expected, actual, tolerance: float, wrong: Wrong) -> str | None:
     """A sentence if an array is right but for the order of its axes."""
     axes = getattr(actual, "ndim", 0)
     if axes < 2 or axes != getattr(expected, "ndim", 0):
         return None
     for order in permutations(range(axes)):
-        if equal(expected, np.transpose(actual, order), exercise.tolerance):
+        if equal(expected, np.transpose(actual, order), tolerance):
             return (
-                f"{output[0].upper()}{output[1:]} is right but transposed: "
+                f"{wrong.output[0].upper()}{wrong.output[1:]} is right but transposed: "
                 f"its `.transpose{order}` is what was expected."
             )
     return None
