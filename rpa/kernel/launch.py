@@ -89,7 +89,12 @@ def _call(plan, arrays, options):
             disable_semaphore_checks=options.disable_semaphore_checks,
         ),
         name=f"rpa_{plan.case.label}",
-    )(*arrays.values())
+    )(
+        *(
+            array if name in spaces else compat.keep_in_hbm(array, plan.interpret)
+            for name, array in arrays.items()
+        )
+    )
     return dict(zip(outputs, values, strict=True))
 
 
