@@ -574,8 +574,8 @@ for size in (1, 4, 16, 64, 256):
 #
 # Something like it can be felt here: rung 2 loops over pages, and every turn of the loop costs
 # something whatever the size of the page. The time does not fall in proportion to the number of
-# pages, for a turn also computes with its page, and beyond 32 or so it falls no more. (This is how
-# a CPU runs a loop of XLA. It says nothing about the DMAs of a TPU.)
+# pages, for a turn also computes with its page: with large pages it levels off. (This is how a CPU
+# runs a loop of XLA. It says nothing about the DMAs of a TPU.)
 
 
 # %%

@@ -11,6 +11,7 @@
 | `literal.py` | an argument as code, so that the call can be repeated |
 | `places.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
+| `page_book.py` | the book of pages that exercise 2.4 is about |
 | `chapterNN.py` | the exercises of one chapter |
 """
 
