@@ -483,8 +483,9 @@ rpa.check("2.5", paged_attention)
 # `jnp.where(seen, scores, -inf)` throws the score of a dead slot away before `exp` sees it, NaN or
 # not, so its weight is exactly 0. But 0 * NaN is NaN, and the second product adds up over all
 # slots: hence the values are replaced too. A mask that *multiplies*, or one that *adds* minus
-# infinity to the scores, would keep the NaN. This solution reads every page that the table names, live or not, for shapes have to be
-# known when it is compiled; rung 2 (`rpa.paging.paged_attention`) loops over the live pages, and a
+# infinity to the scores, would keep the NaN. This solution reads every page that the table names,
+# live or not, for shapes have to be known when it is compiled; rung 2
+# (`rpa.paging.paged_attention`) loops over the live pages, and a
 # kernel with its own DMAs (chapter 5) moves only live tokens.
 
 
