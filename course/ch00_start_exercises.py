@@ -62,7 +62,7 @@ token_bytes = LLAMA3_8B.kv_bytes_per_token()
 for batch_size in (1, 32, 55, 56, 64, 128):
     step_bytes = decode_bytes(weight_bytes, token_bytes, batch_size, kv_len=2048)
     share = 1 - weight_bytes / step_bytes
-    print(f"{batch_size:4} sequences: {step_bytes / 1e9:5.1f} GB, {share:.1%} of it cache")
+    print(f"{batch_size:4} sequences: {step_bytes / 1e9:5.1f} GB, {share:.2%} of it cache")
 
 # %% [markdown] tags=["explanation"]
 # The weights stand alone, everything else is multiplied by the batch. So a larger batch spreads the
