@@ -158,7 +158,7 @@ def attention(q, k, v, *, causal=True, sliding_window=None, soft_cap=None, sm_sc
     """Attention of one sequence whose queries are its last `q_len` tokens: rung 1.
 
     With `q_len == kv_len` this is the prefill of a whole prompt; with `q_len == 1` it is one
-    decode step; in between it is a chunk behind a cached prefix. The queries are always the last
+    decode step; in between it is a chunk after a cached prefix. The queries are always the last
     tokens, so query t has position `kv_len - q_len + t`.
 
     Args:
@@ -195,8 +195,8 @@ def padded_attention(q, k, v, q_lens, kv_lens, *, sm_scale=None):
     """A batch the simple way: every sequence padded to the longest one. What rung 3 does away with.
 
     Args:
-        q: [num_seqs, max_q_len, num_q_heads, head_dim]; rows behind q_lens are padding.
-        k, v: [num_seqs, max_kv_len, num_kv_heads, head_dim]; rows behind kv_lens are padding.
+        q: [num_seqs, max_q_len, num_q_heads, head_dim]; rows from q_lens on are padding.
+        k, v: [num_seqs, max_kv_len, num_kv_heads, head_dim]; rows from kv_lens on are padding.
         q_lens, kv_lens: i32[num_seqs]; the queries are the last q_lens tokens of each sequence.
         sm_scale: None stands for `head_dim ** -0.5`.
 
@@ -279,7 +279,7 @@ def oracle(
     for t in range(q_len):
         position = kv_len - q_len + t
         first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-        last = position + 1 if causal else kv_len  # one behind the last visible key
+        last = position + 1 if causal else kv_len  # one past the last visible key
         if first >= last:
             continue
         for h in range(num_q_heads):

@@ -91,7 +91,7 @@ def pad_queries(queries, batch: RaggedBatch, max_q_len: int):
 
     Returns:
         q [max_num_seqs, max_q_len, num_q_heads, head_dim], q_lens and kv_lens i32[max_num_seqs],
-        both 0 for slots that are not in use. What stands behind a q_len is padding.
+        both 0 for slots that are not in use. What stands past a q_len is padding.
     """
     in_use = jnp.arange(batch.max_num_seqs) < batch.num_seqs
     cu_q_lens = jnp.asarray(batch.cu_q_lens)

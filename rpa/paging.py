@@ -375,7 +375,7 @@ def paged_attention(
     Args:
         q: [q_len, num_q_heads, head_dim].
         kv_cache: the whole cache, see the layout above; the new tokens are in it already.
-        pages: i32[pages_per_seq], the sequence's row of the page table; entries behind the live
+        pages: i32[pages_per_seq], the sequence's row of the page table; entries past the live
             ones are not looked at, whatever they hold.
         kv_len: i32[], tokens of the sequence in the cache, the new ones included.
         q_start: i32[], the position of the first query in the sequence.

@@ -38,7 +38,7 @@ class RaggedBatch:
 
     Attributes:
         kv_lens: i32[max_num_seqs], tokens of each sequence in the cache, *new ones included*.
-        page_indices: i32[max_num_seqs * pages_per_seq], the page table, flattened; entries behind
+        page_indices: i32[max_num_seqs * pages_per_seq], the page table, flattened; entries past
             a sequence's live pages are never looked at.
         cu_q_lens: i32[max_num_seqs + 1], running sum of the q_lens: sequence s owns the rows
             `cu_q_lens[s] : cu_q_lens[s + 1]` of queries, keys and values.
@@ -153,7 +153,7 @@ class RaggedBatch:
         """
         tokens = jnp.arange(num_tokens)
         slots = jnp.arange(self.max_num_seqs)
-        # Slots from num_seqs on hold anything; their end is moved behind the last token.
+        # Slots from num_seqs on hold anything; their end is moved past the last token.
         ends = jnp.where(slots < self.num_seqs, jnp.asarray(self.cu_q_lens)[1:], num_tokens)
         seqs = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
         owned = seqs < self.num_seqs
@@ -448,7 +448,7 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
         jnp.asarray(x) for x in (batch.kv_lens, batch.cu_q_lens, batch.distribution)
     )
     table = jnp.asarray(batch.page_indices).reshape(-1, batch.pages_per_seq)
-    # The last block of a sequence may reach behind the last token: give it room, or
+    # The last block of a sequence may reach past the last token: give it room, or
     # dynamic_slice would move the block's start to make it fit.
     output = jnp.zeros((num_tokens + Q_BLOCK, *queries.shape[1:]), jnp.float32)
     queries = jnp.pad(queries, ((0, Q_BLOCK), (0, 0), (0, 0)))
@@ -462,7 +462,7 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
             attended = attend_block(
                 q, kv_cache, table[s], kv_lens[s], q_start=kv_lens[s] - q_len + b * q_block
             )
-            # The rows behind the sequence's last query belong to the next sequence.
+            # The rows after the sequence's last query belong to the next sequence.
             owned = b * q_block + jnp.arange(q_block) < q_len
             kept = jax.lax.dynamic_slice_in_dim(output, start, q_block)
             attended = jnp.where(owned[:, None, None], attended, kept)

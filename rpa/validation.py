@@ -54,7 +54,7 @@ def check_arguments(
     if use_causal_mask and skip_kv_mask:
         raise ValueError(
             "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "
-            "behind kv_len. Set use_causal_mask=False, or leave skip_kv_mask out."
+            "past kv_len. Set use_causal_mask=False, or leave skip_kv_mask out."
         )
     for name, value in [("sliding_window", sliding_window), ("soft_cap", soft_cap)]:
         _check_positive(name, value, "None switches it off")
