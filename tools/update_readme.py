@@ -59,10 +59,10 @@ def demo_output() -> str:
 
 def replace_part(text: str, name: str, part: str) -> str:
     """Replace what stands between `<!-- name -->` and `<!-- end -->`."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
     if not pattern.search(text):
         raise SystemExit(f"README.md has no part between <!-- {name} --> and <!-- end -->.")
-    return pattern.sub(lambda match: match[1] + part + match[2], text)
+    return pattern.sub(lambda match: match[1] + part + "\n" + match[2], text)
 
 
 def main() -> int:
