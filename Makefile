@@ -17,7 +17,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env demo test test-full test-floor matrix notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -31,6 +31,7 @@ help:
 	@echo "make clean      remove the environments and everything built"
 
 env: $(VENV)/ready
+floor-env: $(FLOOR_VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv and pip was found."; \
@@ -45,7 +46,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: env
 	$(BIN)/python -m rpa demo --out $(OUT)
 
-test: env
+test:
+	@$(MAKE) --no-print-directory -j2 env floor-env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full" --doctest-modules rpa tests
@@ -71,13 +73,15 @@ matrix: $(FLOOR_VENV)/ready $(NEWEST_VENV)/ready
 	$(FLOOR_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" tests
 	$(NEWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "core and not full" tests
 
+# Without rpa itself, which the tests find in the checkout: `make test` sets both environments up at
+# the same time, and two editable installs would write to the same files.
 $(FLOOR_VENV)/ready: pyproject.toml constraints.txt
 	@echo "Setting up $(FLOOR_VENV) with $(FLOOR_PYTHON) and jax $(FLOOR_JAX)."
 	rm -rf $(FLOOR_VENV)
 	$(FLOOR_PYTHON) -m venv $(FLOOR_VENV)
 	grep -vE '^(jax|jaxlib|libtpu)==' constraints.txt > $(FLOOR_VENV)/constraints.txt
 	$(FLOOR_VENV)/bin/python -m pip $(PIP_INSTALL) --constraint $(FLOOR_VENV)/constraints.txt \
-	  --editable . jax==$(FLOOR_JAX) jaxlib==$(FLOOR_JAX) pytest pytest-xdist hypothesis
+	  jax==$(FLOOR_JAX) jaxlib==$(FLOOR_JAX) numpy matplotlib tqdm pytest pytest-xdist hypothesis
 	touch $@
 
 readme: env

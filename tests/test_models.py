@@ -37,6 +37,9 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "smollm2_reference.json
 PROMPTS = REFERENCE["prompts"]
 LOGITS_TOLERANCE = 5e-4
 
+# One worker for all of this file: loading the model takes longer than most of its tests.
+pytestmark = pytest.mark.xdist_group("model")
+
 TINY = LlamaConfig(
     num_layers=3,
     hidden_size=24,

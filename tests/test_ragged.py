@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpa.compat import JAX_FLOOR, JAX_VERSION
 from rpa.dense import relative_error, scaled_error
 from rpa.paging import get_kv_cache_shape, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch, oracle_ragged, ref_ragged_paged_attention
@@ -23,13 +24,15 @@ SHAPES = [
     Shape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=1, pages_per_seq=9),
 ]
 FLOAT32_LIMIT = 2e-6
+# The floor repeats what the tested version has shown: a sample is enough there.
+NUM_BATCHES = 130 if JAX_VERSION > JAX_FLOOR else 30
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@settings(max_examples=130, deadline=None, derandomize=True)
+@settings(max_examples=NUM_BATCHES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_generated_batches(shape, data):
-    """4 x 130 generated batches: both measures of difference, and every bit of the cache."""
+    """4 x NUM_BATCHES batches: both measures of difference, and every bit of the cache."""
     case = make_case(
         shape,
         data.draw(lengths(shape)),
