@@ -10,7 +10,7 @@ says so.
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -68,7 +68,6 @@ class Scene:
     layers: list[Layer]
     run_model: object = None
     next_token_ids: np.ndarray | None = None  # with attention in float64
-    prompts: dict = field(default_factory=dict)
 
 
 # --- The scene with the real model --------------------------------------------------------------
@@ -139,9 +138,8 @@ def real_scene(model, progress) -> Scene:
     oracle_attention = partial(oracle_rung, record=layers.append)
     logits, _ = compile_model(model, oracle_attention)(step, jnp.copy(kv_cache))
     next_token_ids = np.asarray(logits).argmax(axis=-1)
-    prompts = {r.name: model.tokenizer.decode(r.token_ids[r.prompt_len :]) for r in requests}
     token_bytes = kv_token_bytes(shape, kv_cache.dtype)
-    return Scene(step, pool, token_bytes, layers, run_model, next_token_ids, prompts)
+    return Scene(step, pool, token_bytes, layers, run_model, next_token_ids)
 
 
 def compile_model(model, attention):
