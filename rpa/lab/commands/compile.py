@@ -1,4 +1,4 @@
-"""`python -m rpa lab`: the lab from a terminal."""
+"""`python -m rpa lab compile`: the compiler's answer from a terminal."""
 
 import argparse
 import dataclasses
@@ -10,24 +10,20 @@ from rpa.lab.programs import MODELS, PROGRAMS, Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Add the lab's experiments and their options to the command `lab`."""
-    experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
-    compiler = experiments.add_parser(
-        "compile", help="compile a kernel for a chip that is not here"
-    )
-    compiler.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
-    compiler.add_argument("--kernel", choices=list(PROGRAMS), required=True, help="name of a rung")
+    """Add the options of the experiment."""
+    parser.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
+    parser.add_argument("--kernel", choices=list(PROGRAMS), required=True, help="name of a rung")
     default = Workload()
     for option in dataclasses.fields(Workload):
-        compiler.add_argument(
+        parser.add_argument(
             f"--{option.name.replace('_', '-')}",
             type=type(getattr(default, option.name)),
             default=getattr(default, option.name),
             choices=list(MODELS) if option.name == "model" else None,
             help="default: %(default)s",
         )
-    compiler.add_argument("--fresh", action="store_true", help="do not take a kept result")
-    compiler.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--fresh", action="store_true", help="do not take a kept result")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args) -> int:

@@ -1,0 +1,31 @@
+"""`python -m rpa lab EXPERIMENT`: the lab from a terminal, a module an experiment.
+
+An experiment is a module with two functions: `add_arguments(parser)` and `main(args)`, which
+returns the exit code.
+"""
+
+import argparse
+import importlib
+
+EXPERIMENTS = {
+    "compile": "compile a kernel for a chip that is not here",
+}
+"""The module of each experiment in this package, and what it does."""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the lab's experiments and their options to the command `lab`."""
+    experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, help_text in EXPERIMENTS.items():
+        _module(name).add_arguments(
+            experiments.add_parser(name, help=help_text, description=help_text)
+        )
+
+
+def main(args) -> int:
+    """Run the chosen experiment and return its exit code."""
+    return _module(args.experiment).main(args)
+
+
+def _module(name):
+    return importlib.import_module(f"rpa.lab.commands.{name}")
