@@ -67,7 +67,9 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             mistakes = _folded([m.words for m in checks[exercise.number].mistakes])
             lines = count_lines(with_solution(exercise))
             exercises.append(f"| {link} | {exercise.teaches} | {mistakes} |")
-            solutions.append(f"| {link} | `{exercise.name}` | {lines} | {exercise.teaches} |")
+            solutions.append(
+                f"| {link} | `{exercise.name}` | {lines} | {exercise.teaches} | {mistakes} |"
+            )
     return {
         Path("exercises/README.md"): _page(
             "Exercises",
@@ -82,7 +84,10 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             "One way to solve each exercise, run, with a paragraph on why it is right.\n"
             "Try first: the checks tell you more than reading does.\n"
             "`make notebooks` writes this page and the notebooks from `course/`.",
-            ("exercise", "function", "lines", "what it teaches"),
+            (
+                *("exercise", "function", "lines", "what it teaches"),
+                "mistakes that its check recognises",
+            ),
             solutions,
         ),
     }

@@ -30,18 +30,23 @@ from rpa.serving import LLAMA3_8B, decode_step
 # %% [markdown]
 # ## 1. What runs here, and how?
 #
-# The course climbs a **ladder** of seven rungs. Each rung is a file in `rpa/` that computes the
-# same attention, and each changes one thing in *how*:
+# The course climbs a **ladder** of seven rungs, one a chapter. Each rung is a file in `rpa/` that
+# computes the same attention, and each changes one thing in *how*. Three chapters follow in which
+# the last rung is made fast, put to work, and measured:
 #
-# | rung | file | what it adds | chapter |
-# |---|---|---|---|
-# | 1 | `dense.py` | the formula, and a judge in float64 | 1 |
-# | 2 | `paging.py` | the KV cache cut into pages | 2 |
-# | 3 | `ragged.py` | sequences of any length in one batch, nothing padded | 3 |
-# | 4 | `tiled.py` | blocks that fit on the chip, softmax while they pass | 4 |
-# | 5 | `streamed.py` | your own copies between memories, ahead of time | 5 |
-# | 6 | `fused.py` | writing the cache while computing | 6 |
-# | 7 | `kernel/` | all of it in one kernel | 7 |
+# | chapter | file | what it adds |
+# |---|---|---|
+# | 0 start | | where you are: what runs here, and what a TPU is made of |
+# | 1 dense | `dense.py`, rung 1 | the formula, and a judge in float64 |
+# | 2 paging | `paging.py`, rung 2 | the KV cache cut into pages |
+# | 3 ragged | `ragged.py`, rung 3 | sequences of any length in one batch, nothing padded |
+# | 4 tiled | `tiled.py`, rung 4 | blocks that fit on the chip, softmax while they pass |
+# | 5 streamed | `streamed.py`, rung 5 | your own copies between memories, ahead of time |
+# | 6 fused | `fused.py`, rung 6 | writing the cache while computing |
+# | 7 kernel | `kernel/`, rung 7 | all of it in one kernel |
+# | 8 optimise | | the machine's schedule: what bounds it, and what shortens it |
+# | 9 production | | what models and servers ask for beyond the formula, and the traps in it |
+# | 10 the race | | the whole ladder in numbers, and an open challenge |
 #
 # Rungs 1 to 3 are plain JAX, which runs anywhere. Rungs 4 to 7 are **Pallas**: you write what the
 # chip does, block by block and copy by copy. On a TPU, Pallas compiles that. Everywhere else the
@@ -234,6 +239,10 @@ assert "This is what you get if the weights are read again" in message
 # %% [markdown]
 # Now open [the warm-up exercise](../exercises/00_start.ipynb), see the check refuse the empty
 # answer, see it name this mistake, and write the answer that passes. It takes five minutes.
+#
+# What you have solved is kept in a small file beside the exercises, `.progress.json`. Nothing reads
+# it but you: `rpa.check.progress()` prints it as a table, a row a chapter, with the attempts that
+# each exercise took. `RPA_PROGRESS`, an environment variable, names another place for it, or `off`.
 #
 # **Takeaway.** A failed check is the fastest teacher here: it shows the smallest case that is wrong
 # and says which idea is missing.

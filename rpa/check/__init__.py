@@ -11,6 +11,7 @@
 | `literal.py` | an argument as code, so that the call can be repeated |
 | `places.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
+| `progress.py` | keeps what is solved in a file, `rpa.check.progress()` prints it |
 | `page_book.py` | the book of pages that exercise 2.4 is about |
 | `chapterNN.py` | the exercises of one chapter |
 """
@@ -21,6 +22,7 @@ import types
 from rpa.check.engine import check
 from rpa.check.errors import CheckFailed, NotStarted
 from rpa.check.exercise import Exercise
+from rpa.check.progress import progress
 from rpa.check.registry import exercises_of_chapter, find_exercise
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "check",
     "exercises_of_chapter",
     "find_exercise",
+    "progress",
 ]
 
 

@@ -17,6 +17,7 @@ from rpa.check.messages import (
     headline,
     praise,
 )
+from rpa.check.progress import note
 from rpa.check.registry import find_exercise
 from rpa.check.runner import TookTooLong
 
@@ -41,7 +42,12 @@ def check(number: str, function: Callable) -> None:
             f"rpa.check({number!r}, function): function is {function!r}, expected the function "
             "itself: write its name without brackets after it"
         )
-    check_exercise(exercise, function)
+    try:
+        check_exercise(exercise, function)
+    except CheckFailed:
+        note(number, solved=False)
+        raise
+    note(number, solved=True)
 
 
 def check_exercise(exercise: Exercise, function: Callable) -> None:

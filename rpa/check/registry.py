@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 from rpa.check.errors import UnfinishedCheck
 from rpa.check.exercise import Exercise
@@ -38,6 +39,17 @@ def exercises_of_chapter(chapter: int) -> dict[str, Exercise]:
         return {}
     module = importlib.import_module(name)
     return collect(chapter, [v for v in vars(module).values() if isinstance(v, Exercise)])
+
+
+def all_exercises() -> dict[str, Exercise]:
+    """Every exercise of the course by number, chapter after chapter.
+
+    >>> list(all_exercises())[:2]
+    ['0.1', '1.1']
+    """
+    files = sorted(Path(__file__).parent.glob("chapter[0-9][0-9].py"))
+    chapters = (exercises_of_chapter(int(file.stem[-2:])) for file in files)
+    return {number: exercise for found in chapters for number, exercise in found.items()}
 
 
 def collect(chapter: int, found: list[Exercise]) -> dict[str, Exercise]:
