@@ -156,7 +156,8 @@ class KernelArgument(NamedTuple):
     name: str
     role: str  # "scalar", "input", "output" or "scratch"
     space: str  # "hbm", "vmem", "smem", "semaphore"
-    shape: tuple[int, ...]  # of the whole array, also where the kernel sees a block of it
+    shape: tuple[int, ...]  # of the whole array
+    block_shape: tuple[int, ...]  # of what the kernel sees of it
     dtype: Any
     alias: int | None
 
@@ -322,7 +323,8 @@ def kernel_arguments(*, jaxpr, grid_mapping, input_output_aliases, **_):
     arguments = []
     for place, (name, var) in enumerate(zip(names, jaxpr.invars, strict=True)):
         i = place - num_scalars
-        shape, space = tuple(var.aval.shape), getattr(var.aval, "memory_space", None)
+        space = getattr(var.aval, "memory_space", None)
+        shape = block_shape = tuple(var.aval.shape)
         if 0 <= i < num_blocks:
             mapping = grid_mapping.block_mappings[i]
             shape, space = _whole_array(mapping), _block_space(mapping, space)
@@ -330,7 +332,8 @@ def kernel_arguments(*, jaxpr, grid_mapping, input_output_aliases, **_):
         role, space = ("scalar", "smem") if i < 0 else (role, _space_name(space))
         alias = aliases.get(i - num_inputs) if role == "output" else None
         dtype = getattr(var.aval, "dtype", None)
-        arguments.append(KernelArgument(name or f"args[{place}]", role, space, shape, dtype, alias))
+        name = name or f"args[{place}]"
+        arguments.append(KernelArgument(name, role, space, shape, block_shape, dtype, alias))
     return arguments
 
 
