@@ -6,6 +6,7 @@ PYTHON ?= $(shell sh tools/find_python.sh 3.11 3.12 3.13)
 FLOOR_VENV ?= .venv-floor
 FLOOR_PYTHON ?= $(shell sh tools/find_python.sh 3.13 3.12 3.11)
 FLOOR_JAX = 0.7.2
+PEER_VERSION = 0.32.0
 NEWEST_VENV ?= .venv-newest
 BIN = $(VENV)/bin
 OUT ?= out
@@ -17,7 +18,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix peers notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -26,6 +27,7 @@ help:
 	@echo "make notebooks  rebuild and run all notebooks from course/"
 	@echo "make readme     renew the tables and pictures of README.md"
 	@echo "make test-full  slow and exhaustive tests too"
+	@echo "make peers      install the kernels that rung 7 is compared with"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
@@ -94,6 +96,10 @@ $(NEWEST_VENV)/ready: pyproject.toml
 	$(FLOOR_PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip $(PIP_INSTALL) --editable ".[tpu]" pytest pytest-xdist hypothesis
 	touch $@
+
+# --no-deps: only its kernels are used, and they need none of the serving stack it asks for.
+peers: env
+	$(BIN)/python -m pip $(PIP_INSTALL) --no-deps tpu-inference==$(PEER_VERSION)
 
 notebooks: env
 	$(BIN)/python -m course.build --execute

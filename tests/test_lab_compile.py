@@ -123,6 +123,7 @@ def test_an_unknown_chip_is_refused():
 
 
 MESSAGES = {
+    "no peer": "PeerAbsent: v3 is a kernel of tpu-inference",
     "libtpu busy": "Internal error when accessing libtpu multi-process lockfile",
     "unknown chip": "INVALID_ARGUMENT: Invalid TPU external name: TPU7x",
     "old libtpu": "Unsupported version: expected <= 7 but got 8",

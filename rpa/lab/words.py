@@ -7,6 +7,7 @@ DIED = "the compiler's process died"
 
 KINDS = {
     "no libtpu": None,
+    "no peer": r"^PeerAbsent: ",
     "libtpu busy": r"multi-process lockfile|already in use by process",
     "unknown chip": r"Invalid TPU external name|unknown topology|Unsupported TPU (type|topology)",
     "old libtpu": r"Unsupported version: expected",
@@ -21,7 +22,7 @@ KINDS = {
 }
 """Kinds of error, each with the pattern by which it is known; the first that fits is taken."""
 
-PASSING = ("no libtpu", "libtpu busy", "timeout", "crash")
+PASSING = ("no libtpu", "no peer", "libtpu busy", "timeout", "crash")
 """Kinds that may be gone the next time, so that they are not kept."""
 
 
@@ -40,6 +41,7 @@ def explain(message, chip, versions) -> tuple[str, str]:
     kind = kind_of(message)
     tpu = f"libtpu {versions['libtpu']}, jax {versions['jax']}"
     text = {
+        "no peer": message.removeprefix("PeerAbsent: "),
         "libtpu busy": "Another process holds libtpu, and this version lets one in at a time.",
         "unknown chip": f"{tpu}: this libtpu does not know {chip}; install a newer one, or choose "
         "another chip.",

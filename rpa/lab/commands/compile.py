@@ -5,14 +5,19 @@ import dataclasses
 import json
 
 from rpa import chips
+from rpa.lab import peers
 from rpa.lab.compile import CompileResult, compile_for
 from rpa.lab.programs import MODELS, PROGRAMS, Workload
+
+KERNELS = PROGRAMS | peers.PROGRAMS
+FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
+"""Kernels that choose their blocks for a chip, and so want its name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     parser.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
-    parser.add_argument("--kernel", choices=list(PROGRAMS), required=True, help="name of a rung")
+    parser.add_argument("--kernel", choices=list(KERNELS), required=True, help="rung, or peer")
     default = Workload()
     for option in dataclasses.fields(Workload):
         parser.add_argument(
@@ -29,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser):
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if a chip's compiler refused."""
     options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
-    program = PROGRAMS[args.kernel](Workload(**options))
+    program = KERNELS[args.kernel](Workload(**options))
     results = [
         compile_for(
             chip,
             program.function,
             *program.args,
-            kwargs=program.kwargs | ({"chip": chip} if args.kernel == "kernel" else {}),
+            kwargs=program.kwargs | ({"chip": chip} if args.kernel in FOR_A_CHIP else {}),
             donate_argnums=program.donate_argnums,
             use_cache=not args.fresh,
         )

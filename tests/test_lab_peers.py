@@ -1,0 +1,89 @@
+"""`rpa.lab.peers`: the other kernels, found, excused in words, and compiled by their names."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from rpa import lab
+from rpa.lab import peers, words
+from rpa.lab.programs import Workload
+
+ROOT = Path(__file__).parents[1]
+HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
+needs_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason=f"libtpu is not installed ({platform.system()} {platform.machine()})"
+)
+needs_peer = pytest.mark.skipif(
+    peers.absence("v3") is not None, reason=f"no peer here: {peers.absence('v3')}"
+)
+SMALL = Workload(model="llama-3-70b-on-8", page_size=128, num_seqs=8, kv_len=1024)
+
+
+def test_make_peers_installs_the_version_that_is_compared():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^PEER_VERSION = (.*)$", makefile, re.M)[1] == peers.PEER_VERSION
+
+
+@pytest.mark.parametrize("installed", [None, "0.31.0"])
+def test_an_absent_peer_is_excused_in_words(installed, monkeypatch):
+    def version(_name):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    peers._load.cache_clear()
+    assert "make peers" in peers.absence("v3") and (installed or "none") in peers.absence("v3")
+    with pytest.raises(peers.PeerAbsent, match="make peers"):
+        peers.v3_reference()
+    assert words.kind_of(f"PeerAbsent: {peers.absence('v3')}") == "no peer"
+
+
+def test_without_a_chip_it_asks_for_one():
+    if jax.default_backend() == "tpu":
+        pytest.skip("a TPU is attached")
+    with pytest.raises(ValueError, match="name the chip"):
+        peers.v3(*[None] * 8)
+
+
+@needs_peer
+def test_a_peer_leaves_the_process_as_it_was():
+    before = dict(os.environ)
+    peers._load.cache_clear()
+    assert callable(peers._load("v3", peers._V3).ref_ragged_paged_attention)
+    assert dict(os.environ) == before, "the package's __init__ has run"
+    assert not {"vllm", "vllm.logger", "tpu_inference"} & set(sys.modules)
+
+
+FULL = pytest.mark.full
+SMALL_BLOCKS = {"d_block_sizes": [1, 256, 1, 256], "m_block_sizes": [16, 256, 8, 256]}
+
+
+@needs_libtpu
+@needs_peer
+@pytest.mark.parametrize(
+    "name, chip, kwargs, part_of_a_name",
+    [
+        ("v3", "v5e", SMALL_BLOCKS, "bq_16_8-bkv_256_256"),
+        pytest.param("v3", "v6e", {}, "RPAm", marks=FULL),
+        pytest.param("v3", "tpu7x", {}, "bq_256_128-bkv_1024_512", marks=FULL),
+        pytest.param("jax", "v5e", {}, "ragged_paged_attention", marks=FULL),
+        pytest.param(
+            "batched", "tpu7x", {"decode_block_sizes": [1, 1, 256, 8, 3]}, "b8-q1-k256", marks=FULL
+        ),
+    ],
+)
+def test_peers_compile_by_name(name, chip, kwargs, part_of_a_name):
+    program = peers.PROGRAMS[name](SMALL)
+    kwargs = program.kwargs | kwargs | {"chip": chip}
+    result = lab.compile_for(
+        chip, program.function, *program.args, kwargs=kwargs, donate_argnums=(3,)
+    )
+    assert result.ok, result.error
+    assert any(part_of_a_name in kernel.name for kernel in result.kernels), result.kernels
