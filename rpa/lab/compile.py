@@ -68,6 +68,8 @@ class CompileResult:
         ok: whether it compiled.
         trace_time_s: time for tracing and lowering to MLIR, in the worker.
         compile_time_s: time in the TPU compiler.
+        trace_cpu_s, compile_cpu_s: the same in CPU seconds of all threads, which a busy machine
+            does not make more.
         kernels: the Pallas kernels in it, with their VMEM.
         argument_bytes, output_bytes, alias_bytes, temp_bytes: HBM of the program; `alias_bytes`
             are outputs that live in a donated argument.
@@ -82,6 +84,8 @@ class CompileResult:
     ok: bool
     trace_time_s: float = 0.0
     compile_time_s: float = 0.0
+    trace_cpu_s: float = 0.0
+    compile_cpu_s: float = 0.0
     kernels: tuple[Kernel, ...] = ()
     argument_bytes: int = 0
     output_bytes: int = 0

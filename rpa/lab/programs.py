@@ -12,6 +12,7 @@ MODELS = {
     "llama-3-8b": (32, 8, 128),
     "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
     "smollm2-135m": (9, 3, 64),
+    "head-dim-256": (16, 4, 256),
 }
 """num_q_heads, num_kv_heads, head_dim of one layer's attention."""
 
