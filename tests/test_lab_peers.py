@@ -1,6 +1,7 @@
 """`rpa.lab.peers`: the other kernels, found, excused in words, and compiled by their names."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -11,7 +12,9 @@ import jax
 import pytest
 
 from rpa import lab
-from rpa.lab import peers, words
+from rpa.__main__ import main
+from rpa.lab import compile_time, peers, words
+from rpa.lab.compile import CompileResult
 from rpa.lab.programs import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +90,50 @@ def test_peers_compile_by_name(name, chip, kwargs, part_of_a_name):
     )
     assert result.ok, result.error
     assert any(part_of_a_name in kernel.name for kernel in result.kernels), result.kernels
+
+
+def result(cpu_s, **fields):
+    return CompileResult("v5e", "m:f", **{"ok": True, "compile_cpu_s": cpu_s} | fields)
+
+
+REFUSED = result(0, ok=False, error_kind="vmem overflow", error="too much")
+COMPARISONS = {
+    # ours, theirs, default: verdict, passed
+    "ok": (result(5.0), result(4.0), result(1.0), "ok", True),
+    "goal": (result(5.5), result(4.0), result(1.0), "over the goal of 1.25", True),
+    "limit": (result(6.5), result(4.0), result(1.0), "over the LIMIT of 1.5", False),
+    "absent": (result(5.0), None, result(1.0), "no peer to compare with", True),
+    "peer refused": (result(5.0), REFUSED, result(1.0), "peer refused", True),
+    "ours refused": (REFUSED, result(4.0), result(1.0), "REFUSED by the compiler", False),
+    "default refused": (result(5.0), result(4.0), REFUSED, "REFUSED by the compiler", False),
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_compile_times_are_judged(name, monkeypatch, capsys):
+    *results, verdict, passed = COMPARISONS[name]
+    comparison = compile_time.Comparison("a row", "v5e", *results)
+    assert (comparison.verdict, comparison.passed) == (verdict, passed)
+    monkeypatch.setattr(compile_time, "compare", lambda peer, chips: iter([comparison]))
+    assert main(["lab", "compile", "--against", "v3", "--chip", "v5e"]) == (not passed)
+    printed = capsys.readouterr().out
+    assert verdict in printed and ("too much" in printed) == (REFUSED in results)
+    main(["lab", "compile", "--against", "v3", "--chip", "v5e", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["verdict"], row["passed"]) == (verdict, passed)
+
+
+def test_compile_times_are_not_taken_with_a_dump(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_dump_to=/tmp/here")
+    with pytest.raises(ValueError, match="unset it"):
+        next(compile_time.compare())
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_one_row_of_the_compile_times(monkeypatch):
+    row = "SmolLM2 135M, page 16"
+    monkeypatch.setattr(compile_time, "ROWS", {row: compile_time.ROWS[row]})
+    (found,) = compile_time.compare(chips=["v5e"])
+    assert found.passed, found
+    assert not found.ours.from_cache and found.ours.compile_cpu_s > 0

@@ -6,6 +6,7 @@ import json
 
 from rpa import chips
 from rpa.lab import peers
+from rpa.lab.commands import compile_time
 from rpa.lab.compile import CompileResult, compile_for
 from rpa.lab.programs import MODELS, PROGRAMS, Workload
 
@@ -17,7 +18,9 @@ FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     parser.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
-    parser.add_argument("--kernel", choices=list(KERNELS), required=True, help="rung, or peer")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
+    what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
     default = Workload()
     for option in dataclasses.fields(Workload):
         parser.add_argument(
@@ -33,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if a chip's compiler refused."""
+    if args.against:
+        return compile_time.main(args)
     options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
     program = KERNELS[args.kernel](Workload(**options))
     results = [
