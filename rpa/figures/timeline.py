@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from matplotlib.patches import Patch
 
 from rpa.figures.style import COLORS, alt, new_figure, style
-from rpa.lab.timeline import HBM, predict_cycles
+from rpa.lab.clock import predict_cycles
+from rpa.lab.events import HBM
 
 CORE = "core"
 READ, WRITE, QUEUED = COLORS["blue"], COLORS["purple"], COLORS["sky"]
 COMPUTE, STALL = COLORS["orange"], "white"
-COMPUTE_UNITS = 3
+COMPUTE_UNITS = 4
 """How wide a computation is where time is counted in events, and a start or a wait is 1."""
 
 POINTS_PER_LETTER = 5.6
@@ -63,7 +64,7 @@ def gantt(
     Args:
         timeline: a `Timeline`, or {name: Timeline} for several panels.
         chip: name of a chip to predict times for; None draws events in their order, without times.
-        compute_ratio: see `rpa.lab.timeline.predict_cycles`.
+        compute_ratio: see `rpa.lab.clock.predict_cycles`.
         label: Copy -> text or None, see `rpa.lab.timeline.page_labels`; default is what is copied.
         rows: buffers to draw, by the names of `Copy.row`; None draws all.
         kernel: which `pallas_call` of the record; None draws all.
@@ -75,7 +76,7 @@ def gantt(
     Raises:
         ValueError: if nothing was recorded, or nothing is left to draw.
 
-    >>> from rpa.lab.timeline import Timeline
+    >>> from rpa.lab.events import Timeline
     >>> gantt(Timeline())
     Traceback (most recent call last):
         ...
