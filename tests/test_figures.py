@@ -13,10 +13,11 @@ import pytest
 
 from rpa import figures
 from rpa.chips import CHIPS, chip
-from rpa.figures import dense, paging, ragged
+from rpa.figures import dense, paging, ragged, tiled
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
+from rpa.tiled import block_map
 from rpa.traces import SERVICES, sample_requests
 
 POINTS = [("decode, one token", 4.0), ("chunk of 128", 380.0), ("prefill of 4,096", 1366.0)]
@@ -61,6 +62,10 @@ EXAMPLES = {
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
     ),
+    "online_softmax": lambda: tiled.online_softmax([1, 3, 2, 5], [(2, 3.0, 1.1), (4, 5.0, 1.2)]),
+    "tiles": lambda: tiled.tiles({"8 heads of 64": (8, 64), "a row of 200": (1, 200)}),
+    "journey": lambda: tiled.journey("tpu7x"),
+    "block_grid": lambda: tiled.block_grid(block_map(512, 1280, block_q=64, block_kv=128)),
 }
 
 
