@@ -138,12 +138,14 @@ def compile_for(
     spec = {
         "chip": chips.chip(chip).name,
         "topology": chips.chip(chip).topology,
-        "function": _import_path(fn),
+        "function": import_path(fn),
         "args": str(jax.tree.map(lambda x: f"{jnp.dtype(x.dtype).name}{list(x.shape)}", args)),
         "kwargs": kwargs or {},
         "donate_argnums": list(donate_argnums),
         "keep_hlo": keep_hlo,
         "versions": compile_versions(),
+        # Two checkouts of this package share the cache, and hold different kernels.
+        "home": str(Path(__file__).parents[2]),
     }
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
     entry = cache_dir() / f"{key}.json"
@@ -153,10 +155,10 @@ def compile_for(
     if spec["versions"]["libtpu"] is None:
         return _failure(spec, words.no_libtpu(platform.system(), platform.machine()))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    answer = _ask_worker(spec, shapes, timeout_s)
+    answer = ask_worker(spec, shapes, timeout_s)
     result = _result(spec, answer)
     if result.error_kind not in words.PASSING:
-        _write_entry(entry, result, answer.get("files", {}))
+        write_kept(entry, {"result": asdict(result), "files": answer.get("files", {})})
     return result
 
 
@@ -166,7 +168,12 @@ def cache_dir() -> Path:
     return Path(base) / "rpa" / "compile"
 
 
-def _import_path(fn) -> str:
+def import_path(fn) -> str:
+    """ "module:function" of a function that another process can import.
+
+    Raises:
+        ValueError: if it cannot.
+    """
     if isinstance(fn, str):
         path = fn
     else:
@@ -195,23 +202,32 @@ def compile_versions() -> dict:
     return installed | {"python": platform.python_version()}
 
 
-def _ask_worker(spec, shapes, timeout_s) -> dict:
-    """Run the worker and return its answer; a dict with "message" if it could not answer."""
+def ask_worker(spec, shapes, timeout_s, worker="rpa.lab.worker", environment=None) -> dict:
+    """Run a worker and return its answer; a dict with "message" if it could not answer.
+
+    Args:
+        spec: what to compile, anything that can be pickled.
+        shapes: pytrees of `jax.ShapeDtypeStruct`.
+        timeout_s: end it after this many seconds.
+        worker: module that is run with two files: the order and the answer.
+        environment: variables besides `ENVIRONMENT`.
+    """
     for _ in range(BUSY_RETRIES):
-        answer = _run_worker(spec, shapes, timeout_s)
+        answer = _run_worker(spec, shapes, timeout_s, worker, environment or {})
         if words.kind_of(answer.get("message", "")) != "libtpu busy":
             break
         time.sleep(BUSY_WAIT_S)
     return answer
 
 
-def _run_worker(spec, shapes, timeout_s) -> dict:
+def _run_worker(spec, shapes, timeout_s, worker, environment) -> dict:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *(p or os.getcwd() for p in sys.path)])
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path} | environment
     with tempfile.TemporaryDirectory() as scratch:
         order, answer = Path(scratch) / "order.pickle", Path(scratch) / "answer.json"
         order.write_bytes(pickle.dumps((spec, shapes)))
-        command = [sys.executable, "-m", "rpa.lab.worker", str(order), str(answer)]
+        # -P: this package, not one that lies in the current directory.
+        command = [sys.executable, "-P", "-m", worker, str(order), str(answer)]
         try:
             done = subprocess.run(
                 command, env=environment, timeout=timeout_s, capture_output=True, text=True
@@ -248,24 +264,31 @@ def _failure(spec, kind_and_text) -> CompileResult:
     )
 
 
-def _read_entry(entry: Path) -> CompileResult | None:
-    """The kept result, unless a file that was loaded for it has changed since."""
+def read_kept(entry: Path) -> dict | None:
+    """What `write_kept` wrote, unless a file that was loaded for it has changed since."""
     try:
         kept = json.loads(entry.read_text())
     except (OSError, ValueError):
         return None
-    if any(file_hash(path) != seen for path, seen in kept["files"].items()):
-        return None
-    kernels = tuple(Kernel(**kernel) for kernel in kept["result"].pop("kernels"))
-    return CompileResult(**kept["result"], kernels=kernels)
+    changed = any(file_hash(path) != seen for path, seen in kept["files"].items())
+    return None if changed else kept
 
 
-def _write_entry(entry: Path, result: CompileResult, files: dict):
+def write_kept(entry: Path, kept: dict):
+    """Keep a dictionary, in which "files" says what it depends on: {path: hash}."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: another process never reads half of it.
     aside = entry.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"result": asdict(result), "files": files}))
+    aside.write_text(json.dumps(kept))
     aside.replace(entry)
+
+
+def _read_entry(entry: Path) -> CompileResult | None:
+    kept = read_kept(entry)
+    if kept is None:
+        return None
+    kernels = tuple(Kernel(**kernel) for kernel in kept["result"].pop("kernels"))
+    return CompileResult(**kept["result"], kernels=kernels)
 
 
 def file_hash(path) -> str | None:

@@ -66,8 +66,13 @@ def loaded_files(spec) -> dict:
 def main(order, answer):
     """Read the order, compile, write the answer; whatever goes wrong is the answer's "message"."""
     spec, shapes = pickle.loads(Path(order).read_bytes())
+    write_answer(answer, functools.partial(compile_spec, spec, shapes), spec)
+
+
+def write_answer(answer, work, spec):
+    """Write what `work()` returns, or its error, and the files that it depends on."""
     try:
-        result = compile_spec(spec, shapes)
+        result = work()
     except Exception as error:
         # The last line of the caller's own: what JAX did below it says little.
         frames = traceback.extract_tb(error.__traceback__)

@@ -9,6 +9,7 @@ import importlib
 
 EXPERIMENTS = {
     "compile": "compile a kernel for a chip that is not here",
+    "schedule": "read a compiled kernel's schedule: bundles, loops, units",
 }
 """The module of each experiment in this package, and what it does."""
 

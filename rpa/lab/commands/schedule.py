@@ -1,0 +1,114 @@
+"""`python -m rpa lab schedule`: what a kernel's schedule costs, from a terminal."""
+
+import argparse
+import json
+import sys
+
+from rpa import chips
+from rpa.lab.programs import MODELS
+from rpa.lab.schedule import NoSchedule
+from rpa.lab.schedule_cases import CASES, KERNELS, Measured, measure
+from rpa.lab.schedule_loops import bound, shares
+from rpa.lab.schedule_run import CannotRun
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the options of the experiment."""
+    parser.add_argument("--chip", choices=list(chips.CHIPS), required=True)
+    parser.add_argument("--case", choices=list(CASES), required=True)
+    parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
+    parser.add_argument(
+        "--blocks",
+        type=lambda text: [int(n) for n in text.split(",")],
+        metavar="bq,bkv,bq_c,bkv_c",
+        help="block sizes; default: the kernel's own",
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="%(default)s")
+    parser.add_argument("--page-size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="do not take a kept schedule")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args) -> int:
+    """Run the experiment; the exit code is 1 if there is no schedule."""
+    try:
+        measured = measure(
+            *(args.kernel, args.case, args.chip),
+            model=args.model,
+            page_size=args.page_size,
+            blocks=args.blocks,
+            use_cache=not args.fresh,
+        )
+    except (NoSchedule, CannotRun) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(to_json(measured)) if args.json else describe(measured))
+    return 0
+
+
+def to_json(measured: Measured) -> dict:
+    """All numbers of one measurement."""
+    slots, capacity = measured.slots, measured.schedule.capacity
+    share = shares(slots, capacity, measured.executed_per_chunk)
+    return {
+        "kernel": measured.kernel,
+        "case": measured.case,
+        "chip": measured.chip,
+        "pallas_call": measured.schedule.kernel,
+        "bundles_per_chunk": measured.bundles_per_chunk,
+        "executed_per_chunk": measured.executed_per_chunk,
+        "page_issue_per_chunk": measured.page_issue_per_chunk,
+        "interior_region": measured.interior,
+        "masked_region": measured.masked,
+        "per_sequence": measured.per_sequence,
+        "floor": measured.floor,
+        "floor_of": measured.floor_of,
+        "bound": bound(share),
+        "spills": slots["spill"],
+        "fills": slots["fill"],
+        "slots": slots,
+        "capacity": capacity,
+        "share": share,
+        "bundles_in_listing": measured.schedule.num_bundles,
+    }
+
+
+def describe(measured: Measured) -> str:
+    """A table for people."""
+    numbers = to_json(measured)
+    lines = [
+        f"{measured.schedule.kernel} on {measured.chip}, {measured.case}, bundles a chunk:",
+        f"  {measured.bundles_per_chunk:9,.0f}  counted  ({measured.floor_of} floor "
+        f"{measured.floor:,.0f})",
+        f"  {measured.executed_per_chunk:9,.0f}  with everything executed",
+        f"  {measured.page_issue_per_chunk:9,.0f}  issuing page copies",
+    ]
+    if measured.masked is not None:
+        lines.append(f"  {measured.interior:9,.0f}  the region without a mask")
+        lines.append(f"  {measured.masked:9,.0f}  the region with a mask")
+    if measured.per_sequence is not None:
+        lines.append(f"  {measured.per_sequence:9,.0f}  a sequence, besides its chunks")
+    lines.append(f"slots a chunk, share of capacity (bound: {numbers['bound']}):")
+    lines += [
+        f"  {unit:8} {n:9,.0f}  {numbers['share'][unit]:6.1%}" for unit, n in measured.slots.items()
+    ]
+    lines.append("loops and regions: bundles, MATMULs, spills, bound")
+    lines += tree_lines(measured)
+    return "\n".join(lines)
+
+
+def tree_lines(measured):
+    """One line a loop or region of at least 50 bundles; * marks what the counted chunks execute."""
+    schedule = measured.schedule
+    lines = []
+    for depth, span in schedule.loops.walk():
+        if span.num_bundles < 50:
+            continue
+        told = schedule.describe(span)
+        matmuls, spills = told["slots"]["MATMUL"], told["slots"]["spill"]
+        mark = "*" if measured.chunks.hits[span.start : span.end].any() else " "
+        lines.append(
+            f"{mark} {'  ' * depth}{span.kind} {span.start:#x}..{span.end:#x}: "
+            f"{told['bundles']:,}, {matmuls:,}, {spills:,}, {told['bound']}"
+        )
+    return lines

@@ -1,0 +1,276 @@
+"""The two questions that kernels are compared by: what does a chunk of decode, or of prefill, cost?
+
+| case | one chunk | runs compared |
+|---|---|---|
+| decode | 1 query token, 1,024 KV tokens, all heads | kv_len 16,384 and 8,192 |
+| mixed | 128 query tokens, 512 KV tokens, all heads | the same, 2,048 query tokens each |
+
+A chunk's cost is the difference of two executions, so that nothing hides outside a loop: what a
+longer sequence executes more, by the number of chunks that it has more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from rpa import chips
+from rpa.lab import peers, programs
+from rpa.lab.schedule import Schedule, schedule_for
+from rpa.lab.schedule_run import DELAY_SLOTS, Execution
+
+LONG, SHORT = 16_384, 8_192
+"""kv_len of the two runs whose difference counts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run, and what one chunk of it is.
+
+    Attributes:
+        q_len: new tokens of the sequence.
+        chunk_q, chunk_kv: query and KV tokens of a chunk.
+        distribution: of one sequence: the range that it is in.
+    """
+
+    q_len: int
+    chunk_q: int
+    chunk_kv: int
+    distribution: tuple[int, int, int]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that the long run has more than the short one; none of them needs a mask."""
+        return self.q_len // self.chunk_q * ((LONG - SHORT) // self.chunk_kv)
+
+
+CASES = {
+    "decode": Case(1, 1, 1024, (1, 1, 1)),
+    "mixed": Case(2048, 128, 512, (0, 0, 1)),
+}
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """How a kernel is found in its function, and how its blocks are chosen.
+
+    Attributes:
+        program: workload to the function and its arguments.
+        names: by case, the pattern of the `pallas_call`'s name.
+        blocks: by case, the keyword argument for its blocks.
+    """
+
+    program: Callable
+    names: dict[str, str]
+    blocks: dict[str, str]
+
+
+KERNELS = {
+    "rpa": KernelChoice(
+        programs.kernel,
+        {"decode": "^rpa_decode$", "mixed": "^rpa_mixed$"},
+        {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
+    ),
+    "v3": KernelChoice(
+        peers.PROGRAMS["v3"],
+        {"decode": "^RPAd", "mixed": "^RPAm"},
+        {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
+    ),
+    "batched": KernelChoice(
+        peers.PROGRAMS["batched"],
+        {"decode": "^RPAd", "mixed": "^RPAm"},
+        {"decode": "decode_block_sizes", "mixed": "prefill_block_sizes"},
+    ),
+}
+"""What the command `lab schedule` knows by name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kernel, on one chip, in one case.
+
+    Attributes:
+        kernel, case, chip: names.
+        schedule: of the compiled kernel.
+        chunks: what `num_chunks` chunks execute.
+        num_chunks: how many.
+        floor: cycles that a chunk takes at least.
+        floor_of: what gives that floor, "HBM" or "MATMUL".
+        interior, masked: bundles of the region that computes a chunk without and with a mask; None
+            if the kernel has only one kind of chunk.
+        per_sequence: decode: bundles of one sequence besides its chunks; None for mixed.
+    """
+
+    kernel: str
+    case: str
+    chip: str
+    schedule: Schedule
+    chunks: Execution
+    num_chunks: int
+    floor: float
+    floor_of: str
+    interior: float | None
+    masked: float | None
+    per_sequence: float | None
+
+    @property
+    def executed_per_chunk(self) -> float:
+        """All bundles."""
+        return self.chunks.bundles / self.num_chunks
+
+    @property
+    def page_issue_per_chunk(self) -> float:
+        """Bundles of loops that do nothing but start copies; 0 if no loop does only that."""
+        return page_issue(self.schedule, self.chunks) / self.num_chunks
+
+    @property
+    def bundles_per_chunk(self) -> float:
+        """Decode: all but page issue. Mixed: the innermost loop that multiplies."""
+        if self.case == "decode":
+            return self.executed_per_chunk - self.page_issue_per_chunk
+        return innermost(self.schedule, self.chunks) / self.num_chunks
+
+    @property
+    def slots(self) -> dict[str, float]:
+        """Slots used by unit, a chunk."""
+        slots = self.schedule.slots(self.chunks.hits)
+        return {unit: n / self.num_chunks for unit, n in slots.items()}
+
+
+def measure(
+    kernel, case, chip, *, model="llama-3-8b", page_size=128, blocks=None, use_cache=True
+) -> Measured:
+    """Compile a kernel for a chip and count what a chunk of a case costs.
+
+    Args:
+        kernel: a name in KERNELS.
+        case: a name in CASES.
+        chip: anything that `rpa.chips.chip` knows.
+        model: a name in `rpa.lab.programs.MODELS`.
+        page_size: tokens of a page.
+        blocks: the kernel's block sizes, None for its own default.
+        use_cache: False compiles anew.
+
+    Raises:
+        rpa.lab.schedule.NoSchedule: if it does not compile.
+        rpa.lab.schedule_run.CannotRun: if it cannot be counted.
+    """
+    chip, choice, what = chips.chip(chip), KERNELS[kernel], CASES[case]
+    # Eight slots for sequences, each with room for the long run.
+    sizes = programs.Workload(model, page_size=page_size, num_seqs=8, q_len=1, kv_len=LONG)
+    if what.q_len > 1:
+        sizes = replace(sizes, q_len=what.q_len // 4)
+    program = choice.program(sizes)
+    kwargs = program.kwargs | {"chip": chip.name}
+    if blocks is not None:
+        kwargs[choice.blocks[case]] = list(blocks)
+    schedule = schedule_for(
+        *(chip.name, program.function, *program.args),
+        kwargs=kwargs,
+        kernel=choice.names[case],
+        use_cache=use_cache,
+    )
+
+    def run(*kv_lens):
+        return schedule.execute(*program.args[:4], *_metadata(what, kv_lens, sizes))
+
+    short = run(SHORT)
+    chunks = run(LONG) - short
+    floor, floor_of = chunk_floor(chip, case, sizes)
+    per_sequence = None
+    if case == "decode":
+        cost = chunks.bundles * SHORT / (LONG - SHORT)
+        per_sequence = (run(SHORT, SHORT) - short).bundles - cost
+    return Measured(
+        *(kernel, case, chip.name, schedule, chunks, what.num_chunks, floor, floor_of),
+        *regions(schedule, chunks, what.num_chunks),
+        per_sequence,
+    )
+
+
+def _metadata(case, kv_lens, sizes):
+    """kv_lens, page_indices, cu_q_lens, distribution of sequences of a case, on pages of their own.
+
+    Pages of a sequence are not neighbours: a kernel may copy neighbours together.
+    """
+    n = len(kv_lens)
+    lens = np.zeros(sizes.num_seqs, np.int32)
+    lens[:n] = kv_lens
+    num_pages = sizes.num_seqs * sizes.pages_per_seq
+    pages = np.arange(num_pages, dtype=np.int32).reshape(-1, 2)[:, ::-1].reshape(-1)
+    cu_q_lens = np.minimum(np.arange(sizes.num_seqs + 1), n) * case.q_len
+    return (
+        jax.numpy.asarray(lens),
+        pages,
+        cu_q_lens.astype(np.int32),
+        np.array([part * n for part in case.distribution], np.int32),
+    )
+
+
+def chunk_floor(chip, case, sizes) -> tuple[float, str]:
+    """Cycles that a chunk takes at least, and why: its bytes at HBM's peak, or its products.
+
+    A product pays for whole MXU tiles: with a head_dim of 128, an MXU 256 wide is half empty.
+
+    >>> sizes = programs.Workload(page_size=128)
+    >>> chunk_floor(chips.chip("v6e"), "mixed", sizes)
+    (4096.0, 'MATMUL')
+    >>> round(chunk_floor(chips.chip("tpu7x"), "decode", sizes)[0])
+    2494
+    """
+    what = CASES[case]
+    num_q_heads, num_kv_heads, head_dim = sizes.heads
+    if case == "decode":
+        lanes = -(-head_dim // chips.LANES) * chips.LANES
+        kv_bytes = 2 * num_kv_heads * lanes * np.dtype(jax.numpy.dtype(sizes.kv_dtype)).itemsize
+        return chip.cycles(what.chunk_kv * kv_bytes / chip.hbm_bytes_per_s), "HBM"
+    rows = what.chunk_q * num_q_heads
+    deep, wide = -(-head_dim // chip.mxu_size), -(-what.chunk_kv // chip.mxu_size)
+    # Q K^T contracts head_dim, P V contracts the chunk; both push every row once a tile.
+    return 2 * rows * deep * wide / (chip.mxu_rows_per_cycle * chip.num_mxus), "MATMUL"
+
+
+def page_issue(schedule, run) -> int:
+    """Bundles executed in innermost loops that start copies into VMEM and multiply nothing."""
+    starts = {bundle for kind, bundle, _ in run.copies if kind == "hbm_to_vmem"}
+    return sum(
+        int(run.hits[span.start : span.end].sum())
+        for _, span in schedule.loops.walk()
+        if span.is_innermost_loop
+        and not _matmuls(schedule, span)
+        and any(span.start <= bundle < span.end for bundle in starts)
+    )
+
+
+def innermost(schedule, run) -> int:
+    """Bundles executed in the innermost loops that multiply."""
+    return sum(
+        int(run.hits[span.start : span.end].sum())
+        for _, span in schedule.loops.walk()
+        if span.is_innermost_loop and _matmuls(schedule, span)
+    )
+
+
+def regions(schedule, run, num_chunks) -> tuple[float | None, float | None]:
+    """Bundles a chunk takes in the region that multiplies, without and with a mask.
+
+    A kernel that computes both kinds of chunk has two such regions, of which a run without masks
+    skips one. Their sizes are scaled by their products, to the work of one chunk. The branch into a
+    region is counted with it.
+    """
+    per_chunk = schedule.slots(run.hits)["MATMUL"] / num_chunks
+    sizes = {True: None, False: None}
+    for _, span in schedule.loops.walk():
+        inner = [s for child in span.children for _, s in child.walk()]
+        matmuls = _matmuls(schedule, span)
+        if span.kind != "region" or not matmuls or any(_matmuls(schedule, s) for s in inner):
+            continue
+        passed = bool(run.hits[span.start])
+        sizes[passed] = (span.num_bundles + DELAY_SLOTS + 1) * per_chunk / matmuls
+    interior, masked = sizes[True], sizes[False]
+    return (interior, masked) if masked is not None else (None, None)
+
+
+def _matmuls(schedule, span) -> int:
+    return schedule.slots(schedule.once(span))["MATMUL"]

@@ -1,0 +1,110 @@
+"""Find the Pallas kernels inside a function, and what each of their operands is made of.
+
+A schedule is read of one kernel alone, with its operands already laid out: what XLA does around it
+(transposes, copies) is another program. And a run of that kernel needs the values of its integer
+operands, lengths and page tables, which decide how often its loops turn. Both come from the
+function's jaxpr, walked with the integers known and all other arrays by their shape only.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+class PallasCall(NamedTuple):
+    """One `pallas_call` of a traced function."""
+
+    name: str
+    eqn: Any  # the jaxpr equation
+    operands: list  # a known array, or the abstract value, of each
+
+    @property
+    def shapes(self):
+        """`jax.ShapeDtypeStruct` of each operand."""
+        return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.eqn.invars]
+
+    def bind(self, *operands):
+        """The kernel alone, as a function of its operands."""
+        return self.eqn.primitive.bind(*operands, **self.eqn.params)
+
+
+class _Unknown(NamedTuple):
+    aval: Any
+
+
+def pallas_calls(closed, known=None) -> list[PallasCall]:
+    """The kernels of a traced function, in order, also inside nested jits.
+
+    Args:
+        closed: what `jax.make_jaxpr` returns.
+        known: {index among the function's inputs: array} of values to follow through it. None
+            evaluates nothing.
+
+    Returns:
+        For each kernel its operands, known or not.
+
+    >>> from jax.experimental import pallas as pl
+    >>> copy = lambda i_ref, x_ref, o_ref: None
+    >>> f = lambda i, x: pl.pallas_call(copy, out_shape=x, name="copy")(i + 1, x * 2)
+    >>> closed = jax.make_jaxpr(f)(np.zeros(3, "int32"), np.zeros((8, 128), "float32"))
+    >>> call, = pallas_calls(closed, {0: np.arange(3)})
+    >>> call.name, call.operands[0].tolist()
+    ('copy', [1, 2, 3])
+    """
+    values = [(known or {}).get(i, _Unknown(v.aval)) for i, v in enumerate(closed.jaxpr.invars)]
+    found = []
+    _walk(closed.jaxpr, closed.consts, values, found, evaluate=known is not None)
+    return found
+
+
+def integer_leaves(args) -> list[int]:
+    """Places of the integer arrays among the leaves of args: what is followed through a function.
+
+    >>> integer_leaves((np.zeros(3, "float32"), np.arange(2)))
+    [1]
+    """
+    leaves = jax.tree.leaves(args)
+    return [i for i, x in enumerate(leaves) if np.issubdtype(x.dtype, np.integer)]
+
+
+def _walk(jaxpr, consts, values, found, evaluate):
+    """Evaluate what depends on known values only; collect the kernels; return the results."""
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
+    env |= zip(jaxpr.invars, values, strict=True)
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name == "pallas_call":
+            found.append(PallasCall(_kernel_name(eqn), eqn, inputs))
+            outputs = [_Unknown(var.aval) for var in eqn.outvars]
+        elif eqn.primitive.name == "with_memory_space_constraint":
+            outputs = inputs  # means nothing where the values are followed: on the host
+        elif isinstance(inner, core.ClosedJaxpr):
+            outputs = _walk(inner.jaxpr, inner.consts, inputs, found, evaluate)
+        elif not evaluate or any(isinstance(value, _Unknown) for value in inputs):
+            outputs = [_Unknown(var.aval) for var in eqn.outvars]
+        else:
+            result = eqn.primitive.bind(*inputs, **eqn.params)
+            outputs = result if eqn.primitive.multiple_results else [result]
+        env |= zip(eqn.outvars, outputs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _kernel_name(eqn):
+    named = eqn.params.get("name_and_src_info")
+    return named.name if named is not None else eqn.params["name"]
+
+
+def known_operands(call: PallasCall) -> dict[int, Any]:
+    """{index: array} of the operands whose values followed from what was known."""
+    return {
+        i: value
+        for i, value in enumerate(call.operands)
+        if not isinstance(value, _Unknown) and np.issubdtype(value.dtype, np.integer)
+    }
