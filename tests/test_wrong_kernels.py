@@ -53,13 +53,13 @@ def changed(function, **changes):
     return wrong
 
 
-START_PAGE, AREA_MASK = transfers._start_page, loop._Area.mask
+PAGE_COPY, AREA_MASK = transfers._page_copy, loop._Area.mask
 ACCUMULATE, LOAD_KV = softmax.accumulate, layout.load_kv
 WRONG_PARTS = {
     "page index off by one": (
         transfers,
-        "_start_page",
-        lambda plan, refs, slot, entry, page, n: START_PAGE(plan, refs, slot, entry + 1, page, n),
+        "_page_copy",
+        lambda plan, refs, slot, entry, page, n: PAGE_COPY(plan, refs, slot, entry + 1, page, n),
     ),
     "page lands one row late": (
         transfers,

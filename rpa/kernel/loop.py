@@ -1,7 +1,9 @@
-"""The loop nest: sequences, query blocks, KV blocks, compute blocks, heads.
+"""The loops: steps (KV blocks, see `walk`), compute blocks of keys and of queries, heads.
 
-Read `kernel` first and go up. While a KV block is computed, the copies of the next one run.
+Read `kernel` first and go on downwards. While a step is computed, the copies of the next one run.
 """
+
+from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,18 +18,16 @@ def kernel(plan, names, *args):
     """The body of the `pallas_call`; `names` says what each positional ref is (see `launch`)."""
     refs = _Refs(names, args)
     first, end = plan.case.bounds(refs.distribution)
-    transfers.start_first(plan, refs, first, end)
+    steps = transfers.start_first(plan, refs, first, end)
 
-    @compat.loop_once(first, end)
-    def _(index):
-        seq = walk.sequence(plan, refs, index)
+    def turn(steps):
+        step, coming = steps
+        # Before the wait for this step: the DMA engine must never be without work.
+        after = transfers.fetch(plan, refs, coming, end)
+        _compute(plan, refs, step)
+        return coming, after
 
-        @pl.when(walk.is_active(seq))
-        def _():
-            @compat.loop_once(0, walk.num_query_blocks(plan, seq))
-            def _(q_index):
-                _attend_query_block(plan, refs, walk.query_block(plan, seq, q_index), end)
-
+    lax.while_loop(lambda steps: steps[0].seq.index != end, turn, steps)
     transfers.wait_all(plan, refs)
     if plan.is_last:
         _zero_padding_rows(plan, refs)
@@ -40,56 +40,56 @@ class _Refs:
         self.__dict__.update(zip(names, args, strict=True))
 
 
-def _attend_query_block(plan, refs, block, end):
-    """Attention of one query block to all KV blocks that it sees."""
-    if plan.problem.debug_mode:
-        pl.debug_print("rpa: sequence {}, queries from row {}", block.seq.index, block.row)
-    q_slot = refs.state[walk.Q_USED] % 2
-    refs.state[walk.Q_USED] += 1
-    _for_each_tile(plan, block, lambda piece, dot: _start_tile(plan, refs, piece, dot))
+def _compute(plan, refs, step):
+    """Attention of a query block to one of the KV blocks that it sees."""
+    block = walk.query_block(plan, step.seq, step.q_index)
 
-    @compat.loop_once(0, walk.num_kv_blocks(plan, block))
-    def _(kv_index):
-        kv_slot = refs.state[walk.KV_USED] % 2
-        refs.state[walk.KV_USED] += 1
-        # Before the wait: the DMA engine must never be without work.
-        transfers.fetch_next(plan, refs, end)
+    @pl.when(step.kv_index == 0)
+    def _():
+        if plan.problem.debug_mode:
+            pl.debug_print("rpa: sequence {}, queries from row {}", step.seq.index, block.row)
+        transfers.wait_queries(refs, block, step.q_slot)
+        _for_each_tile(plan, block, partial(_start_tile, plan, refs, step.q_slot))
 
-        @pl.when(kv_index == 0)
-        def _():
-            transfers.wait_queries(plan, refs, block, q_slot)
-            _for_each_tile(
-                plan, block, lambda piece, dot: _load_queries(plan, refs, q_slot, piece, dot)
-            )
+    num_tokens = walk.kv_block_tokens(plan, block, step.kv_index)
+    transfers.wait_kv(plan, refs, step.kv_slot, num_tokens)
+    position = walk.kv_block_start(plan, block, step.kv_index)
+    _attend_kv_block(plan, refs, block, step.kv_slot, position, num_tokens)
 
-        num_tokens = walk.kv_block_tokens(plan, block, kv_index)
-        transfers.wait_kv(plan, refs, kv_slot, num_tokens)
-        position = walk.kv_block_start(plan, block, kv_index)
-        _attend_kv_block(plan, refs, block, kv_slot, position, num_tokens)
-
-    transfers.wait_output(refs, q_slot)
-    _for_each_tile(plan, block, lambda piece, dot: _finish_tile(plan, refs, q_slot, piece, dot))
-    transfers.start_output(refs, q_slot, block.row, block.num_rows)
+    @pl.when(step.kv_index + 1 == walk.num_kv_blocks(plan, block))
+    def _():
+        transfers.wait_output(refs, step.q_slot)
+        _for_each_tile(plan, block, partial(_finish_tile, plan, refs, step.q_slot))
+        transfers.start_output(refs, step.q_slot, block.row, block.num_rows)
 
 
 def _for_each_tile(plan, block, body):
     """Call body(piece, dot) for all tiles of a query block that hold at least one of its tokens."""
 
-    @compat.loop_once(0, cdiv(block.num_rows, plan.blocks.bq_c))
+    @_for_each_piece(plan, block)
     def _(piece):
         for dot in range(plan.num_dots):
             body(piece, dot)
 
 
-def _start_tile(plan, refs, piece, dot):
+def _for_each_piece(plan, block):
+    """A loop over the compute blocks of queries, and no loop where there can be only one."""
+    return _repeat(1 if plan.num_q_pieces == 1 else cdiv(block.num_rows, plan.blocks.bq_c))
+
+
+def _repeat(count):
+    """A loop; the number of turns may be known only at run time, but is at least one."""
+    if isinstance(count, int) and count == 1:
+        return lambda body: body(0)
+    return compat.loop_once(0, count)
+
+
+def _start_tile(plan, refs, slot, piece, dot):
+    """Set a tile to "no key seen yet", and lay its queries out for the MXU."""
     sinks = refs.sinks[dot] if plan.problem.has_sinks else None
     softmax.start(
         plan, refs.m.at[piece, dot], refs.l.at[piece, dot], refs.acc.at[piece, dot], sinks
     )
-
-
-def _load_queries(plan, refs, slot, piece, dot):
-    """Lay the queries of a tile out for the MXU, once for all KV blocks."""
     p = plan.problem
     tile = layout.load_q_tile(plan, refs.q_buffer, slot, piece, dot)
     if p.has_q_scale:
@@ -109,12 +109,12 @@ def _attend_kv_block(plan, refs, block, slot, position, num_tokens):
     """Attention of a query block to a KV block in VMEM, compute block by compute block."""
     bq_c, bkv_c = plan.blocks.bq_c, plan.blocks.bkv_c
 
-    @compat.loop_once(0, cdiv(num_tokens, bkv_c))
+    @_repeat(1 if plan.blocks.bkv == bkv_c else cdiv(num_tokens, bkv_c))
     def _(kv_piece):
         token = kv_piece * bkv_c
         num_valid = jnp.minimum(bkv_c, num_tokens - token)
 
-        @compat.loop_once(0, cdiv(block.num_rows, bq_c))
+        @_for_each_piece(plan, block)
         def _(piece):
             area = _Area(plan, block.position + piece * bq_c, position + token, num_valid)
 

@@ -20,6 +20,9 @@ SUBLANES = 8
 TABLE_TILE_WORDS = 128
 """A DMA between HBM and SMEM starts at, and moves, a multiple of 128 words of 32 bits."""
 
+PAGES_PER_TURN = 8
+"""Copies of pages that are issued in a row: a turn of a loop costs about as much as two copies."""
+
 MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
 """How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
 
@@ -155,6 +158,11 @@ class Plan:
         return self.problem.num_kv_heads // self.heads_per_dot
 
     @property
+    def has_one_query_block(self):
+        """Whether all new tokens of any sequence fit in one query block, as a decode's do."""
+        return self.max_q_len is not None and self.max_q_len <= self.blocks.bq
+
+    @property
     def num_q_pieces(self):
         """Compute blocks of bq_c query tokens in a block of bq."""
         return self.blocks.bq // self.blocks.bq_c
@@ -194,12 +202,17 @@ class Plan:
         return self.blocks.bkv // self.problem.page_size
 
     @property
+    def table_reach(self):
+        """Page-table entries that are read for a KV block, also of pages that are not there."""
+        return align(self.pages_per_block, PAGES_PER_TURN)
+
+    @property
     def table_chunk_words(self):
         """Page-table entries fetched for a KV block: its pages, wherever they begin in a tile."""
-        return align(self.pages_per_block + TABLE_TILE_WORDS - 1, TABLE_TILE_WORDS)
+        return align(self.table_reach + TABLE_TILE_WORDS - 1, TABLE_TILE_WORDS)
 
     @property
     def table_words(self):
         """Words of the page table in HBM, padded so that the last chunk ends inside it."""
         entries = self.problem.max_num_seqs * self.problem.pages_per_seq
-        return max(align(entries, TABLE_TILE_WORDS), self.table_chunk_words)
+        return max(align(entries + self.table_reach, TABLE_TILE_WORDS), self.table_chunk_words)

@@ -1,6 +1,6 @@
 """Every copy of the kernel: what is started, where it lands, and who waits for it.
 
-    page table   HBM -> SMEM   one chunk a KV block, one block ahead of the block's own copies
+    page table   HBM -> SMEM   one chunk a step, one step ahead of the step's own copies
     KV pages     HBM -> VMEM   one copy a page; the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, behind the cached tokens
     new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
@@ -19,59 +19,66 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa.kernel import walk
-from rpa.kernel.plan import TABLE_TILE_WORDS
+from rpa.kernel.plan import PAGES_PER_TURN, TABLE_TILE_WORDS
 from rpa.paging import cdiv
-
-PAGES_PER_TURN = 8
-"""Copies of whole pages that are issued in a row: a loop costs about as much as a copy."""
 
 STORE_LIMIT_BYTES = 4 * 2**20
 """New K and V that may be on their way into the cache: a semaphore cannot count for ever."""
 
 
-# --- Fetching: one KV block ahead of the computation -------------------------------------------
+# --- Fetching: one step ahead of the computation -------------------------------------------
 
 
 def start_first(plan, refs, first, end):
-    """Put the cursor on the first KV block of the batch and start fetching it, if there is one."""
+    """Start fetching the first step; return it and the one after it."""
     for word in range(walk.NUM_STATE_WORDS):
         refs.state[word] = jnp.int32(0)
-    refs.state[walk.NEXT_SEQ] = walk.first_active(plan, refs, first, end)
+    step = walk.first_step(plan, refs, first, end)
 
-    @pl.when(refs.state[walk.NEXT_SEQ] < end)
+    @pl.when(step.seq.index < end)
     def _():
-        _table_copy(plan, refs).start()
-        fetch_next(plan, refs, end)
+        _table_copy(plan, refs, step).start()
+
+    return step, fetch(plan, refs, step, end)
 
 
-def fetch_next(plan, refs, end):
-    """Start all copies of the KV block under the cursor and move the cursor on, if there is one."""
+def fetch(plan, refs, step, end):
+    """Start all copies of a step, if there is one, and return the step after it."""
+    exists = step.seq.index < end
+    block = walk.query_block(plan, step.seq, step.q_index)
 
-    @pl.when(refs.state[walk.NEXT_SEQ] < end)
+    @pl.when(exists)
     def _():
-        block, kv_index = walk.cursor_block(plan, refs), refs.state[walk.NEXT_KV_BLOCK]
-        # Its page-table entries were asked for one block ago.
-        _table_copy(plan, refs).wait()
+        # Its page-table entries were asked for one step ago.
+        _table_copy(plan, refs, step).wait()
 
-        @pl.when(kv_index == 0)
+        @pl.when(step.kv_index == 0)
         def _():
-            _start_queries(plan, refs, block)
+            _start_queries(refs, step, block)
 
-        _start_kv(plan, refs, block, kv_index)
+        _start_kv(plan, refs, step, block)
         if plan.problem.update_kv_cache:
-            _start_store(plan, refs, block, kv_index)
-        walk.advance(plan, refs, block, end)
+            _start_store(plan, refs, block, step.kv_index)
 
-        # Only now: the entries of the next block overwrite those that were just used.
-        @pl.when(refs.state[walk.NEXT_SEQ] < end)
-        def _():
-            _table_copy(plan, refs).start()
+    after = walk.next_step(plan, refs, step, end)
+
+    # Only now: these entries overwrite those that were just used.
+    @pl.when(after.seq.index < end)
+    def _():
+        _table_copy(plan, refs, after).start()
+
+    return after
+
+
+def _entry(plan, seq, page):
+    """Place in the page table of a page of a sequence."""
+    return seq.index * plan.problem.pages_per_seq + page
 
 
 def _first_entry(plan, block, kv_index):
-    """Place of a KV block's first page in the page table."""
+    """Place in the page table of a KV block's first page."""
     page = walk.kv_block_start(plan, block, kv_index) // plan.problem.page_size
-    return block.seq.index * plan.problem.pages_per_seq + page
+    return _entry(plan, block.seq, page)
 
 
 def _chunk_start(plan, entry):
@@ -80,32 +87,29 @@ def _chunk_start(plan, entry):
     return jnp.minimum(start, plan.table_words - plan.table_chunk_words)
 
 
-def _table_copy(plan, refs):
-    """The copy of the page-table entries of the KV block under the cursor."""
-    block = walk.cursor_block(plan, refs)
-    start = _chunk_start(plan, _first_entry(plan, block, refs.state[walk.NEXT_KV_BLOCK]))
+def _table_copy(plan, refs, step):
+    """The copy of the page-table entries of a step."""
+    block = walk.query_block(plan, step.seq, step.q_index)
+    start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
     words = pl.ds(pl.multiple_of(start, TABLE_TILE_WORDS), plan.table_chunk_words)
     return pltpu.make_async_copy(refs.page_table.at[words], refs.table_chunk, refs.table_sem.at[0])
 
 
-def _start_queries(plan, refs, block):
-    slot = refs.state[walk.Q_FETCHED] % 2
-    refs.state[walk.Q_FETCHED] += 1
+def _start_queries(refs, step, block):
     rows = pl.ds(block.row, block.num_rows)
-    target = refs.q_buffer.at[slot, pl.ds(0, block.num_rows)]
-    pltpu.make_async_copy(refs.queries.at[rows], target, refs.q_sems.at[slot]).start()
+    target = refs.q_buffer.at[step.q_slot, pl.ds(0, block.num_rows)]
+    pltpu.make_async_copy(refs.queries.at[rows], target, refs.q_sems.at[step.q_slot]).start()
 
 
-def wait_queries(plan, refs, block, slot):
+def wait_queries(refs, block, slot):
     """Wait for the queries of a block."""
     target = refs.q_buffer.at[slot, pl.ds(0, block.num_rows)]
     pltpu.make_async_copy(target, target, refs.q_sems.at[slot]).wait()
 
 
-def _start_kv(plan, refs, block, kv_index):
+def _start_kv(plan, refs, step, block):
     """Start the copies of a KV block: pages from the cache, then the new tokens behind them."""
-    slot = refs.state[walk.KV_FETCHED] % 2
-    refs.state[walk.KV_FETCHED] += 1
+    slot, kv_index = step.kv_slot, step.kv_index
     start = walk.kv_block_start(plan, block, kv_index)
     num_tokens = walk.kv_block_tokens(plan, block, kv_index)
     seq, num_cached = block.seq, num_tokens
@@ -133,27 +137,26 @@ def _start_pages(plan, refs, slot, entry, num_tokens):
     """
     page_size = plan.problem.page_size
     num_whole = num_tokens // page_size
-    num_turns = num_whole // PAGES_PER_TURN
 
-    @pl.loop(0, num_turns)
+    @pl.loop(0, cdiv(num_whole, PAGES_PER_TURN))
     def _(turn):
+        first = turn * PAGES_PER_TURN
         for i in range(PAGES_PER_TURN):
-            _start_page(plan, refs, slot, entry, turn * PAGES_PER_TURN + i, page_size)
-
-    @pl.loop(num_turns * PAGES_PER_TURN, num_whole)
-    def _(page):
-        _start_page(plan, refs, slot, entry, page, page_size)
+            copy = _page_copy(plan, refs, slot, (entry + first) + i, first + i, page_size)
+            # The last turn passes over some copies: that costs less than a loop for what is left.
+            pl.when(i < num_whole - first)(copy.start)
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
         rest = num_tokens - num_whole * page_size
-        _start_page(plan, refs, slot, entry, num_whole, rest)
+        _page_copy(plan, refs, slot, entry + num_whole, num_whole, rest).start()
 
 
-def _start_page(plan, refs, slot, entry, page, num_tokens):
-    source = refs.kv_cache.at[refs.table_chunk[entry + page], pl.ds(0, num_tokens)]
+def _page_copy(plan, refs, slot, entry, page, num_tokens):
+    """The copy of the first tokens of the page in an entry of the chunk, the block's `page`-th."""
+    source = refs.kv_cache.at[refs.table_chunk[entry], pl.ds(0, num_tokens)]
     target = _kv_tokens(plan, refs, slot, page * plan.problem.page_size, num_tokens)
-    pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
+    return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
 
 
 def _kv_tokens(plan, refs, slot, first, num_tokens):
@@ -176,36 +179,42 @@ def _start_store(plan, refs, block, kv_index):
     end = start + walk.kv_block_tokens(plan, block, kv_index)
     first = jnp.maximum(start, block.position)
     last = jnp.minimum(end, block.position + block.num_rows)
-    entry = _first_entry(plan, block, kv_index)
-    entry = entry - _chunk_start(plan, entry)
 
     @pl.when(first < last)
     def _():
         _limit_stores(plan, refs, last - first)
-        first_page = (first - start) // plan.problem.page_size
-        end_page = cdiv(last - start, plan.problem.page_size)
+        if plan.max_q_len == 1:  # one token, one page
+            _store_in_page(plan, refs, block, kv_index, first, 1)
+            return
+        page_size = plan.problem.page_size
 
-        @pl.loop(first_page, end_page)
+        @pl.loop(first // page_size, cdiv(last, page_size))
         def _(page):
-            page_start = start + page * plan.problem.page_size
-            begin = jnp.maximum(first, page_start)
-            size = jnp.minimum(last, page_start + plan.problem.page_size) - begin
-            row = block.seq.q_start + begin - block.seq.first_new
-            target = refs.kv_cache_out.at[
-                refs.table_chunk[entry + page], pl.ds(begin - page_start, size)
-            ]
-            source = refs.new_kv.at[pl.ds(row, size)]
-            pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()
+            begin = jnp.maximum(first, page * page_size)
+            num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
+            _store_in_page(plan, refs, block, kv_index, begin, num_tokens)
+
+
+def _store_in_page(plan, refs, block, kv_index, position, num_tokens):
+    """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
+    page, offset = position // plan.problem.page_size, position % plan.problem.page_size
+    chunk = _chunk_start(plan, _first_entry(plan, block, kv_index))
+    entry = _entry(plan, block.seq, page) - chunk
+    target = refs.kv_cache_out.at[refs.table_chunk[entry], pl.ds(offset, num_tokens)]
+    row = block.seq.q_start + position - block.seq.first_new
+    source = refs.new_kv.at[pl.ds(row, num_tokens)]
+    pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()
 
 
 def _limit_stores(plan, refs, num_tokens):
     """Count the new stores; wait for those before if too many bytes would be on their way."""
     p = plan.problem
     limit = max(1, STORE_LIMIT_BYTES // (p.kv_words * 4 * p.lanes))
+    if p.num_tokens > limit:  # otherwise all of the call's tokens may be
 
-    @pl.when(refs.state[walk.TOKENS_STORED] + num_tokens > limit)
-    def _():
-        wait_stores(plan, refs)
+        @pl.when(refs.state[walk.TOKENS_STORED] + num_tokens > limit)
+        def _():
+            wait_stores(plan, refs)
 
     refs.state[walk.TOKENS_STORED] += num_tokens
 

@@ -1,12 +1,14 @@
 """Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
 
-Copies are started one KV block ahead of the computation, across the ends of query blocks and of
-sequences, because a pipeline that drains at every sequence end waits for HBM at each of them. So
-two places walk the same path: the loop nest (`loop`) and, one block ahead of it, a cursor in SMEM
-that says what to fetch next. What both must agree on, the blocks of a sequence, is written here
-once.
+A `Step` is one KV block of one query block of one sequence. The kernel is one loop over steps, and
+three of them are under way in each turn: while one is computed, the next one's pages are copied,
+and the page-table entries of the one after that. So copies run ahead across the ends of query
+blocks and of sequences: a pipeline that drains at every sequence end waits for HBM at each of them.
 
-Idle sequences (q_len 0) have no blocks and are passed over, wherever they are.
+Steps are carried from turn to turn in registers. What a step is about is worked out once, when its
+page table is asked for.
+
+Idle sequences (q_len 0) have no steps and are passed over, wherever they are.
 """
 
 from typing import Any, NamedTuple
@@ -17,18 +19,11 @@ from jax import lax
 from rpa.paging import cdiv
 
 (
-    NEXT_SEQ,  # the cursor: the KV block that will be fetched next,
-    NEXT_Q_BLOCK,  # whose page-table entries are on their way
-    NEXT_KV_BLOCK,
-    KV_FETCHED,  # counts KV blocks; their parity is the buffer slot
-    KV_USED,
-    Q_FETCHED,  # counts query blocks, likewise
-    Q_USED,
     ROWS_LEAVING,  # 2 words: output rows that slot 0 and slot 1 are still sending
     _,
     TOKENS_STORED,  # tokens on their way into the cache
     NUM_STATE_WORDS,
-) = range(11)
+) = range(4)
 
 
 class Sequence(NamedTuple):
@@ -43,6 +38,16 @@ class Sequence(NamedTuple):
     def first_new(self):
         """Position of its first new token."""
         return self.kv_len - self.q_len
+
+
+class Step(NamedTuple):
+    """One turn of the kernel's loop: a KV block of a query block; all scalars."""
+
+    seq: Sequence
+    q_index: Any  # which query block of the sequence
+    kv_index: Any  # which KV block of the query block
+    q_slot: Any  # which of two buffers holds the query block, and its output
+    kv_slot: Any  # which of two buffers holds the KV block
 
 
 class QueryBlock(NamedTuple):
@@ -79,8 +84,9 @@ def num_query_blocks(plan, seq):
 
 def query_block(plan, seq, index):
     """The query block `index` of a sequence."""
-    p, first_row = plan.problem, index * plan.blocks.bq
-    num_rows = jnp.minimum(plan.blocks.bq, seq.q_len - first_row)
+    p = plan.problem
+    first_row = 0 if plan.has_one_query_block else index * plan.blocks.bq
+    num_rows = 1 if plan.max_q_len == 1 else jnp.minimum(plan.blocks.bq, seq.q_len - first_row)
     position = seq.first_new + first_row
     kv_start = jnp.int32(0)
     if p.sliding_window is not None:
@@ -109,28 +115,39 @@ def first_active(plan, refs, index, end):
     """The first sequence at or behind `index` that is not idle, or `end`."""
 
     def idle(i):
-        # `end` itself is never read, it may be behind the arrays; without sequences it is 0.
-        seq = sequence(plan, refs, jnp.maximum(jnp.minimum(i, end - 1), 0))
-        return (i < end) & jnp.logical_not(is_active(seq))
+        return (i < end) & jnp.logical_not(is_active(_sequence_or_end(plan, refs, i, end)))
 
     return lax.while_loop(idle, lambda i: i + 1, index)
 
 
-def cursor_block(plan, refs):
-    """The query block under the cursor."""
-    seq = sequence(plan, refs, refs.state[NEXT_SEQ])
-    return query_block(plan, seq, refs.state[NEXT_Q_BLOCK])
+def first_step(plan, refs, first, end):
+    """The first step of the batch."""
+    zero = jnp.int32(0)
+    index = first_active(plan, refs, jnp.minimum(first, end), end)
+    return Step(_sequence_or_end(plan, refs, index, end), zero, zero, zero, zero)
 
 
-def advance(plan, refs, block, end):
-    """Move the cursor on to the next KV block: of the query block, the sequence, the batch."""
-    state = refs.state
-    kv_index = state[NEXT_KV_BLOCK] + 1
+def next_step(plan, refs, step, end):
+    """The step after this one; its sequence is `end` if this was the last."""
+    seq, block = step.seq, query_block(plan, step.seq, step.q_index)
+    kv_index = step.kv_index + 1
     next_q = kv_index == num_kv_blocks(plan, block)
-    q_index = jnp.where(next_q, state[NEXT_Q_BLOCK] + 1, state[NEXT_Q_BLOCK])
-    next_seq = q_index == num_query_blocks(plan, block.seq)
-    state[NEXT_KV_BLOCK] = jnp.where(next_q, 0, kv_index)
-    state[NEXT_Q_BLOCK] = jnp.where(next_seq, 0, q_index)
+    next_seq, q_index = next_q, step.q_index
+    if not plan.has_one_query_block:
+        q_index = jnp.where(next_q, q_index + 1, q_index)
+        next_seq = q_index == num_query_blocks(plan, seq)
+        q_index = jnp.where(next_seq, 0, q_index)
+    index = first_active(plan, refs, jnp.where(next_seq, seq.index + 1, seq.index), end)
+    return Step(
+        _sequence_or_end(plan, refs, index, end),
+        q_index,
+        jnp.where(next_q, 0, kv_index),
+        jnp.where(next_q, 1 - step.q_slot, step.q_slot),
+        1 - step.kv_slot,
+    )
 
-    seq = block.seq.index
-    state[NEXT_SEQ] = first_active(plan, refs, jnp.where(next_seq, seq + 1, seq), end)
+
+def _sequence_or_end(plan, refs, index, end):
+    # `end` itself is never read, it may be behind the arrays; without sequences it is 0.
+    seq = sequence(plan, refs, jnp.maximum(jnp.minimum(index, end - 1), 0))
+    return seq._replace(index=index)
