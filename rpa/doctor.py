@@ -362,7 +362,9 @@ def _check_jax(facts):
 
 def _check_backend(facts):
     backend = facts.backend
-    if _is_in_use(backend) or (facts.tpu_users and backend.platform != "tpu"):
+    # Without a TPU it is only the lab in another process that has libtpu loaded.
+    locked_out = _is_in_use(backend) and (facts.tpu_hardware or not backend.platform)
+    if locked_out or (facts.tpu_users and backend.platform != "tpu"):
         pids = ", ".join(map(str, facts.tpu_users)) or "named in the message below"
         yield Finding(
             "wrong",
@@ -594,25 +596,56 @@ def doctor():
 def add_arguments(parser):
     """Add the options of `python -m rpa doctor` to an argparse parser."""
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="also compare rung 7 with rung 3 on this device: every path of the layout on a TPU "
+        ", some of them in the interpreter elsewhere",
+    )
 
 
 def main(args):
     """Run `python -m rpa doctor`; return 0 if rpa is usable here, 1 if something is wrong."""
     facts = collect()
     findings = diagnose(facts)
-    if args.json:
-        print(json.dumps(_as_json(facts, findings), indent=2))
-    else:
+    if not args.json:
         print(report(facts, findings))
-    return 0 if usable(findings) else 1
+    results = _run_selftest(facts, quiet=args.json) if args.selftest else []
+    if args.json:
+        print(json.dumps(_as_json(facts, findings, results), indent=2))
+    return 0 if usable(findings) and not any(result.wrong for result in results) else 1
 
 
-def _as_json(facts, findings):
+def _run_selftest(facts, quiet):
+    """The results of `rpa.selftest` on the device of this machine, printed as they come."""
+    if not facts.backend.platform:
+        return []  # "no-device" is among the findings
+    on_tpu = facts.backend.platform == "tpu"
+    if facts.backend.platform == "cpu":
+        # Before jax is imported: a libtpu without a TPU prints pages of errors.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rpa import selftest
+
+    if not quiet:
+        print(f"\n{selftest.heading(on_tpu, facts.backend.device_kind)}")
+    results = []
+    for result in selftest.run(on_tpu):
+        results.append(result)
+        if not quiet:
+            print(selftest.line(result), flush=True)
+    if not quiet:
+        num_wrong = sum(bool(result.wrong) for result in results)
+        print(f"{num_wrong} of {len(results)} WRONG." if num_wrong else f"All {len(results)} ok.")
+    return results
+
+
+def _as_json(facts, findings, results):
     plain = dataclasses.asdict(facts)
     plain["present"], plain["rungs"] = sorted(facts.present), sorted(facts.rungs)
     return {
-        "usable": usable(findings),
+        "usable": usable(findings) and not any(result.wrong for result in results),
         "facts": plain,
         "what_will_run_how": dict(how_rungs_run(facts)),
         "findings": [dataclasses.asdict(finding) for finding in findings],
+        "selftest": [dataclasses.asdict(result) for result in results],
     }

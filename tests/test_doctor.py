@@ -143,6 +143,12 @@ def test_other_libtpus_are_not_accused(fine):
     assert [f.code for f in diagnose(facts)] == ["tpu"]
 
 
+def test_a_lab_that_compiles_in_another_process_holds_no_tpu():
+    locked = dataclasses.replace(ON_CPU, tpu_error=LOCKED.error)
+    facts = dataclasses.replace(LAPTOP, versions=WITH_LIBTPU, backend=locked)
+    assert [f.code for f in diagnose(facts)] == ["libtpu-compiles-only"]
+
+
 def test_the_worst_comes_first():
     facts = dataclasses.replace(
         LAPTOP, versions={**WITH_LIBTPU, "jax": "0.6.0", "libtpu": "0.0.44"}, colab_tpu=True

@@ -1,0 +1,190 @@
+"""The doctor's self-test: it passes, it names what is wrong, and its paths compile for chips."""
+
+import json
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpa import __main__ as command_line
+from rpa import ragged_paged_attention, selftest
+from rpa.kernel import layout
+from tests import kernel_programs
+from tests.kernel_harness import assert_compiles
+from tests.mutants import replaced
+from tests.test_doctor import LAPTOP, doctor
+
+FLOAT32, *OTHERS = [path for path in selftest.PATHS if path.off_tpu]
+COMPILED = {str(path): path for path in selftest.PATHS}
+QUICK = [("v5e", "3/3 heads of 64, q bfloat16, KV float8_e4m3fn")]
+
+
+def by_reference(*args, backend, **options):
+    """Rung 3 in the place of rung 7: takes no time, and is as right."""
+    return ragged_paged_attention(*args, backend="reference", **options)
+
+
+def two_kernels(*args, chunk_prefill_size, **options):
+    """Rung 7 without a kernel for chunks: they are computed by the mixed one."""
+    return ragged_paged_attention(*args, **options)
+
+
+def check(attention, path=FLOAT32):
+    """(errors, what is wrong) of one path."""
+    errors, _, wrong, fix = selftest.check_path(path, False, attention)
+    assert bool(wrong) == bool(fix)
+    return errors, wrong
+
+
+@pytest.mark.core
+def test_a_right_kernel_passes():
+    errors, wrong = check(two_kernels)
+    assert wrong == "" and list(errors) == ["decode", "chunk", "mixed"]
+
+
+@pytest.mark.full
+@pytest.mark.core
+@pytest.mark.parametrize("path", OTHERS, ids=str)
+def test_the_other_paths_pass(path):
+    assert check(ragged_paged_attention, path)[1] == ""
+
+
+def test_a_layout_that_swaps_k_and_v_is_named():
+    load_kv = layout.load_kv
+    with replaced(layout, "load_kv", lambda *args: load_kv(*args)[::-1]):
+        assert check(two_kernels)[1] == "decode and chunk and mixed: K and V are swapped"
+
+
+def changed(change):
+    """Rung 3 with a wrong output: `change` gets it as a NumPy array and returns another."""
+
+    def attention(*args, **options):
+        output, kv_cache = by_reference(*args, **options)
+        return change(np.array(output)), kv_cache
+
+    return attention
+
+
+def in_row(row, value):
+    def change(output):
+        output[row] = value
+        return output
+
+    return change
+
+
+WRONG_OUTPUTS = {
+    "zeros": (lambda x: 0 * x, "decode and chunk and mixed: all zeros: a copy moved nothing"),
+    "heads": (lambda x: np.roll(x, 1, axis=1), "mixed: query heads stand 1 too far"),
+    "nan": (in_row(40, np.nan), "mixed: NaN or infinity: something was read that was never"),
+    "one row": (in_row((9, 1), 7.0), "chunk: 1% of all (token, head), first token 9, head 1"),
+    "padding": (in_row(81, 1.0), "padding rows of the output are not zero"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OUTPUTS)
+def test_a_wrong_output_is_named(name):
+    change, words = WRONG_OUTPUTS[name]
+    assert words in check(changed(change))[1]
+
+
+def test_a_wrong_cache_is_named():
+    def store_nothing(*args, **options):
+        return by_reference(*args, **options)[0], args[3]
+
+    def overwrite(*args, **options):
+        output, kv_cache = by_reference(*args, **options)
+        return output, kv_cache.at[:, -1].set(0)
+
+    assert check(store_nothing)[1] == "79 new tokens are not in the cache as they should be"
+    assert "tokens of the cache were overwritten" in check(overwrite)[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", selftest.PATHS, ids=str)
+def test_the_limits_leave_room_for_rounding_the_output(path):
+    assert check(by_reference, path)[1] == ""
+
+
+def test_the_dma_check_passes_and_names_zeros():
+    assert selftest.check_dma(False) == ({}, 0.0, "", "")
+    with mock.patch.object(selftest, "copy_row", lambda *_, **__: jnp.zeros((1, 256))):
+        _, _, wrong, fix = selftest.check_dma(False)
+    assert wrong == "a copy from HBM delivered zeros" and "0.0.43 to 0.0.45" in fix
+
+
+def run_command(monkeypatch, attention, *options):
+    def run(on_tpu):
+        for path in (FLOAT32, *OTHERS):
+            yield selftest.timed(
+                str(path), "", lambda p=path: selftest.check_path(p, on_tpu, attention)
+            )
+
+    monkeypatch.setattr(selftest, "run", run)
+    monkeypatch.setattr(doctor, "collect", lambda: LAPTOP)
+    return command_line.main(["doctor", "--selftest", *options])
+
+
+def test_the_command_prints_a_line_a_path_and_exits_with_0(monkeypatch, capsys):
+    assert run_command(monkeypatch, by_reference) == 0
+    printed = capsys.readouterr().out
+    assert "neither bitcasts nor strided loads:\nonly a TPU can say" in printed
+    assert all(str(path) in printed for path in (FLOAT32, *OTHERS))
+    assert printed.endswith("All 3 ok.\n")
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_1(monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise ValueError("Mosaic failed to compile\nlong text")
+
+    assert run_command(monkeypatch, refuse, "--json") == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["usable"] and len(answer["selftest"]) == 3
+    for result in answer["selftest"]:
+        assert result["wrong"] == "it did not run: ValueError: Mosaic failed to compile"
+        assert "backend='reference'" in result["fix"]
+    assert run_command(monkeypatch, refuse) == 1
+    assert "What to do: Do not use rung 7" in capsys.readouterr().out
+
+
+def test_every_packing_meets_every_width_of_a_load():
+    """Lanes are 128 or 256; head_dim 64 and 128 differ in their padding."""
+    met = {(path.kv_dtype, path.head_dim) for path in selftest.PATHS}
+    packings = {("float32", 1), ("bfloat16", 2), ("float8_e4m3fn", 4)}
+    assert {(dtype, 256) for dtype, _ in packings} <= met
+    assert {head_dim for _, head_dim in met} == {64, 128, 256}
+    assert {dtype for dtype, _ in met} == set(selftest.LIMITS)
+    assert {path.q_dtype for path in selftest.PATHS} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "chip, name",
+    [
+        pytest.param(chip, name, marks=() if (chip, name) in QUICK else pytest.mark.full)
+        for chip in ("v5e", "v6e", "tpu7x")
+        for name in COMPILED
+    ],
+)
+def test_paths_compile_for(chip, name):
+    path = COMPILED[name]
+    case = selftest.make_case(path)
+    arrays = [case.queries, case.keys, case.values, case.kv_cache, *case.metadata]
+    options = selftest.BLOCKS | path.options | {"chip": chip}
+    result = assert_compiles(
+        chip,
+        kernel_programs.attend,
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays),
+        kwargs=options | {"chunk_prefill_size": selftest.CHUNK_PREFILL_SIZE},
+        donate_argnums=(3,),
+    )
+    assert len(result.kernels) == 3
+
+
+@pytest.mark.parametrize(
+    "chip", ["v5e", *(pytest.param(chip, marks=pytest.mark.full) for chip in ("v6e", "tpu7x"))]
+)
+def test_the_dma_check_compiles_for(chip):
+    source = jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    assert_compiles(chip, selftest.copy_row, source, kwargs={"interpret": False})
