@@ -16,6 +16,8 @@ from tests import mutants
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import MODES, ON_WAIT, assert_compiles, check, run
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(
     num_q_heads=2, num_kv_heads=1, head_dim=64, page_size=4, pages_per_seq=5, num_tokens=12
 )
@@ -42,7 +44,6 @@ def check_fused(mode, shape, lengths, *, seed=0, share=False):
     check(case, *run(attend, *case.arrays, case.batch, sm_scale=0.125), sm_scale=0.125)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths(name, mode):

@@ -11,6 +11,8 @@ from rpa.kernel.plan import BlockSizes, Plan
 from tests.batches import Shape, make_case
 from tests.kernel_plans import make_problem
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(2, 1, 64, page_size=8)
 
 

@@ -7,6 +7,8 @@ from tests.batches import Shape
 from tests.kernel_harness import EAGER, MODES, ON_WAIT
 from tests.kernel_runs import BLOCKS, check_lengths
 
+pytestmark = pytest.mark.core
+
 FLOAT32 = Shape(2, 1, 64, page_size=8)
 SHAPES = {
     "MQA 2/1, float32": (FLOAT32, {}),  # test_traps uses the same compiled kernels
@@ -64,12 +66,10 @@ def check_batches(name, mode, seeds):
             raise AssertionError(f"seed {seed}, {lengths}, {num_chunked} chunked") from error
 
 
-@pytest.mark.core
 def test_some_batches():
     check_batches("MQA 2/1, float32", ON_WAIT, range(15))
 
 
-@pytest.mark.core
 def test_some_batches_have_no_race():
     check_batches("MQA 2/1, float32", EAGER, range(10))
 

@@ -9,6 +9,8 @@ from rpa.paging import get_kv_cache_shape
 from tests import kernel_programs
 from tests.kernel_harness import assert_compiles
 
+pytestmark = pytest.mark.core
+
 CHIPS = ("v5e", "v6e", "tpu7x")
 BF16, F32, E4M3, E5M2 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float8_e5m2
 

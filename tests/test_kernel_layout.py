@@ -13,6 +13,8 @@ from rpa.kernel.plan import BlockSizes, Plan
 from rpa.paging import get_kv_cache_shape, pack_kv, packing_of
 from tests.kernel_plans import make_problem
 
+pytestmark = pytest.mark.core
+
 DECODE, PREFILL = BlockSizes(1, 16, 1, 8), BlockSizes(12, 16, 6, 8)
 HEADS = {"4/2": (4, 2), "5/1": (5, 1), "3/3": (3, 3), "9/3": (9, 3), "12/2": (12, 2)}
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"]

@@ -16,6 +16,8 @@ from tests.kernel_harness import assert_compiles
 from tests.mutants import replaced
 from tests.test_doctor import LAPTOP, doctor
 
+pytestmark = pytest.mark.core
+
 FLOAT32, *OTHERS = [path for path in selftest.PATHS if path.off_tpu]
 COMPILED = {str(path): path for path in selftest.PATHS}
 QUICK = [("v5e", "3/3 heads of 64, q bfloat16, KV float8_e4m3fn")]
@@ -38,14 +40,12 @@ def check(attention, path=FLOAT32):
     return errors, wrong
 
 
-@pytest.mark.core
 def test_a_right_kernel_passes():
     errors, wrong = check(two_kernels)
     assert wrong == "" and list(errors) == ["decode", "chunk", "mixed"]
 
 
 @pytest.mark.full
-@pytest.mark.core
 @pytest.mark.parametrize("path", OTHERS, ids=str)
 def test_the_other_paths_pass(path):
     assert check(ragged_paged_attention, path)[1] == ""

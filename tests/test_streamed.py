@@ -25,6 +25,8 @@ from tests.kernel_harness import (
     run,
 )
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(
     num_q_heads=2, num_kv_heads=1, head_dim=64, page_size=4, pages_per_seq=5, num_tokens=7
 )
@@ -54,7 +56,6 @@ def check_decode(mode, shape, kv_lens, *, block_tokens=8, seed=0):
     check(case, *run(attend, *case.arrays, case.batch, sm_scale=0.125), sm_scale=0.125)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("name", KV_LENS)
 def test_lengths(name, mode):

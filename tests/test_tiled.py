@@ -20,6 +20,8 @@ from tests.kernel_harness import (
     run,
 )
 
+pytestmark = pytest.mark.core
+
 BLOCKS = {"block_q": 8, "block_kv": 16}
 HEADS = {"MHA": (2, 2, 128), "GQA, a group of 3": (6, 2, 64), "MQA": (4, 1, 80)}
 LENGTHS = [(1, 1), (1, 40), (24, 40), (24, 24), (8, 16), (9, 17), (7, 15), (16, 33), (0, 5), (0, 0)]
@@ -130,7 +132,6 @@ def test_skipped_blocks_are_not_fetched():
     assert fetched == [0, 1, 2, 2]
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_ladder_signature(mode):
     shape = Shape(num_q_heads=2, num_kv_heads=1, head_dim=64, page_size=8, num_tokens=20)

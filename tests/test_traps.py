@@ -19,6 +19,8 @@ from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_plans import make_problem
 from tests.kernel_runs import BLOCKS, attend, check, check_lengths, with_distribution
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(2, 1, 64, page_size=8)
 PADDED = {
     "5/1, 80": Shape(5, 1, 80, page_size=8, dtype="bfloat16"),
@@ -32,13 +34,11 @@ def check_small(lengths, mode=ON_WAIT, **options):
     return check_lengths(SMALL, lengths, mode, **(BLOCKS | options))
 
 
-@pytest.mark.core
 def test_01_sliding_window_stores_every_new_token():
     """The last query block never looks at the first tokens of its sequence: who stores them?"""
     check_small([(1, 20), (32, 32), (7, 30)], sliding_window=5)
 
 
-@pytest.mark.core
 def test_02_prefill_range_without_chunk_size_is_computed():
     check_small([(1, 9), (5, 20), (9, 9), (3, 31)], num_chunked=2)
 
@@ -62,7 +62,6 @@ def test_03_wrong_distribution_harms_nobody_else():
     np.testing.assert_array_equal(bits(cache)[others], case.expected_cache()[others])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("mode", [ON_WAIT, EAGER], ids=str)
 def test_04_idle_slots_are_skipped_wherever_they_are(mode):
     check_small([(0, 0), (1, 9), (0, 17), (0, 0), (5, 8), (2, 2)], mode)

@@ -17,6 +17,8 @@ from rpa.paging import get_kv_cache_shape, pack_kv
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import ON_WAIT, check, check_output, run
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(
     num_q_heads=2, num_kv_heads=1, head_dim=64, page_size=4, pages_per_seq=5, num_tokens=12
 )

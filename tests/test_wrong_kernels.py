@@ -15,6 +15,8 @@ from tests.batches import Shape, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_runs import check_lengths
 
+pytestmark = pytest.mark.core
+
 SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=10)
 LENGTHS = [(1, 75), (0, 3), (1, 73), (18, 70), (0, 0), (9, 12)]
 """Both kernels, two and more blocks of everything, idle slots before and between, part pages."""
