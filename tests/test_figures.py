@@ -13,7 +13,7 @@ import pytest
 
 from rpa import figures
 from rpa.chips import CHIPS, chip
-from rpa.figures import dense, paging, ragged, tiled
+from rpa.figures import dense, fused, paging, ragged, tiled
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
@@ -59,6 +59,17 @@ EXAMPLES = {
     "batch_figure": lambda: ragged.batch_figure(BATCH, names=["A", "B", "C", "D"]),
     "batch_figure of idle slots only": lambda: ragged.batch_figure(IDLE),
     "mask_figure": lambda: ragged.mask_figure(BATCH),
+    "bytes_moved": lambda: fused.bytes_moved(
+        {
+            "prompt": {
+                "separate": {"new, read": 40, "new, read back": 40},
+                "fused": {"new, read": 40},
+            }
+        }
+    ),
+    "blocks_and_pages": lambda: fused.blocks_and_pages(
+        13, 4, [5, 2, 7, 3], page_size=4, block_tokens=8
+    ),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
     ),

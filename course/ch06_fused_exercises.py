@@ -1,0 +1,444 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Chapter 6: The fused update, exercises
+#
+# You write the pieces of rung 6: what it saves, where a new token lies in the block and in the
+# cache, the block that holds cached and new tokens together, and the copies that bring the new ones
+# to their pages. Read the lesson first: `notebooks/06_fused.ipynb`.
+#
+# Every exercise is a function to fill in and a check to run. A check starts with a case that you
+# can do by hand, stops at the first difference, and says what it recognises.
+#
+# **Time:** about 75 minutes; 6.1 and 6.2 are short.
+
+# %%
+import jax.numpy as jnp
+import numpy as np
+
+import rpa
+from rpa.paging import cdiv
+
+# %% [markdown]
+# ## Exercise 6.1: What crosses the HBM?
+#
+# Two ways to do one step. **Separate**: a first program stores the new tokens in the cache; then
+# attention reads all tokens of every sequence from there. **Fused**: one kernel reads the cached
+# tokens from the cache and the new ones from where the model put them, and writes the new ones to
+# their pages.
+#
+# Write `moved_bytes(q_lens, kv_lens, token_bytes)`: how many bytes of K and V are read from HBM or
+# written to it, by the separate way and by the fused one, as two integers. A token is `token_bytes`
+# of K and V; a sequence with `q_len` 0 is idle, nobody reads it.
+#
+# By hand: one decode, 3 tokens cached, 10 bytes a token. Separate: the store reads 1 token and
+# writes it, attention reads 4: 60 bytes. Fused: 3 cached and 1 new are read, 1 is written: 50.
+#
+# **Teaches:** fusing saves one of the three trips of a *new* token, and nothing of a cached one.
+
+# %% [markdown] tags=["hint"]
+# Follow one cached token, then one new token. How often does each of them cross the HBM, in either
+# way of doing it?
+
+# %% [markdown] tags=["hint"]
+# NumPy: `(q_lens > 0)` picks the sequences that count, and `.sum()` adds up. `int(...)` makes a
+# Python integer of the result.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# active = q_lens > 0
+# new, total = int(q_lens[active].sum()), int(kv_lens[active].sum())
+# separate = <the store: read, write> + <attention: read all>
+# fused = <read cached> + <read new> + <write new>
+# return separate * token_bytes, fused * token_bytes
+# ```
+
+
+# %% tags=["exercise"]
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    """Bytes of K and V that cross the HBM: (separate, fused)."""
+    ### BEGIN SOLUTION
+    active = q_lens > 0
+    new, total = int(q_lens[active].sum()), int(kv_lens[active].sum())
+    separate = new + new + total
+    fused = (total - new) + new + new
+    return separate * token_bytes, fused * token_bytes
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.1", moved_bytes)
+
+# %% [markdown]
+# Now ask your function: how much of the bytes does fusing save, for three kinds of work?
+
+# %%
+for kind, q_len, kv_len in [("decode", 1, 4096), ("chunk", 512, 4096), ("fresh prompt", 512, 512)]:
+    separate, fused = moved_bytes(np.array([q_len]), np.array([kv_len]), 4096)
+    print(f"{kind:13} {separate / 1e6:6.2f} MB separate, {fused / 1e6:6.2f} MB fused, "
+          f"{1 - fused / separate:6.2%} saved")  # fmt: skip
+
+# %% [markdown] tags=["explanation"]
+# A cached token is read once, whichever way. A new token is read by the store, written, and read
+# back by attention; fused, it is read and written. So a decode saves one token of thousands, and a
+# fresh prompt a third of everything. For a decode the bytes are not the reason to fuse: the reason
+# is the order. Separate, attention cannot begin before the last token is stored; fused, nobody
+# waits for a store at all, because it runs beside the computation.
+
+
+# %% tags=["wrong"] refused="it counts the new ones, too"
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    active = q_lens > 0
+    q, kv = int(q_lens[active].sum()), int(kv_lens[active].sum())
+    return (2 * q + kv + q) * token_bytes, (kv + q + q) * token_bytes
+
+
+# %% tags=["wrong"] refused="the separate way moves a new token only twice"
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    active = q_lens > 0
+    q, kv = int(q_lens[active].sum()), int(kv_lens[active].sum())
+    return (kv + q) * token_bytes, (kv + q) * token_bytes
+
+
+# %% tags=["wrong"] refused="an idle slot (q_len 0) is counted"
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    q, kv = int(q_lens.sum()), int(kv_lens.sum())
+    return (kv + 2 * q) * token_bytes, (kv + q) * token_bytes
+
+
+# %% tags=["wrong"] refused="the fused kernel does not write"
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    active = q_lens > 0
+    q, kv = int(q_lens[active].sum()), int(kv_lens[active].sum())
+    return (kv + 2 * q) * token_bytes, kv * token_bytes
+
+
+# %% tags=["wrong"] refused="another order"
+def moved_bytes(q_lens, kv_lens, token_bytes):
+    active = q_lens > 0
+    q, kv = int(q_lens[active].sum()), int(kv_lens[active].sum())
+    return (kv + q) * token_bytes, (kv + 2 * q) * token_bytes
+
+
+# %% [markdown]
+# ## Exercise 6.2: Two addresses of a new token
+#
+# In the fused kernel a new token has two places: a row in the **block**, where it is computed with,
+# and a row on a **page**, where it is written. A sequence is cut into blocks of `block_tokens`
+# tokens, from its position 0 on; a block is made of whole pages.
+#
+# Write `token_addresses(kv_len, q_len, pages, page_size, block_tokens)`. For each of the `q_len`
+# new tokens of one sequence it returns four i32[q_len] arrays:
+#
+# - `blocks`: which block of the sequence it is in;
+# - `buffer_rows`: which row of that block;
+# - `pages`: the page of the cache that it is written to (`pages` lists those of the sequence);
+# - `page_rows`: which row of that page.
+#
+# By hand: `kv_len = 10`, one new token, pages `[5, 2, 7]` of 4 tokens, blocks of 8. The new token
+# has position 9: block 1, row 1 of it; the third page of the sequence, which is page 7, row 1 of
+# it.
+#
+# **Teaches:** one position, divided twice: by the block for the computation, by the page for
+# memory.
+
+# %% [markdown] tags=["hint"]
+# Everything follows from the position in the sequence, and the positions of the new tokens are
+# those of exercise 3.2: the last `q_len` of `kv_len`.
+
+# %% [markdown] tags=["hint"]
+# `jnp.divmod(positions, n)` gives quotient and remainder. Indexing with an array, `pages[columns]`,
+# looks up one entry for each token.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# positions = ... + jnp.arange(q_len)
+# blocks, buffer_rows = jnp.divmod(positions, ...)
+# columns, page_rows = jnp.divmod(positions, ...)
+# return blocks, buffer_rows, <the page of the cache>, page_rows
+# ```
+
+
+# %% tags=["exercise"]
+def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
+    """Block, row of the block, page of the cache, row of the page: i32[q_len] each."""
+    ### BEGIN SOLUTION
+    positions = kv_len - q_len + jnp.arange(q_len)
+    blocks, buffer_rows = jnp.divmod(positions, block_tokens)
+    columns, page_rows = jnp.divmod(positions, page_size)
+    return blocks, buffer_rows, pages[columns], page_rows
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.2", token_addresses)
+
+# %% [markdown] tags=["explanation"]
+# Both divisions start from the same position, and neither knows of the other: the block is a unit
+# of computation and its size is free, the page is a unit of memory and its size is the cache's. The
+# column of the table is `position // page_size`, counted from the beginning of the sequence. In the
+# kernel it is put together from two parts, the first entry of the block and the page inside the
+# block; who forgets the first part is right in block 0 and writes into wrong pages from block 1 on.
+
+
+# %% tags=["wrong"] refused="the cached prefix is forgotten"
+def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
+    positions = jnp.arange(q_len)
+    columns, page_rows = jnp.divmod(positions, page_size)
+    return *jnp.divmod(positions, block_tokens), pages[columns], page_rows
+
+
+# %% tags=["wrong"] refused="the page is looked up by the row in the block"
+def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
+    blocks, rows = jnp.divmod(kv_len - q_len + jnp.arange(q_len), block_tokens)
+    return blocks, rows, pages[rows // page_size], rows % page_size
+
+
+# %% tags=["wrong"] refused="the page table is not asked"
+def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
+    positions = kv_len - q_len + jnp.arange(q_len)
+    return *jnp.divmod(positions, block_tokens), *jnp.divmod(positions, page_size)
+
+
+# %% tags=["wrong"] refused="buffer rows count from the first new token"
+def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
+    positions = jnp.arange(kv_len - q_len, kv_len)
+    columns, page_rows = jnp.divmod(positions, page_size)
+    return positions // block_tokens, jnp.arange(q_len) % block_tokens, pages[columns], page_rows
+
+
+# %% [markdown]
+# ## Exercise 6.3: Cached and new tokens in one block
+#
+# The page copies have filled a block as far as its sequence is cached; what lies behind is
+# **stale** and may be NaN. Put the new tokens behind the cached ones, and zeros behind the last
+# token. Write `merge_block(from_pages, new_kv, start, q_len, kv_len, block)`:
+#
+# - `from_pages` f32[block_tokens, words]: the block after its page copies;
+# - `new_kv` f32[num_tokens, words]: K and V of the new tokens of *all* sequences, side by side;
+#   this sequence owns the rows from `start` on;
+# - `q_len`, `kv_len`: of this sequence; `block`: which block of it this is.
+#
+# It returns the block, f32[block_tokens, words]. By hand: blocks of 4, `kv_len = 3`, `q_len = 1`,
+# block 0. Rows 0 and 1 are cached, row 2 is row `start` of `new_kv`, row 3 is zero.
+#
+# (`words` is all of a token in one dimension. The kernel does this with a copy; you do it with
+# arrays.)
+#
+# **Teaches:** a block is cut twice, at `kv_len - q_len` and at `kv_len`; attention does not see
+# where a token came from.
+
+# %% [markdown] tags=["hint"]
+# Give each row of the block its position in the sequence. The position decides where the row comes
+# from: from the pages, from `new_kv`, or from nowhere.
+
+# %% [markdown] tags=["hint"]
+# `jnp.where(condition[:, None], a, b)` chooses row by row, and *replaces* NaN where a product with
+# zero would keep it. Rows of `new_kv` are fetched by an index array; indices outside are clamped by
+# JAX, which does no harm for rows that are not used.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# position = block * len(from_pages) + jnp.arange(len(from_pages))
+# first_new = ...
+# rows = new_kv[start + <how many new tokens come before this one>]
+# merged = jnp.where((position >= first_new)[:, None], rows, from_pages)
+# return jnp.where(..., merged, 0)
+# ```
+
+
+# %% tags=["exercise"]
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    """A block of cached tokens, new tokens, zeros: f32[block_tokens, words]."""
+    ### BEGIN SOLUTION
+    position = block * len(from_pages) + jnp.arange(len(from_pages))
+    first_new = kv_len - q_len
+    rows = new_kv[start + position - first_new]
+    merged = jnp.where((position >= first_new)[:, None], rows, from_pages)
+    return jnp.where((position < kv_len)[:, None], merged, 0)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.3", merge_block)
+
+# %% [markdown] tags=["explanation"]
+# `start + position - first_new` is the formula of chapter 3 read backwards: there a row gave a
+# position, here a position gives a row. It needs no case for "the new tokens began in an earlier
+# block": the position counts through all blocks, and so does the row. The kernel does the same with
+# one copy from `new_kv` into the buffer, whose start, target row and length come from the two cuts;
+# rows behind `kv_len` are not copied, and are cut off where V is loaded, since a weight of 0 times
+# a stale NaN is NaN.
+
+
+# %% tags=["wrong"] refused="taken from row 0 of new_kv on"
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    position = block * len(from_pages) + jnp.arange(len(from_pages))
+    rows = new_kv[position - (kv_len - q_len)]
+    merged = jnp.where((position >= kv_len - q_len)[:, None], rows, from_pages)
+    return jnp.where((position < kv_len)[:, None], merged, 0)
+
+
+# %% tags=["wrong"] refused="in every block the first row of the sequence is taken again"
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    size = len(from_pages)
+    num_cached = jnp.clip(kv_len - q_len - block * size, 0, size)
+    num_valid = jnp.clip(kv_len - block * size, 0, size)
+    row = jnp.arange(size)
+    merged = jnp.where((row >= num_cached)[:, None], new_kv[start + row - num_cached], from_pages)
+    return jnp.where((row < num_valid)[:, None], merged, 0)
+
+
+# %% tags=["wrong"] refused="stale memory may be NaN"
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    position = block * len(from_pages) + jnp.arange(len(from_pages))
+    is_new = (position >= kv_len - q_len) & (position < kv_len)
+    rows = new_kv[start + position - (kv_len - q_len)]
+    return jnp.where(is_new[:, None], rows, from_pages) * (position < kv_len)[:, None]
+
+
+# %% tags=["wrong"] refused="nothing is subtracted for the prefix"
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    row = jnp.arange(len(from_pages))
+    position = block * len(from_pages) + row
+    merged = jnp.where((position >= kv_len - q_len)[:, None], new_kv[start + row], from_pages)
+    return jnp.where((position < kv_len)[:, None], merged, 0)
+
+
+# %% tags=["wrong"] refused="position kv_len - q_len is a new one, so >= and not >"
+def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
+    position = block * len(from_pages) + jnp.arange(len(from_pages))
+    rows = new_kv[start + position - (kv_len - q_len)]
+    merged = jnp.where((position > kv_len - q_len)[:, None], rows, from_pages)
+    return jnp.where((position < kv_len)[:, None], merged, 0)
+
+
+# %% [markdown]
+# ## Exercise 6.4: The copies of the write-back
+#
+# The block is merged, and its new tokens have to go to their pages. A DMA copies rows that are
+# neighbours, so the kernel needs one copy for each page that a new token of this block lies on.
+# Write `write_back(kv_len, q_len, block, pages, page_size, block_tokens)`: a list of tuples
+# `(buffer_row, page, page_row, num_tokens)`, in the order of the tokens, one a page: `num_tokens`
+# rows of the buffer from `buffer_row` on go to page `page` of the cache, from `page_row` on.
+#
+# By hand: `kv_len = 6`, `q_len = 3`, pages `[5, 2]` of 4 tokens, one block of 8. The new tokens
+# have positions 3, 4, 5. Position 3 is the last row of page 5, the others begin page 2: `[(3, 5, 3,
+# 1), (4, 2, 0, 2)]`.
+#
+# `pages` is a NumPy array, everything runs on the host; plain Python loops are fine.
+#
+# **Teaches:** exactly the new rows are written. One row more and a neighbour's token, or your own
+# cached one, is gone.
+
+# %% [markdown] tags=["hint"]
+# The new tokens of the block are rows `num_cached` up to `num_valid`, two numbers that are clipped
+# to the block. Walk over the block's pages and intersect each with this range.
+
+# %% [markdown] tags=["hint"]
+# `max(a, begin)` and `min(b, end)` intersect two ranges. Page `p` of the block holds its rows from
+# `p * page_size` on, and its entry of the table is `block * block_tokens // page_size + p`.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# begin_of_block = block * block_tokens
+# num_cached = max(kv_len - q_len - begin_of_block, 0)
+# num_valid = min(kv_len - begin_of_block, block_tokens)
+# for p in range(num_cached // page_size, cdiv(num_valid, page_size)):
+#     begin = max(num_cached, ...)
+#     end = min(num_valid, ...)
+#     copies.append((begin, ..., begin - ..., end - begin))
+# ```
+
+
+# %% tags=["exercise"]
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    """The copies that bring the new tokens of a block to the cache, one for each page."""
+    ### BEGIN SOLUTION
+    begin_of_block = block * block_tokens
+    num_cached = max(kv_len - q_len - begin_of_block, 0)
+    num_valid = min(kv_len - begin_of_block, block_tokens)
+    copies = []
+    for p in range(num_cached // page_size, cdiv(num_valid, page_size)):
+        begin = max(num_cached, p * page_size)
+        end = min(num_valid, (p + 1) * page_size)
+        page = pages[begin_of_block // page_size + p]
+        copies.append((begin, page, begin - p * page_size, end - begin))
+    return copies
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.4", write_back)
+
+# %% [markdown] tags=["explanation"]
+# Two ranges are intersected on every page: the rows that are new, and the rows of the page. A block
+# without new tokens starts behind its last page, and the loop is empty. Each copy has a size of its
+# own, but they signal one semaphore, which counts bytes: `wait_store` in `rpa/fused.py` waits for
+# `num_valid - num_cached` rows once and has waited for all of them. Note who is spared: cached
+# tokens of the same page are not written, so a sequence that shares them may read them at the same
+# time, and the tail of the last page, which a later step will fill, is not touched.
+
+
+# %% tags=["wrong"] refused="whole pages are written"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = max(kv_len - q_len - block * block_tokens, 0)
+    last = min(kv_len - block * block_tokens, block_tokens)
+    begins = range(first // page_size * page_size, last, page_size)
+    entry = block * block_tokens // page_size
+    return [(row, pages[entry + row // page_size], 0, page_size) for row in begins]
+
+
+# %% tags=["wrong"] refused="the page table is asked from its beginning"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = max(kv_len - q_len - block * block_tokens, 0)
+    last = min(kv_len - block * block_tokens, block_tokens)
+    copies = []
+    while first < last:
+        p, slot = divmod(first, page_size)
+        size = min(page_size - slot, last - first)
+        copies.append((first, pages[p], slot, size))
+        first += size
+    return copies
+
+
+# %% tags=["wrong"] refused="all new tokens are written with one copy"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = max(kv_len - q_len, block * block_tokens)
+    last = min(kv_len, (block + 1) * block_tokens)
+    if first >= last:
+        return []
+    page, slot = pages[first // page_size], first % page_size
+    return [(first - block * block_tokens, page, slot, last - first)]
+
+
+# %% tags=["wrong"] refused="they are in the cache already"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    if kv_len - q_len >= (block + 1) * block_tokens:
+        return []
+    last = min(kv_len - block * block_tokens, block_tokens)
+    entry = block * block_tokens // page_size
+    return [
+        (row, pages[entry + row // page_size], 0, min(page_size, last - row))
+        for row in range(0, last, page_size)
+    ]
+
+
+# %% tags=["wrong"] refused="each token is a copy of its own"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = max(kv_len - q_len, block * block_tokens)
+    last = min(kv_len, (block + 1) * block_tokens)
+    return [
+        (t - block * block_tokens, pages[t // page_size], t % page_size, 1)
+        for t in range(first, last)
+    ]
+
+
+# %% tags=["wrong"] refused="expected a list of tuples"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    return np.zeros((1, 4), int)
