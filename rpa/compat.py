@@ -268,7 +268,7 @@ def _hook(original, name):
 
 
 def _report(name, arguments, result=None):
-    where = _where(arguments.get("source_info"))
+    where = source_line(arguments.get("source_info"))
     values = {key: _host_value(key, arguments[key]) for key in arguments.keys() & _REPORTED}
     call = InterpreterCall(name, values, None if result is None else np.asarray(result), where)
     for observer in list(_observers):
@@ -289,14 +289,11 @@ def _host_value(key, value):
     return value
 
 
-def _where(source_info):
+@functools.lru_cache(maxsize=4096)
+def source_line(source_info):
+    """The line of the program that an equation comes from, "file.py:12:4 (function)", or ""."""
     if source_info is None:
         return ""
-    return _summary(source_info)
-
-
-@functools.lru_cache(maxsize=4096)
-def _summary(source_info):
     path, _, rest = source_info_util.summarize(source_info).partition(":")
     return f"{path.rpartition('/')[2]}:{rest}"
 
@@ -350,3 +347,47 @@ def _block_space(mapping, default):
 def _space_name(space):
     name = str(getattr(space, "value", space)).removesuffix("_mem")
     return {"any": "hbm", "None": "vmem", "default": "vmem"}.get(name, name)
+
+
+# --- Reading a jaxpr -----------------------------------------------------------------------------
+
+
+def open_jaxpr(jaxpr):
+    """A jaxpr and its constants on the host; before 0.12 JAX kept the two together."""
+    return getattr(jaxpr, "jaxpr", jaxpr), [np.asarray(c) for c in getattr(jaxpr, "consts", ())]
+
+
+def scan_counts(params, num_operands):
+    """How many operands of a `scan` are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    groups = params["ft_in"].update(range(num_operands)).unpack()
+    consts, carry, _ = (list(group) for group in groups)
+    return len(consts), len(carry)
+
+
+def dma_operands(tree, operands):
+    """(source, its transforms, target, its transforms, semaphore, its transforms) of a DMA."""
+    parts = jax.tree.unflatten(tree, operands)
+    if len(parts) == 9:  # jax 0.7.2: references and transforms one after the other
+        return parts[:6]
+    ends = []
+    for ref in parts[:3]:
+        transforms = getattr(ref, "transforms", None)
+        ends += [ref, ()] if transforms is None else [ref.ref, transforms]
+    return tuple(ends)
+
+
+def memory_space_name(aval):
+    """Where a reference of a kernel is: "hbm", "vmem", "smem" or "semaphore"."""
+    return _space_name(getattr(aval, "memory_space", None))
+
+
+def block_dimensions(mapping):
+    """(size, whether the kernel does not see this dimension) for each dimension of a block."""
+    dimensions = []
+    for size in mapping.block_shape:
+        squeezed = type(size).__name__ == "Squeezed" or size is None
+        # A size may be wrapped, as `pl.Blocked(8)`.
+        dimensions.append((1 if squeezed else int(getattr(size, "block_size", size)), squeezed))
+    return dimensions

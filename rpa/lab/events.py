@@ -23,12 +23,14 @@ class Buffer:
         space: "HBM", "VMEM" or "SMEM".
         shape: of all of it, with all slots.
         dtype: NumPy's name of its type.
+        origin: in a dry run, which argument of the function this memory comes from, or "".
     """
 
     name: str
     space: str
     shape: tuple[int, ...]
     dtype: str
+    origin: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -96,8 +98,9 @@ class Event:
     Attributes:
         order: its place in the timeline.
         kind: "start", "wait" (of a DMA), "load", "store" (a kernel's own, in VMEM or SMEM),
-            "fetch", "flush" (a block that the automatic pipeline copies in or out), "signal",
-            "semaphore_wait" or "step" (a step of the grid ends).
+            "fetch", "flush" (a block that the automatic pipeline copies in or out), "prefetch" (a
+            scalar argument that lies in SMEM before the kernel starts; in a dry run only),
+            "signal", "semaphore_wait" or "step" (a step of the grid ends).
         kernel, step: which `pallas_call` of the record, and which step of its grid, from 0.
         source, target: what is copied, and where to; a load has a source, a store a target.
         num_bytes: of a copy, of what is waited for, of what is loaded or stored.
