@@ -64,7 +64,7 @@ def tables(sources: list[Source]) -> dict[Path, str]:
         checks = _checks_of(source)
         for exercise in source.exercises:
             link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
-            mistakes = _folded([m.words for m in checks[exercise.number].mistakes])
+            mistakes = _folded(checks[exercise.number])
             lines = count_lines(with_solution(exercise))
             exercises.append(f"| {link} | {exercise.teaches} | {mistakes} |")
             solutions.append(
@@ -93,10 +93,11 @@ def tables(sources: list[Source]) -> dict[Path, str]:
     }
 
 
-def _folded(mistakes: list[str]) -> str:
+def _folded(check: Exercise) -> str:
     """A cell of the table that opens on a click: read before trying, mistakes give hints away."""
-    listed = "<br>".join(f"if {words}" for words in mistakes)
-    return f"<details><summary>{len(mistakes)} mistakes</summary>{listed}</details>"
+    listed = [f"if {mistake.words}" for mistake in check.mistakes]
+    listed += [f"if the kernel {words}" for words in check.faults]
+    return f"<details><summary>{len(listed)} mistakes</summary>{'<br>'.join(listed)}</details>"
 
 
 def _checks_of(source: Source) -> dict[str, Exercise]:

@@ -11,6 +11,11 @@
 | `literal.py` | an argument as code, so that the call can be repeated |
 | `places.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
+| `sandbox.py` | runs kernels with DMAs in a process that can be killed, in both interpreter modes |
+| `sandbox_worker.py` | that process |
+| `shipping.py` | sends a learner's function there, by its source |
+| `faults.py` | what a kernel's copies did wrong, in words and with lines |
+| `launchers.py` | the `pallas_call`s around the kernels that exercises ask for |
 | `progress.py` | keeps what is solved in a file, `rpa.check.progress()` prints it |
 | `page_book.py` | the book of pages that exercise 2.4 is about |
 | `chapterNN.py` | the exercises of one chapter |

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rpa.check.compare import Wrong, first_wrong
-from rpa.check.errors import CheckFailed, NotStarted, WrongResult
+from rpa.check.errors import CannotShip, CheckFailed, KernelFault, NotStarted, WrongResult
 from rpa.check.exercise import Case, Exercise
 from rpa.check.matching import why
 from rpa.check.messages import (
@@ -75,6 +75,8 @@ def _run_case(exercise: Exercise, case: Case, function: Callable):
     except TookTooLong as late:
         text = f"Your function was {late}. Is there a loop that never ends?"
         raise _refusal(exercise, case, function, text) from None
+    except (KernelFault, CannotShip) as fault:  # the sandbox speaks, in whole sentences
+        raise _refusal(exercise, case, function, str(fault)) from None
     except WrongResult:  # `drive` speaks, not the learner's function
         raise
     except Exception as error:

@@ -27,3 +27,11 @@ class WrongResult(ValueError):
     The learner reads that text as a wrong result, not as an exception of their own function. A
     known mistake that is refused with the same words is named.
     """
+
+
+class KernelFault(Exception):
+    """A kernel in the sandbox breaks a rule of DMAs, or raises; a learner reads the text."""
+
+
+class CannotShip(ValueError):
+    """A function that cannot be sent to the sandbox; the text says what to do."""

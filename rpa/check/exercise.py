@@ -54,6 +54,8 @@ class Exercise:
         runner: where the learner's function runs, `runner(drive, function, arguments, limit_s)`.
             The default is this process; code that can hang for ever needs a process of its own.
         limit_s: seconds that one case may take.
+        faults: words for what the runner itself finds wrong, besides wrong numbers; the tables of
+            exercises list them. `rpa.check.faults` has those of the sandbox.
 
     >>> double = Exercise("9.1", reference=lambda x: 2 * x, axes=("row",))
     >>> double.case("two numbers", x=np.array([1.0, 2.0], np.float32))
@@ -74,6 +76,7 @@ class Exercise:
     drive: Callable = call
     runner: Callable = in_process
     limit_s: float = 30.0
+    faults: tuple[str, ...] = ()
     cases: list[Case] = field(default_factory=list, init=False)
     mistakes: list[Mistake] = field(default_factory=list, init=False)
 

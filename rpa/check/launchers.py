@@ -48,3 +48,123 @@ def run_flash(kernel, q, k, v, *, block_q, block_kv):
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         interpret=compat.choose_interpret(None),
     )(q, k, v)
+
+
+def run_copy(kernel, x):
+    """Call a kernel that doubles an array: both x and the result stay in HBM, as a DMA needs them.
+
+    Args:
+        kernel: `kernel(x_ref, out_ref, buffer_ref, sem)`.
+        x: f32[rows, 128].
+
+    Returns:
+        f32[rows, 128].
+    """
+    return _call(
+        kernel,
+        [x],
+        out_shape=x.shape,
+        out_space=pl.ANY,
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+    )
+
+
+def run_chunks(kernel, x, chunk_rows):
+    """Call a kernel that adds up the chunks of x: x stays in HBM, two buffers for chunks in VMEM.
+
+    Args:
+        kernel: `kernel(x_ref, out_ref, buffers_ref, sems, *, num_chunks)`.
+        x: f32[num_chunks * chunk_rows, 128].
+
+    Returns:
+        f32[chunk_rows, 128].
+    """
+    return _call(
+        partial(kernel, num_chunks=len(x) // chunk_rows),
+        [x],
+        out_shape=(chunk_rows, x.shape[1]),
+        scratch_shapes=[
+            pltpu.VMEM((2, chunk_rows, x.shape[1]), x.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+    )
+
+
+def run_pages(kernel, cache, page_indices):
+    """Call a kernel that collects pages: their numbers are in SMEM before it starts.
+
+    Args:
+        kernel: `kernel(page_indices_ref, cache_ref, out_ref, sem)`.
+        cache: f32[num_pages, page_size, 128], stays in HBM.
+        page_indices: i32[pages of the sequence].
+
+    Returns:
+        f32[pages of the sequence * page_size, 128].
+    """
+    return _call(
+        kernel,
+        [cache],
+        scalars=[page_indices],
+        out_shape=(len(page_indices) * cache.shape[1], cache.shape[2]),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+    )
+
+
+def run_tokens(kernel, cache, page_indices, kv_len):
+    """Call a kernel that collects the kv_len tokens of a sequence from its pages.
+
+    Args:
+        kernel: `kernel(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem)`.
+        cache: f32[num_pages, page_size, 128], stays in HBM.
+        page_indices: i32[room for pages]; what lies behind the live ones is garbage.
+        kv_len: how many tokens there are, at most the room; known at run time only.
+
+    Returns:
+        f32[room for pages * page_size, 128].
+    """
+    return _call(
+        kernel,
+        [cache],
+        scalars=[page_indices, jnp.asarray([kv_len], jnp.int32)],
+        out_shape=(len(page_indices) * cache.shape[1], cache.shape[2]),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+    )
+
+
+def run_sequences(kernel, x, block_tokens):
+    """Call a kernel that adds up the tokens of each sequence, streamed in blocks.
+
+    Args:
+        kernel: `kernel(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq)`.
+        x: f32[num_seqs, num_tokens, 128], stays in HBM.
+
+    Returns:
+        f32[num_seqs, 128].
+    """
+    num_seqs, num_tokens, lanes = x.shape
+    return _call(
+        partial(kernel, blocks_per_seq=num_tokens // block_tokens),
+        [x],
+        out_shape=(num_seqs, lanes),
+        scratch_shapes=[
+            pltpu.VMEM((2, block_tokens, lanes), x.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+    )
+
+
+def _call(kernel, arrays, *, scalars=(), out_shape, out_space=None, scratch_shapes):
+    """A kernel without a grid: arrays in HBM, scalars in SMEM, the result in VMEM if not said."""
+    out_spec = pl.BlockSpec() if out_space is None else pl.BlockSpec(memory_space=out_space)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
+            out_specs=out_spec,
+            scratch_shapes=scratch_shapes,
+        ),
+        out_shape=jax.ShapeDtypeStruct(out_shape, arrays[0].dtype),
+        interpret=compat.choose_interpret(None),
+    )(*scalars, *arrays)
