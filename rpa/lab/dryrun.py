@@ -6,7 +6,8 @@ here the function is traced to a jaxpr, as for the chip, and the jaxpr is run wi
 small integer arrays computed, everything else left unknown, and every DMA, wait and block of the
 automatic pipeline written to a timeline. It is the kernel's own program, not a formula for it.
 
-    timeline, array_ops = dry_run(function, *args)
+    run = dry_run(function, *args)
+    run.timeline.copies, run.array_ops
 
 Around a kernel, in plain JAX, reads by index (`gather`, `dynamic_slice`) and writes by index
 (`scatter`, `dynamic_update_slice`) are counted per array; what XLA fuses is not known here.
@@ -31,8 +32,8 @@ class DryRun:
 
     Attributes:
         timeline: DMAs, waits and the automatic pipeline's blocks of all kernels, in order.
-        array_ops: {(operation, array): bytes} of plain JAX outside kernels, reads and writes by
-            index; an array is named after the argument that it came from, or "".
+        array_ops: {(operation, argument, bytes of the array): bytes} of plain JAX outside
+            kernels, reads and writes by index of what is made of an argument alone.
     """
 
     timeline: Timeline

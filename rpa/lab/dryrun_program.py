@@ -9,6 +9,7 @@ from functools import lru_cache
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -167,7 +168,9 @@ def _pure(eqn):
 
 
 def _cast(dtype):
-    return {"b": bool, "f": float}.get(dtype.kind, int)
+    if jnp.issubdtype(dtype, jnp.floating):  # bfloat16 has a kind of its own in NumPy
+        return float
+    return bool if dtype == bool else int
 
 
 def _scalar_step(function, cast):
@@ -457,6 +460,10 @@ def _semaphore(ref, view, values, what):
 # --- Reads and writes by index outside of kernels ------------------------------------------------
 
 
+def _bytes_of(aval):
+    return prod(aval.shape) * np.dtype(aval.dtype).itemsize
+
+
 def _array_op(read):
     """A plain JAX operation that reads or writes part of an array by index."""
 
@@ -466,12 +473,12 @@ def _array_op(read):
         pure = _pure(eqn)
         name = eqn.primitive.name
         part = eqn.outvars[0] if read else eqn.invars[1 if name.startswith("dynamic") else 2]
-        num_bytes = prod(part.aval.shape) * np.dtype(part.aval.dtype).itemsize
+        num_bytes, whole_bytes = _bytes_of(part.aval), _bytes_of(eqn.invars[0].aval)
 
         def run(machine, values):
             if not isinstance(values[0], Unknown):
                 return pure(machine, values)
-            machine.array_ops[name, values[0].name] += num_bytes
+            machine.array_ops[name, values[0].name, whole_bytes] += num_bytes
             return values[:1]
 
         return run
