@@ -48,7 +48,7 @@ from rpa.streamed import (
     valid_tokens,
     wait_block,
 )
-from rpa.tiled import empty_state, finish
+from rpa.tiled import check_query_dtype, empty_state, finish
 
 MAX_Q_LEN = 8
 """New tokens that a sequence may have if the caller does not say."""
@@ -91,10 +91,10 @@ def fused_attention(
     It computes what `rpa.ragged.ref_ragged_paged_attention` computes, cache and output.
 
     Args:
-        queries: [num_tokens, num_q_heads, head_dim].
+        queries: [num_tokens, num_q_heads, head_dim], float32 or bfloat16.
         keys, values: [num_tokens, num_kv_heads, head_dim] in the dtype of the cache.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
-            align(head_dim, 128)].
+            align(head_dim, 128)], float8 too; computed with in the dtype of queries.
         batch: a `rpa.ragged.RaggedBatch`; every q_len at most max_q_len.
         sm_scale: factor on the scores, a number or a traced scalar; None is `head_dim ** -0.5`.
         max_q_len: room for queries of one sequence; the kernel computes as many rows for each.
@@ -106,8 +106,8 @@ def fused_attention(
         Under jit, where lengths cannot be checked, queries behind max_q_len come out as NaN.
 
     Raises:
-        ValueError: if a sequence has more than max_q_len new tokens, or block_tokens is no
-            multiple of page_size.
+        ValueError: if a sequence has more than max_q_len new tokens, block_tokens is no multiple
+            of page_size, or queries have another dtype.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([2], [5], [[1]])
@@ -116,6 +116,7 @@ def fused_attention(
     >>> cache[1, :, 0, 0, 0]
     Array([0., 0., 0., 1., 1., 0., 0., 0.], dtype=float32)
     """
+    check_query_dtype(queries.dtype)
     check_q_lens(batch, max_q_len)
     page_size = kv_cache.shape[1]
     return _fused_attention(

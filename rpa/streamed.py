@@ -33,7 +33,15 @@ from jax.experimental.pallas import tpu as pltpu
 from rpa import compat
 from rpa.paging import LANES, cdiv, paged_attention
 from rpa.ragged import store_new_tokens
-from rpa.tiled import MASK_VALUE, dot, empty_state, finish, softmax_step, zero_tail
+from rpa.tiled import (
+    MASK_VALUE,
+    check_query_dtype,
+    dot,
+    empty_state,
+    finish,
+    softmax_step,
+    zero_tail,
+)
 
 BLOCK_TOKENS = 512
 """Tokens of a block if the caller does not say: 2 MiB of K and V at 8 heads of 128 in bfloat16."""
@@ -93,10 +101,10 @@ def paged_decode(
     """One decode step of every sequence, K and V streamed from their pages: rung 5.
 
     Args:
-        queries: [num_seqs, num_q_heads, head_dim], one query a sequence, of any float dtype.
+        queries: [num_seqs, num_q_heads, head_dim], one query a sequence, float32 or bfloat16.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
-            align(head_dim, 128)]; the new token is in it already. It is computed with in the
-            dtype of queries.
+            align(head_dim, 128)], float8 too; the new token is in it already. It is computed with
+            in the dtype of queries.
         kv_lens: i32[num_seqs], tokens of each sequence; 0 is an idle slot.
         page_indices: i32[num_seqs * pages_per_seq]; only live entries are looked at.
         num_kv_heads: the true number of KV heads; it divides num_q_heads.
@@ -108,12 +116,13 @@ def paged_decode(
         [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
 
     Raises:
-        ValueError: if block_tokens is no multiple of page_size.
+        ValueError: if block_tokens is no multiple of page_size, or queries have another dtype.
 
     >>> paged_decode(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
     ...              jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
     Array([1., 0.], dtype=float32)
     """
+    check_query_dtype(queries.dtype)
     num_seqs, _, head_dim = queries.shape
     page_size = kv_cache.shape[1]
     sizes = Sizes(

@@ -121,6 +121,26 @@ def dot(a, b, contract):
     )
 
 
+def check_query_dtype(dtype):
+    """Refuse queries in a dtype that rungs 4 to 6 do not compute with.
+
+    The softmax's weights are rounded to the dtype of the queries before they meet the values: in
+    float8, to 4 bits. A float8 *cache* costs nothing of the kind, it is widened when it is read.
+
+    >>> check_query_dtype(jnp.float8_e5m2)
+    Traceback (most recent call last):
+        ...
+    ValueError: the queries are float8_e5m2, but must be float32 or bfloat16: cast them. A float8 \
+cache may stay as it is.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"the queries are {name}, but must be float32 or bfloat16: cast them. A float8 cache "
+            "may stay as it is."
+        )
+
+
 def end_kv_block(q_block, q_len, kv_len, *, block_q, block_kv, causal):
     """One behind the last key block that a query block sees: where its walk over the keys ends.
 
@@ -177,7 +197,7 @@ def flash_attention(
     It computes what `rpa.dense.attention` computes, without a q_len x kv_len array anywhere.
 
     Args:
-        q: [max_q_len, num_q_heads, head_dim], any float dtype; the last tokens of the sequence.
+        q: [max_q_len, num_q_heads, head_dim], float32 or bfloat16; the sequence's last tokens.
         k, v: [max_kv_len, num_kv_heads, head_dim] in the dtype of q.
         q_len, kv_len: how many rows of q, and of k and v, are real; numbers or traced scalars.
             None: all. What lies behind them is not read as a number, and comes out as zeros.
@@ -191,12 +211,13 @@ def flash_attention(
         [max_q_len, num_q_heads, head_dim] in the dtype of q.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or q has another dtype.
 
     >>> q, kv = jnp.ones((3, 4, 128)), jnp.ones((5, 2, 128))
     >>> flash_attention(q, kv, kv, block_q=8, block_kv=8).shape
     (3, 4, 128)
     """
+    check_query_dtype(q.dtype)
     # With lengths of their own, q may have more room than k: only the real rows are compared.
     padded = q_len is not None or kv_len is not None
     q_rows = min(q.shape[0], k.shape[0]) if padded else q.shape[0]
