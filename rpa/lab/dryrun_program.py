@@ -170,7 +170,7 @@ def _pure(eqn):
 def _cast(dtype):
     if jnp.issubdtype(dtype, jnp.floating):  # bfloat16 has a kind of its own in NumPy
         return float
-    return bool if dtype == bool else int
+    return bool if dtype.kind == "b" else int
 
 
 def _scalar_step(function, cast):
