@@ -90,12 +90,13 @@ class Schedule:
         """The scalar program, ready to run."""
         return Program(self.listing)
 
-    def execute(self, *args) -> Execution:
+    def execute(self, *args, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
         Args:
             *args: the arguments that the schedule was made for; the integer arrays among them have
                 values, of the others nothing is used.
+            keep_events: also note when which copy starts, and when which is waited for.
 
         Raises:
             rpa.lab.schedule_run.CannotRun: if the kernel decides by what only vectors know.
@@ -103,7 +104,8 @@ class Schedule:
         leaves = jax.tree.leaves(args)
         integers = [np.asarray(leaves[i]) for i in schedule_trace.integer_leaves(args)]
         values = self._load_feed(*integers)
-        return self.program.run(dict(zip(self._operands, map(np.asarray, values), strict=True)))
+        operands = dict(zip(self._operands, map(np.asarray, values), strict=True))
+        return self.program.run(operands, keep_events)
 
     @cached_property
     def _load_feed(self):

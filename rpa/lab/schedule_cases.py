@@ -121,7 +121,7 @@ class Measured:
 
     @property
     def page_issue_per_chunk(self) -> float:
-        """Bundles of loops that do nothing but start copies; 0 if no loop does only that."""
+        """Bundles of the loops or regions that start the copies of pages."""
         return page_issue(self.schedule, self.chunks) / self.num_chunks
 
     @property
@@ -130,6 +130,19 @@ class Measured:
         if self.case == "decode":
             return self.executed_per_chunk - self.page_issue_per_chunk
         return innermost(self.schedule, self.chunks) / self.num_chunks
+
+    @property
+    def busiest_span(self):
+        """The smallest loop or region that holds most of the products of the counted chunks."""
+        hits = self.chunks.hits
+        total = self.schedule.slots(hits)["MATMUL"]
+        best = self.schedule.loops
+        for _, span in best.walk():
+            inside = np.zeros_like(hits)
+            inside[span.start : span.end] = hits[span.start : span.end]
+            if self.schedule.slots(inside)["MATMUL"] > total / 2:
+                best = span
+        return best
 
     @property
     def slots(self) -> dict[str, float]:
@@ -156,13 +169,52 @@ def measure(
         rpa.lab.schedule.NoSchedule: if it does not compile.
         rpa.lab.schedule_run.CannotRun: if it cannot be counted.
     """
-    chip, choice, what = chips.chip(chip), KERNELS[kernel], CASES[case]
+    what = CASES[case]
     # Eight slots for sequences, each with room for the long run.
     sizes = programs.Workload(model, page_size=page_size, num_seqs=8, q_len=1, kv_len=LONG)
     if what.q_len > 1:
         sizes = replace(sizes, q_len=what.q_len // 4)
+    schedule, program = compile_kernel(
+        kernel, case, chip, sizes, blocks=blocks, use_cache=use_cache
+    )
+
+    def run(*kv_lens):
+        return schedule.execute(*program.args[:4], *_metadata(what, kv_lens, sizes))
+
+    short = run(SHORT)
+    chunks = run(LONG) - short
+    per_sequence = None
+    if case == "decode":
+        cost = chunks.bundles * SHORT / (LONG - SHORT)
+        per_sequence = (run(SHORT, SHORT) - short).bundles - cost
+    return Measured(
+        *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
+        *chunk_floor(chips.chip(chip), case, sizes),
+        *regions(schedule, chunks, what.num_chunks),
+        per_sequence,
+    )
+
+
+def compile_kernel(
+    kernel, case, chip, sizes, *, blocks=None, use_cache=True
+) -> tuple[Schedule, programs.Program]:
+    """The schedule of one kernel for one case, and the function and arguments it belongs to.
+
+    Args:
+        kernel: a name in KERNELS.
+        case: a name in CASES: which of the function's kernels.
+        chip: anything that `rpa.chips.chip` knows.
+        sizes: a `rpa.lab.programs.Workload`: shapes that it is compiled for.
+        blocks: the kernel's block sizes, None for its own default.
+        use_cache: False compiles anew.
+
+    Raises:
+        rpa.lab.schedule.NoSchedule: if it does not compile.
+    """
+    choice, chip = KERNELS[kernel], chips.chip(chip)
     program = choice.program(sizes)
-    kwargs = program.kwargs | {"chip": chip.name}
+    # A kernel that compiles its scale in would save itself the work for a scale of 1.
+    kwargs = program.kwargs | {"chip": chip.name, "sm_scale": sizes.heads[2] ** -0.5}
     if blocks is not None:
         kwargs[choice.blocks[case]] = list(blocks)
     schedule = schedule_for(
@@ -171,22 +223,7 @@ def measure(
         kernel=choice.names[case],
         use_cache=use_cache,
     )
-
-    def run(*kv_lens):
-        return schedule.execute(*program.args[:4], *_metadata(what, kv_lens, sizes))
-
-    short = run(SHORT)
-    chunks = run(LONG) - short
-    floor, floor_of = chunk_floor(chip, case, sizes)
-    per_sequence = None
-    if case == "decode":
-        cost = chunks.bundles * SHORT / (LONG - SHORT)
-        per_sequence = (run(SHORT, SHORT) - short).bundles - cost
-    return Measured(
-        *(kernel, case, chip.name, schedule, chunks, what.num_chunks, floor, floor_of),
-        *regions(schedule, chunks, what.num_chunks),
-        per_sequence,
-    )
+    return schedule, program
 
 
 def _metadata(case, kv_lens, sizes):
@@ -232,15 +269,20 @@ def chunk_floor(chip, case, sizes) -> tuple[float, str]:
 
 
 def page_issue(schedule, run) -> int:
-    """Bundles executed in innermost loops that start copies into VMEM and multiply nothing."""
-    starts = {bundle for kind, bundle, _ in run.copies if kind == "hbm_to_vmem"}
-    return sum(
-        int(run.hits[span.start : span.end].sum())
-        for _, span in schedule.loops.walk()
-        if span.is_innermost_loop
-        and not _matmuls(schedule, span)
-        and any(span.start <= bundle < span.end for bundle in starts)
-    )
+    """Bundles executed in the smallest loops or regions that start copies and multiply nothing."""
+    starts = [bundle for kind, bundle, _ in run.copies if kind == "hbm_to_vmem"]
+    spans = [span for _, span in schedule.loops.walk() if not _matmuls(schedule, span)]
+    found = set()
+    for bundle in starts:
+        around = [(s.start, s.end) for s in spans if s.start <= bundle < s.end]
+        if around:
+            found.add(min(around, key=lambda span: span[1] - span[0]))
+    inner = {span for span in found if not any(o != span and _inside(o, span) for o in found)}
+    return sum(int(run.hits[start:end].sum()) for start, end in inner)
+
+
+def _inside(span, other):
+    return other[0] <= span[0] and span[1] <= other[1]
 
 
 def innermost(schedule, run) -> int:

@@ -17,6 +17,9 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+FORMAT = 2
+"""Of kept listings; another number makes them all anew."""
+
 FLAGS = (
     "--xla_jf_dump_to={directory} "
     "--xla_jf_dump_llo_pass_label_regex=(packed-bundles-post-ra|pre-delay_hlo.*)$"
@@ -113,8 +116,8 @@ _SCALAR = re.compile(r"%[sp]\d+_[sp]\d+ = |(%\w+ = )?(sst|dma\.|s?call|sbr|halt|
 
 
 def _is_scalar(instruction):
-    """Whether the scalar core writes a register or memory by it, starts a DMA, or branches."""
-    return _SCALAR.match(instruction) is not None and "dma.done" not in instruction
+    """Whether the scalar core computes by it, starts a DMA or waits for one, or branches."""
+    return _SCALAR.match(instruction) is not None
 
 
 def write_listing(file: Path, listing: Listing):

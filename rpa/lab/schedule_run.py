@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,22 @@ class CannotRun(ValueError):
     """The scalar program does something that is not understood here; the message says what."""
 
 
+class Event(NamedTuple):
+    """A DMA that starts, or a wait for DMAs.
+
+    Attributes:
+        cycle: bundles executed before it.
+        action: "hbm_to_vmem", "vmem_to_hbm", ... for a start, or "wait".
+        bytes: size of the copy, or what is waited for.
+        semaphore: what a copy signals at its end, and what a wait waits for.
+    """
+
+    cycle: int
+    action: str
+    bytes: int
+    semaphore: int
+
+
 @dataclass(frozen=True)
 class Execution:
     """What one run executed.
@@ -45,10 +62,12 @@ class Execution:
     Attributes:
         hits: how often each bundle was executed, int64[num_bundles].
         copies: {(kind, bundle, bytes): count} of the DMAs started; kind is "hbm_to_vmem", ...
+        events: starts and waits of DMAs in order, if they were asked for.
     """
 
     hits: np.ndarray
     copies: Counter = field(default_factory=Counter)
+    events: tuple[Event, ...] = ()
 
     @property
     def bundles(self) -> int:
@@ -101,16 +120,19 @@ class Program:
         target = None if branch is None else self.leaders.index(branch.target)
         return after, target
 
-    def run(self, operands) -> Execution:
+    def run(self, operands, keep_events=False) -> Execution:
         """Execute the kernel with these integer operands.
 
         Args:
             operands: {index: int32 array} of the kernel's operands that hold integers.
+            keep_events: note every start of a DMA and every wait, with its cycle.
 
         Raises:
             CannotRun: if a branch depends on what only the vector units know.
         """
-        machine = _Machine(operands)
+        machine = _Machine(operands, keep_events)
+        ends = [*self.leaders[1:], self.num_bundles]
+        lengths = [end - start for start, end in zip(self.leaders, ends, strict=True)]
         counts = [0] * len(self._blocks)
         blocks, current, steps = self._blocks, 0, 0
         while current < len(blocks):
@@ -118,10 +140,12 @@ class Program:
             steps += 1
             if steps > LONGEST_RUN:
                 raise CannotRun(f"the kernel did not end within {LONGEST_RUN} basic blocks.")
+            machine.cycle += lengths[current]
+            # A cycle in this block is the one at its end, less what is left of the block.
+            machine.end = ends[current]
             current = blocks[current](machine)
-        ends = [*self.leaders[1:], self.num_bundles]
-        lengths = [end - start for start, end in zip(self.leaders, ends, strict=True)]
-        return Execution(np.repeat(np.array(counts, np.int64), lengths), machine.copies)
+        hits = np.repeat(np.array(counts, np.int64), lengths)
+        return Execution(hits, machine.copies, tuple(machine.events or ()))
 
 
 @dataclass(frozen=True)
@@ -181,20 +205,39 @@ class _Unknown:
         raise CannotRun(f"a branch or a copy depends on a value from `{self.origin[:120]}`.")
 
 
+class _Registers(dict):
+    def __missing__(self, name):
+        return _Unknown(f"{name}, which nothing wrote")
+
+
 class _Machine:
     """Registers and SMEM of the scalar core, and a log of DMAs."""
 
-    def __init__(self, operands):
+    def __init__(self, operands, keep_events):
+        self.cycle = self.end = 0
+        self.events = [] if keep_events else None
         self.operands = {i: np.asarray(x).reshape(-1) for i, x in operands.items()}
-        self.registers = {}
+        self.registers = _Registers()
         self.smem = {}
         self.copies = Counter()
 
-    def copy(self, kind, bundle, granules):
+    def copy(self, kind, bundle, granules, semaphore):
         """Note a DMA."""
         if isinstance(granules, _Unknown):
             bool(granules)
         self.copies[kind, bundle, granules * GRANULE_BYTES] += 1
+        self.note(kind, bundle, granules, semaphore)
+
+    def note(self, action, bundle, granules, semaphore):
+        """Keep an event, if they are kept."""
+        if self.events is not None:
+            cycle = self.cycle - self.end + bundle
+            self.events.append(Event(cycle, action, granules * GRANULE_BYTES, semaphore))
+
+    def load(self, place, target):
+        """Read SMEM; what was never written is not known, which matters if it decides anything."""
+        value = self.smem.get(place)
+        return _Unknown(f"{target} = sld, of SMEM that nothing wrote") if value is None else value
 
     def copy_to_smem(self, source, granules, target):
         """Copy from an operand; words behind its end are zeros."""
@@ -230,7 +273,28 @@ def _wrap(x):
     return (x + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
+# The compiler computes ahead: a value may be unknown, or a predicate, on a path that is not taken.
+
+
+def _no(x):
+    return x if isinstance(x, _Unknown) else not x
+
+
+def _both(x, y):
+    if isinstance(x, _Unknown):
+        return y if y is False else x
+    return y if x else False
+
+
+def _choose(condition, yes, no):
+    if isinstance(condition, _Unknown):
+        return condition
+    return yes if condition else no
+
+
 def _divide(x, y):
+    if isinstance(y, _Unknown):
+        return y
     return x // y if y else 0
 
 
@@ -251,13 +315,15 @@ _BINARY = {
     "smax.u32": "wrap(most(unsigned({}), unsigned({})))",
     "smulhi.u32": "wrap(unsigned({}) * unsigned({}) >> 32)",
     "sdiv.u32": "wrap(divide(unsigned({}), unsigned({})))",
-    "pand": "({} and {})",
-    "por": "({} or {})",
-    "pnand": "(not ({} and {}))",
-    "pnor": "(not ({} or {}))",
-    "pxor": "(bool({}) != bool({}))",
+    "pand": "both({}, {})",
+    "por": "no(both(no({}), no({})))",
+    "pnand": "no(both({}, {}))",
+    "pnor": "both(no({}), no({}))",
+    "pxor": "({} != {})",
 }
-_UNARY = {"smov.u32": "{}", "pmov": "{}", "pneg": "(not {})", "snot.u32": "wrap(~{})"}
+_ARGUMENT_NAME = re.compile(r"/\*\w+=\*/")
+
+_UNARY = {"smov.u32": "{}", "pmov": "{}", "pneg": "no({})", "snot.u32": "wrap(~{})"}
 _UNARY |= dict.fromkeys(
     ["int_to_ptr.hbm", "int_to_ptr.vmem", "int_to_ptr.smem", "int_to_ptr.sflag"], "{}"
 )
@@ -270,9 +336,13 @@ class _Coder:
     HELPERS = {
         "wrap": _wrap,
         "unsigned": lambda x: x if isinstance(x, _Unknown) else x & 0xFFFFFFFF,
-        "least": lambda x, y: x if x <= y else y,
-        "most": lambda x, y: x if x >= y else y,
+        "least": lambda x, y: _choose(x <= y, x, y),
+        "most": lambda x, y: _choose(x >= y, x, y),
+        "no": _no,
+        "both": _both,
+        "choose": _choose,
         "divide": _divide,
+        "is_unknown": lambda x: isinstance(x, _Unknown),
         "Unknown": _Unknown,
     }
 
@@ -287,7 +357,7 @@ class _Coder:
     def function(self, block, successors):
         """A function of the machine that executes a block and returns the next one's index."""
         after, target = successors
-        lines = ["def run(m):", " r = m.registers; s = m.smem", " taken = False"]
+        lines = ["def run(m):", " r, s, taken = m.registers, m.smem, False"]
         for bundle, texts in _by_bundle(block):
             for text in texts:
                 lines += [f" {line}" for line in self._statement(bundle, text)]
@@ -303,9 +373,12 @@ class _Coder:
         target, op, rest = match.groups()
         if op == "sbr.rel":
             predicate = _BRANCH.match(text)[1]
-            return [f"taken = {self._predicate(predicate) if predicate else True}"]
+            return [f"taken = bool({self._predicate(predicate) if predicate else True})"]
+        if op == "dma.done.wait":
+            return self._wait(bundle, rest)
         if op.startswith("dma."):
             return self._copy(bundle, op, rest)
+        rest = _ARGUMENT_NAME.sub("", rest)
         if op == "sst":
             return self._store(rest)
         if op == "sld":
@@ -313,7 +386,7 @@ class _Coder:
         guard, otherwise, operands = self._split(rest)
         value = self._value(op, operands, text)
         if otherwise is not None:
-            value = f"{value} if {guard} else {otherwise}"
+            value = f"choose({guard}, {value}, {otherwise})"
             guard = None
         return self._assign(target, value, guard)
 
@@ -321,8 +394,11 @@ class _Coder:
         names = [f"r[{target!r}]"]
         if target in self.phi_sources:
             names.append(f"r[{_physical(target)!r}]")
-        line = f"{' = '.join(names)} = {value}"
-        return [f"if {guard}: {line}"] if guard else [line]
+        names = " = ".join(names)
+        if guard is None:
+            return [f"{names} = {value}"]
+        # Nothing is written where the guard fails: the register keeps what it has.
+        return [f"g = {guard}", f"if is_unknown(g): {names} = g", f"elif g: {names} = {value}"]
 
     def _value(self, op, operands, text):
         if op in ("sphi", "pphi"):
@@ -331,7 +407,7 @@ class _Coder:
             return str(_pointer(int(re.search(r"index: (\d+)", text)[1])))
         if op == "scalar_select":
             condition, yes, no = operands
-            return f"({yes} if {condition} else {no})"
+            return f"choose({condition}, {yes}, {no})"
         if op.startswith("scalar_lea."):
             return f"({' + '.join(operands)})"
         compare = re.fullmatch(r"scmp\.(\w\w)\.([su])32(?:\.\w+)?", op)
@@ -346,7 +422,7 @@ class _Coder:
 
     def _split(self, rest):
         """Guard, value where the guard fails, operands: of "(!%p1, %s2), %s3, 4"."""
-        rest = re.sub(r"/\*\w+=\*/|\[resolvable:\$true\]", "", rest).strip()
+        rest = _ARGUMENT_NAME.sub("", rest).replace("[resolvable:$true]", "").strip()
         guard = otherwise = None
         match = re.match(r"\((!?%p\w+)(?:, ([^)]*))?\),?\s*", rest)
         if match:
@@ -360,7 +436,7 @@ class _Coder:
         """A register, a number or a symbol as Python."""
         text = text.strip()
         if re.fullmatch(r"%[sp]\d+_[sp]\d+", text):
-            return f"r.get({text!r})"
+            return f"r[{text!r}]"
         if re.fullmatch(r"0x[0-9a-f]+|-?\d+", text):
             return str(_wrap(int(text, 0)))
         if text.startswith("[#"):
@@ -368,8 +444,8 @@ class _Coder:
         return f"Unknown({text!r})"
 
     def _predicate(self, text):
-        name = f"r.get({text.lstrip('!')!r})"
-        return f"not {name}" if text.startswith("!") else name
+        name = f"r[{text.lstrip('!')!r}]"
+        return f"no({name})" if text.startswith("!") else name
 
     def _address(self, text):
         """The parts of "[smem:[#allocation11 + $0x2]]" or "[#allocation3]", added."""
@@ -389,7 +465,7 @@ class _Coder:
     def _load(self, target, rest):
         place, guard = re.fullmatch(r"(\[smem:\[.*?\]\])\s*(?:\((.*)\))?", rest).groups()
         place = self._address(place)
-        value = f"s.get({place}, 0)"
+        value = f"m.load({place}, {target!r})"
         return self._assign(target, value, self._predicate(guard) if guard else None)
 
     def _store(self, rest):
@@ -401,12 +477,19 @@ class _Coder:
     def _copy(self, bundle, op, rest):
         kind = {"dma.general": "hbm_to_hbm"}.get(op, op.removeprefix("dma."))
         granules = self._argument(rest, "size_in_granules")
-        lines = [f"m.copy({kind!r}, {bundle}, {granules})"]
-        if op == "dma.hbm_to_smem":
-            source, target = self._argument(rest, "hbm"), self._argument(rest, "smem")
+        semaphore = self._argument(rest, "dst_syncflagno")
+        lines = [f"m.copy({kind!r}, {bundle}, {granules}, {semaphore})"]
+        if kind in ("hbm_to_smem", "vmem_to_smem"):
+            source = self._argument(rest, kind.removesuffix("_to_smem"))
+            target = self._argument(rest, "smem")
             lines.append(f"m.copy_to_smem({source}, {granules}, {target})")
         guard = re.match(r"(?:\[thread:\S*\]\s*)?\((!?%p\w+)\)", rest)
         return [f"if {self._predicate(guard[1])}: {line}" for line in lines] if guard else lines
+
+    def _wait(self, bundle, rest):
+        guard, _, (semaphore, granules) = self._split(rest)
+        line = f"m.note('wait', {bundle}, {granules}, {semaphore})"
+        return [f"if {guard}: {line}"] if guard else [line]
 
     def _argument(self, rest, name):
         return self._operand(re.search(rf"/\*{name}=\*/([^,]+)", rest)[1])

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rpa import compat
 from rpa.lab import schedule_trace, words, worker
-from rpa.lab.schedule_dump import parse_dump, write_listing
+from rpa.lab.schedule_dump import FORMAT, parse_dump, write_listing
 
 
 def compile_kernel(spec, args) -> dict:
@@ -46,7 +46,7 @@ def compile_kernel(spec, args) -> dict:
         aliased = tuple(i for i, _ in call.eqn.params["input_output_aliases"])
         lowered = jax.jit(functools.partial(_alone, call), donate_argnums=aliased).lower(*shapes)
     # What the compiler is given, with its own version, decides what it makes of it.
-    text = f"{spec['versions']['libtpu']} {spec['topology']} {lowered.as_text()}"
+    text = f"{FORMAT} {spec['versions']['libtpu']} {spec['topology']} {lowered.as_text()}"
     listing = Path(spec["directory"]) / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
     if spec["fresh"] or not listing.exists():
         write_listing(listing, _compile_and_parse(lowered, Path(spec["dump"])))

@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 
+import jax
+
 from rpa import chips
 from rpa.lab.programs import MODELS
 from rpa.lab.schedule import NoSchedule
 from rpa.lab.schedule_cases import CASES, KERNELS, Measured, measure
 from rpa.lab.schedule_loops import bound, shares
 from rpa.lab.schedule_run import CannotRun
+from rpa.lab.waiting import waiting
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -25,25 +28,58 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="%(default)s")
     parser.add_argument("--page-size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--against", choices=list(KERNELS), help="compare with this kernel")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the units' occupancy")
     parser.add_argument("--fresh", action="store_true", help="do not take a kept schedule")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if there is no schedule."""
+    # Everything here runs on the host; a TPU that is there stays free.
+    jax.config.update("jax_platforms", "cpu")
     try:
-        measured = measure(
-            *(args.kernel, args.case, args.chip),
-            model=args.model,
-            page_size=args.page_size,
-            blocks=args.blocks,
-            use_cache=not args.fresh,
-        )
+        measured = _measure(args, args.kernel, args.blocks)
+        against = _measure(args, args.against, None) if args.against else None
     except (NoSchedule, CannotRun) as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(to_json(measured)) if args.json else describe(measured))
+    if args.picture:
+        _draw(measured, args.picture)
+    if args.json:
+        found = to_json(measured)
+        if against is not None:
+            found["against"] = to_json(against)
+            found["ratio"] = measured.bundles_per_chunk / against.bundles_per_chunk
+        print(json.dumps(found))
+    else:
+        print(describe(measured))
+        if against is not None:
+            print("", describe(against), "", side_by_side(measured, against), sep="\n")
     return 0
+
+
+def _measure(args, kernel, blocks):
+    with waiting(f"{kernel} for {args.chip}: compiling and reading its schedule"):
+        return measure(
+            *(kernel, args.case, args.chip),
+            model=args.model,
+            page_size=args.page_size,
+            blocks=blocks,
+            use_cache=not args.fresh,
+        )
+
+
+def _draw(measured, file):
+    # Only who wants a picture waits for Matplotlib.
+    from rpa.figures.schedule import occupancy
+
+    span = measured.busiest_span
+    occupancy(measured.schedule, span, title=_title(measured)).save(file)
+
+
+def _title(measured):
+    return f"{measured.schedule.kernel} on {measured.chip}"
 
 
 def to_json(measured: Measured) -> dict:
@@ -112,3 +148,16 @@ def tree_lines(measured):
             f"{told['bundles']:,}, {matmuls:,}, {spills:,}, {told['bound']}"
         )
     return lines
+
+
+def side_by_side(ours: Measured, theirs: Measured) -> str:
+    """Two kernels in the same case: bundles and slots a chunk, and the ratio of the first."""
+    left, right = to_json(ours), to_json(theirs)
+    names = ("bundles_per_chunk", "executed_per_chunk", "page_issue_per_chunk")
+    rows = [(name.replace("_", " "), left[name], right[name]) for name in names]
+    rows += [(unit, n, right["slots"][unit]) for unit, n in left["slots"].items()]
+    lines = [f"{'':22}{ours.kernel:>10}{theirs.kernel:>10}{'ratio':>8}"]
+    for name, mine, other in rows:
+        ratio = f"{mine / other:8.2f}" if other else f"{'':8}"
+        lines.append(f"{name:22}{mine:10,.0f}{other:10,.0f}{ratio}")
+    return "\n".join(lines)

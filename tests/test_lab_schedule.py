@@ -1,0 +1,185 @@
+"""`rpa.lab.schedule`: calibrated on kernels whose schedule is known beforehand."""
+
+import json
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rpa import chips, lab
+from rpa.__main__ import main
+from rpa.figures import schedule as pictures
+from rpa.lab import peers, schedule_cases, schedule_dump, schedule_loops, schedule_run
+from rpa.lab.schedule import NoSchedule, schedule_for
+from tests import schedule_programs
+
+HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
+needs_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason=f"libtpu is not installed ({platform.system()} {platform.machine()})"
+)
+COMPILED_CHIPS = ("v5e", "v6e", "tpu7x")
+DATA = Path(__file__).parent / "data" / "schedule"
+LENGTHS, TABLE = np.array([4, 7, 0, 10], np.int32), np.arange(32, dtype=np.int32).reshape(4, 8)
+TILES = jax.ShapeDtypeStruct((40, 8, 128), np.float32)
+
+
+@pytest.fixture(scope="module")
+def listing():
+    """The dump of `schedule_programs.sum_tiles` for a v5e, parsed."""
+    return schedule_dump.parse(
+        (DATA / "sum_tiles_v5e_bundles.txt").read_text(),
+        (DATA / "sum_tiles_v5e_utilization.txt").read_text(),
+    )
+
+
+def run(listing, lengths, **options):
+    operands = {0: np.array(lengths), 1: np.append(TABLE.reshape(-1), np.zeros(5, int))}
+    return schedule_run.Program(listing).run(operands, **options)
+
+
+def test_parsed_dump_has_its_bundles_and_slots(listing):
+    assert len(listing.slots) == 76
+    assert dict(zip(listing.units, listing.capacity, strict=True))["MATMUL"] == 4
+    # The compiler's own notes go; what a DMA's arguments are called stays.
+    text = " ".join(text for _, text in listing.scalar)
+    assert "phi copy" not in text and "/*size_in_granules=*/" in text
+
+
+def test_loops_are_nested(listing):
+    kinds = [(depth, span.kind, span.start, span.end) for depth, span in _tree(listing)]
+    assert kinds == [(0, "kernel", 0, 76), (1, "loop", 12, 64), (2, "loop", 25, 56)]
+    assert [span.is_innermost_loop for _, span in _tree(listing)] == [False, False, True]
+
+
+def _tree(listing):
+    return list(schedule_loops.tree(listing).walk())
+
+
+def test_a_run_counts_each_turn_of_a_loop(listing):
+    idle = run(listing, [0, 0, 0, 0])
+    for lengths in ([1, 0, 0, 0], [0, 0, 3, 1], [2, 3, 0, 5]):
+        busy = run(listing, lengths)
+        # 31 bundles: the inner loop with the delay slots of its branch.
+        assert (busy - idle).bundles == 31 * sum(lengths)
+        assert busy.bytes_moved("hbm_to_vmem") == 4096 * sum(lengths)
+        assert (busy - idle).hits[25:56].tolist() == [sum(lengths)] * 31
+
+
+def test_events_are_the_timeline_of_the_copies(listing):
+    events = run(listing, [2, 0, 0, 0], keep_events=True).events
+    tiles = [event for event in events if event.action == "hbm_to_vmem"]
+    assert [event.bytes for event in tiles] == [4096, 4096]
+    assert tiles[1].cycle - tiles[0].cycle == 31
+    waits = [e for e in events if e.action == "wait" and e.semaphore == tiles[0].semaphore]
+    assert [wait.bytes for wait in waits] == [4096, 4096]
+    assert tiles[0].cycle < waits[0].cycle < tiles[1].cycle < waits[1].cycle
+
+
+def test_a_branch_on_what_is_not_known_is_refused(listing):
+    with pytest.raises(schedule_run.CannotRun, match="operand 0, whose values were not given"):
+        schedule_run.Program(listing).run({})
+
+
+def test_a_branch_of_another_kind_is_refused(listing):
+    strange = schedule_dump.Listing(
+        listing.units, listing.capacity, listing.slots, [(3, "%9 = sbr.abs 12")]
+    )
+    with pytest.raises(schedule_run.CannotRun, match="bundle 0x3: branch of an unknown kind"):
+        schedule_run.Program(strange)
+
+
+def test_files_that_do_not_belong_together_are_refused():
+    usage = "== CAPACITY:\nMATMUL, SALU\n 4 2\n== UTILIZATION:\n0 1\n"
+    with pytest.raises(ValueError, match="2 bundles, but 1 rows"):
+        schedule_dump.parse("0 : {}\n0x1 : {}\n", usage)
+
+
+SCALAR_CODE = [
+    ("%s2_s2 = sadd.s32 4294967295, %s1_s1", -1 + 7),
+    ("%s2_s2 = ssub.s32 3, %s1_s1", -4),
+    ("%s2_s2 = sshll.u32 %s1_s1, 30", -(2**30)),
+    ("%s2_s2 = sshra.s32 4294967280, 2", -4),
+    ("%s2_s2 = sshrl.u32 4294967295, 28", 15),
+    ("%s2_s2 = smul.u32 2147483647, 2", -2),
+    ("%s2_s2 = sand.u32 12, %s1_s1", 4),
+    ("%s2_s2 = smov.u32 (%p1_p1, %s1_s1), 5", 5),
+    ("%s2_s2 = smov.u32 (!%p1_p1, %s1_s1), 5", 7),
+    ("%s2_s2 = scalar_select /*predicate=*/%p1_p1, /*on_true=*/1, /*on_false=*/%s9_s9", 1),
+]
+
+
+@pytest.mark.parametrize("text, expected", SCALAR_CODE)
+def test_scalar_instructions(text, expected):
+    """The result decides a branch: to the end, or through a loop that never ends."""
+    scalar = [
+        (0, "%s1_s1 = smov.u32 7"),
+        (0, "%p1_p1 = scmp.lt.s32.totalorder %s1_s1, 8"),
+        (1, text),
+        (2, f"%p2_p2 = scmp.eq.s32.totalorder %s2_s2, {expected % 2**32}"),
+        (3, "%5 = sbr.rel (!%p2_p2) target bundleno = 0 (0x0), region = 1"),
+    ]
+    listing = schedule_dump.Listing(("SALU",), (2,), [[1]] * 9, scalar)
+    assert schedule_run.Program(listing).run({}).bundles == 9
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", COMPILED_CHIPS)
+def test_calibration_a_matmul_takes_its_flops(chip):
+    """MATMUL slots an MXU = FLOP / peak FLOP a cycle, exactly: what all shares rest on."""
+    n = 512
+    schedule = schedule_for(chip, schedule_programs.matmul, *schedule_programs.matrices(n))
+    executed = schedule.execute(*schedule_programs.matrices(n))
+    assert executed.bundles == schedule.num_bundles  # no loop, no branch
+    matmuls = schedule.slots(executed.hits)["MATMUL"]
+    peak = chips.chip(chip).mxu_flops_per_cycle
+    assert matmuls / schedule.capacity["MATMUL"] == 2 * n**3 / peak
+    assert executed.bundles >= 2 * n**3 / peak
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", COMPILED_CHIPS)
+def test_a_run_follows_lengths_through_the_function(chip):
+    schedule = schedule_for(chip, schedule_programs.sum_tiles, LENGTHS, TABLE, TILES)
+    turns = [schedule.execute(np.array([n, 0, 1, 0], np.int32), TABLE, TILES) for n in (0, 2, 8)]
+    assert [turn.bytes_moved("hbm_to_vmem") for turn in turns] == [0, 4096, 4 * 4096]
+    one, four = (turns[1] - turns[0]).bundles, (turns[2] - turns[0]).bundles
+    loop = next(s for _, s in schedule.loops.walk() if s.is_innermost_loop)
+    # The first turn may also enter a region around the loop.
+    assert four - one == 3 * loop.num_bundles and one >= loop.num_bundles
+    again = schedule_for(chip, schedule_programs.sum_tiles, LENGTHS, TABLE, TILES)
+    assert again.to_json() == schedule.to_json()
+
+
+@needs_libtpu
+def test_refusals_are_in_words():
+    with pytest.raises(NoSchedule, match="exactly one of the kernels of this function: sum_tiles"):
+        schedule_for("v5e", schedule_programs.sum_tiles, LENGTHS, TABLE, TILES, kernel="other")
+
+
+@needs_libtpu
+@pytest.mark.full
+@pytest.mark.parametrize("case", schedule_cases.CASES)
+@pytest.mark.parametrize("kernel", schedule_cases.KERNELS)
+def test_command_prints_one_json_object(capfd, kernel, case):
+    if kernel != "rpa" and peers.absence(kernel):
+        pytest.skip(peers.absence(kernel))
+    command = ["lab", "schedule", "--chip", "v6e", "--case", case, "--kernel", kernel, "--json"]
+    assert main(command) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["bundles_per_chunk"] > 0.2 * told["floor"] > 0
+    assert told["spills"] == told["slots"]["spill"]
+    work = told["slots"]["MATMUL"] / told["capacity"]["MATMUL"]
+    if case == "mixed":
+        assert work == told["floor"]  # no product twice, none left out
+    assert told["executed_per_chunk"] >= told["bundles_per_chunk"]
+    assert all(0 <= share <= 1 for share in told["share"].values())
+
+
+@needs_libtpu
+def test_picture_of_a_loop():
+    schedule = schedule_for("v5e", schedule_programs.matmul, *schedule_programs.matrices(512))
+    picture = pictures.occupancy(schedule, schedule.loops)
+    assert f"over the {schedule.num_bundles:,} bundles" in picture.text
+    assert "Bound by MATMUL" in picture.text
