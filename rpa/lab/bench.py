@@ -1,0 +1,197 @@
+"""Time every rung and its peers on the attached device, and say what part of the chip that is.
+
+On a TPU everything is timed. On a CPU only the rungs in plain JAX are: the others are TPU kernels,
+which run there in an interpreter that simulates memory and semaphores, a thousand times slower and
+not in proportion. What the lab knows about those without a TPU, it reads from the compiler.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpa import chips
+from rpa.chips import AttentionCost, attention_cost
+from rpa.lab import peers
+from rpa.lab.programs import Workload
+from rpa.lab.stopwatch import Chain, Timing, time_calls
+from rpa.ladder import LADDER, kv_lens_of, q_lens_of
+from rpa.ragged import RaggedBatch
+
+INTERPRETED = "a TPU kernel: without a TPU only its interpreter would be timed"
+
+PEERS = {"jax": {"jax": peers.jax_v2}, "tpu-inference": {"v3": peers.v3, "batched": peers.batched}}
+"""What `--peer` times, by the package that it comes from."""
+
+DEFAULTS = {
+    "tpu": Workload("llama-3-8b", "bfloat16", "bfloat16", page_size=128, num_seqs=64, kv_len=4096),
+    "cpu": Workload("smollm2-135m", "float32", "float32", page_size=16, num_seqs=8, kv_len=512),
+}
+"""What is timed unless the caller says otherwise: one layer, by the platform of the device."""
+
+
+def batch_lengths(case, w: Workload) -> list[tuple[int, int]]:
+    """(q_len, kv_len) of each sequence of a case.
+
+    >>> w = Workload(num_seqs=16, kv_len=64)
+    >>> batch_lengths("decode", w)[:2], batch_lengths("prefill", w), len(batch_lengths("mixed", w))
+    ([(1, 64), (1, 64)], [(16, 64)], 16)
+    """
+    chunk = (max(1, w.kv_len // 4), w.kv_len)
+    return {
+        "decode": [(1, w.kv_len)] * w.num_seqs,
+        "prefill": [chunk] * max(1, w.num_seqs // 16),
+        "mixed": [(1, w.kv_len)] * (w.num_seqs - 1) + [chunk],
+    }[case]
+
+
+CASES = ("decode", "prefill", "mixed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one case; `timing` is None where `note` says why it was not timed.
+
+    Attributes:
+        case, kernel: which.
+        timing: of one call.
+        mbu: least HBM bytes of the batch (`rpa.chips.attention_cost`: every array once, no padding)
+            over the bytes that the HBM could move in the time; None on a device without a peak.
+        mfu: FLOP of the batch, as causal, over the peak's in the time, in the dtype of queries.
+        note: what else there is to say.
+    """
+
+    case: str
+    kernel: str
+    timing: Timing | None = None
+    mbu: float | None = None
+    mfu: float | None = None
+    note: str = ""
+
+
+def bench(w: Workload, cases=CASES, peer_packages=()) -> Iterator[Row]:
+    """Time all rungs, and the peers asked for, on the attached device.
+
+    Args:
+        w: model, dtypes and sizes; `q_len` is not used, each case has its own.
+        cases: of `CASES`.
+        peer_packages: of `PEERS`.
+
+    Yields:
+        A Row for each case and kernel, as soon as it is timed.
+    """
+    chip = chips.current()
+    for case in cases:
+        batch = make_batch(case, w)
+        cost = attention_cost(
+            q_lens_of(batch),
+            kv_lens_of(batch),
+            *w.heads,
+            dtype=w.dtype,
+            kv_dtype=w.kv_dtype,
+        )
+        for name, contender in contenders(w, batch, peer_packages):
+            note = contender.refuses(batch, chip)
+            if note is not None:
+                yield Row(case, name, note=note)
+                continue
+            arrays = make_arrays(w, batch, contender.cache_shape)
+            timing = time_calls(Chain(contender.attend, *arrays).run)
+            row = Row(case, name, timing, note=contender.note)
+            yield row if chip is None else with_utilisation(row, cost, chip, w.dtype)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kernel to time.
+
+    Attributes:
+        attend: (queries, keys, values, kv_cache) -> (output, kv_cache).
+        refuses: (batch, chip or None) -> why it is not timed, or None.
+        cache_shape: of the cache that it wants.
+        note: what the time does not say.
+    """
+
+    attend: Callable
+    refuses: Callable
+    cache_shape: tuple[int, ...]
+    note: str = ""
+
+
+def contenders(w: Workload, batch: RaggedBatch, peer_packages) -> Iterator[tuple[str, Contender]]:
+    """Names and kernels that run one batch: the ladder from the bottom, then the peers."""
+    shape, sm_scale = w.kv_cache.shape, w.heads[2] ** -0.5
+    for rung in LADDER:
+        attend = partial(_with_batch, rung.attention_for(batch), batch, sm_scale)
+        refuses = partial(_rung_refuses, rung)
+        yield f"rung {rung.number} {rung.name}", Contender(attend, refuses, shape)
+    metadata = [jnp.asarray(x) for x in jax.tree.leaves(batch)]
+    for package in peer_packages:
+        for name, function in PEERS[package].items():
+            attend = partial(_with_metadata, function, metadata, sm_scale)
+            contender = Contender(attend, partial(_peer_refuses, name), shape)
+            if name == "jax":
+                combined = (*shape[:2], 2 * w.heads[1], w.heads[2])
+                note = "does not store the new tokens"
+                contender = replace(contender, cache_shape=combined, note=note)
+            yield f"peer {name}", contender
+
+
+def _with_batch(attention, batch, sm_scale, queries, keys, values, kv_cache):
+    return attention(queries, keys, values, kv_cache, batch, sm_scale=sm_scale)
+
+
+def _with_metadata(function, metadata, sm_scale, queries, keys, values, kv_cache):
+    return function(queries, keys, values, kv_cache, *metadata, sm_scale=sm_scale)
+
+
+def _rung_refuses(rung, batch, chip) -> str | None:
+    if chip is None and rung.is_kernel:
+        return INTERPRETED
+    return rung.refuses(batch)
+
+
+def _peer_refuses(name, batch, chip) -> str | None:
+    return peers.absence(name) or (INTERPRETED if chip is None else None)
+
+
+def make_batch(case, w: Workload) -> RaggedBatch:
+    """The batch of a case; the pages of all sequences are shuffled, as in a pool that was used."""
+    lengths = batch_lengths(case, w)
+    pages = np.random.default_rng(0).permutation(w.num_seqs * w.pages_per_seq)
+    table = pages[: len(lengths) * w.pages_per_seq].reshape(len(lengths), -1)
+    batch, _ = RaggedBatch.from_lengths(*zip(*lengths, strict=True), table)
+    return batch
+
+
+def make_arrays(w: Workload, batch: RaggedBatch, cache_shape):
+    """Random queries, keys and values of the batch's new tokens, and a random cache."""
+    num_tokens = int(batch.cu_q_lens[-1])
+    shapes = [w.queries(num_tokens), w.kv(num_tokens), w.kv(num_tokens)]
+    shapes.append(jax.ShapeDtypeStruct(cache_shape, w.kv_dtype))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(key, each.shape, jnp.bfloat16).astype(each.dtype)
+        for key, each in zip(keys, shapes, strict=True)
+    ]
+
+
+def with_utilisation(row: Row, cost: AttentionCost, chip, dtype) -> Row:
+    """The row with MBU and MFU of its time on a chip.
+
+    >>> cost = attention_cost(1, 4096, 32, 8, 128)
+    >>> row = Row("decode", "rung 7", Timing(41e-6, 40e-6, 42e-6, calls=9, samples=5))
+    >>> round(with_utilisation(row, cost, chips.chip("v5e"), "bfloat16").mbu, 2)
+    0.5
+    """
+    seconds = row.timing.median_s
+    # The MXU multiplies bfloat16; a float32 product at full precision is six of them.
+    peak = chip.peak("bfloat16") / (6 if jnp.dtype(dtype) == jnp.float32 else 1)
+    return replace(
+        row,
+        mbu=cost.hbm_bytes / chip.hbm_bytes_per_s / seconds,
+        mfu=cost.flops / peak / seconds,
+    )

@@ -1,0 +1,133 @@
+"""`python -m rpa bench`: the clock, what is timed where, and that it compiles for a TPU."""
+
+import json
+import platform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpa import chips, dense, lab
+from rpa.__main__ import main
+from rpa.lab import bench, peers, stopwatch
+from rpa.lab.programs import Workload
+from rpa.lab.stopwatch import Chain, Timing, time_calls
+from rpa.ladder import LADDER
+from rpa.ragged import oracle_ragged
+from tests import bench_programs
+
+ON_A_TPU = jax.default_backend() == "tpu"
+SMALL = Workload("smollm2-135m", "float32", "float32", page_size=16, num_seqs=3, kv_len=40)
+NAMES = [f"rung {rung.number} {rung.name}" for rung in LADDER]
+
+
+class Clock:
+    """A machine whose calls take `call_s`, each loop `start_s` more, with noise on top."""
+
+    def __init__(self, call_s, start_s, noise_s=0.0):
+        self.now, self.call_s, self.start_s, self.noise_s = 0.0, call_s, start_s, noise_s
+        self.rng = np.random.default_rng(0)
+
+    def run(self, calls):
+        noise_s = self.noise_s * self.rng.random()
+        self.now += self.start_s + calls * self.call_s + noise_s
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("call_s, start_s", [(2e-5, 1e-4), (0.3, 0.0), (1e-6, 1e-3)])
+def test_what_starting_a_loop_costs_is_not_counted(call_s, start_s):
+    clock = Clock(call_s, start_s)
+    timing = time_calls(clock.run, clock=clock)
+    assert timing.median_s == pytest.approx(call_s, rel=1e-3)
+    assert timing.samples == stopwatch.FEWEST_SAMPLES
+    assert timing.calls * call_s + start_s >= stopwatch.LEAST_S
+
+
+def test_a_noisy_machine_is_sampled_longer_but_not_for_ever():
+    clock = Clock(1e-4, 1e-4, noise_s=0.02)
+    noisy = time_calls(clock.run, clock=clock)
+    assert noisy.samples > stopwatch.FEWEST_SAMPLES and noisy.spread > 0
+    assert clock.now < stopwatch.MOST_S + 2
+    slow = Clock(30.0, 0.0)
+    assert time_calls(slow.run, clock=slow).samples == 1
+
+
+def test_every_call_of_a_chain_stands_on_the_one_before():
+    chain = Chain(lambda q, k, v, cache: (q + k, cache + q), *map(jnp.float32, (0, 1, 0, 0)))
+    chain.run(3)
+    chain.run(1)
+    assert [float(x) for x in chain.state] == [4.0, 0 + 1 + 2 + 3]
+
+
+FULL = pytest.mark.full
+CASES = ["mixed", pytest.param("decode", marks=FULL), pytest.param("prefill", marks=FULL)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_timed_is_right(case):
+    """One call of each plain JAX rung, as the bench builds it, against the float64 oracle."""
+    batch = bench.make_batch(case, SMALL)
+    for name, contender in bench.contenders(SMALL, batch, ()):
+        if contender.refuses(batch, None) is not None:
+            continue
+        queries, keys, values, kv_cache = bench.make_arrays(SMALL, batch, contender.cache_shape)
+        output, stored = jax.jit(contender.attend)(queries, keys, values, kv_cache)
+        truth = oracle_ragged(queries, stored, batch, SMALL.heads[1])
+        assert dense.relative_error(output, truth) < 2e-6, name
+
+
+def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
+    timing = Timing(2e-3, 1.9e-3, 2.2e-3, calls=8, samples=5)
+    monkeypatch.setattr(bench, "time_calls", lambda run: timing)
+    command = ["bench", "--num-seqs", "2", "--kv-len", "20", "--case", "decode", "--peer", "jax"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert ("CPU" in printed) == (not ON_A_TPU) and "2,000.0" in printed
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["kernel"]: row for row in found["rows"]}
+    assert list(rows) == [*NAMES, "peer jax"] and found["machine"]["jax"] == jax.__version__
+    assert rows["rung 3 ragged"]["timing"]["median_s"] == timing.median_s
+    if not ON_A_TPU:
+        assert rows["rung 7 kernel"]["timing"] is None
+        assert "interpreter" in rows["rung 7 kernel"]["note"]
+
+
+def test_an_absent_peer_is_a_row_with_the_reason(monkeypatch):
+    monkeypatch.setattr(peers, "absence", lambda peer: f"no {peer}: make peers")
+    batch = bench.make_batch("decode", SMALL)
+    contender = dict(bench.contenders(SMALL, batch, ["tpu-inference"]))["peer v3"]
+    assert contender.refuses(batch, chips.chip("v5e")) == "no v3: make peers"
+
+
+def compiled(chip, name, case):
+    absence = peers.absence(name.removeprefix("peer ")) if name.startswith("peer") else None
+    if absence is not None:
+        pytest.skip(f"no peer here: {absence}")
+    args = bench_programs.arguments(name, case)
+    kwargs = {"name": name, "case": case, "chip": chip}
+    return args, lab.compile_for(
+        chip, bench_programs.repeat, *args, kwargs=kwargs, donate_argnums=(0,), keep_hlo=True
+    )
+
+
+@pytest.mark.skipif(
+    lab.compile_versions()["libtpu"] is None,
+    reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
+)
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "chip, name, case",
+    [("v5e", name, "decode") for name in (*NAMES, "peer v3", "peer jax")]
+    + [("tpu7x", "rung 7 kernel", "mixed"), ("tpu7x", "peer batched", "decode")],
+)
+def test_what_a_tpu_would_time_compiles_and_copies_no_cache(chip, name, case):
+    args, result = compiled(chip, name, case)
+    assert result.ok, result.error
+    (_, kv_cache), *_ = args
+    updates_in_place = name.startswith("peer") or int(name.split()[1]) >= 6
+    if updates_in_place:
+        assert result.copies_of(kv_cache) == [], "a copy in the loop would be timed with it"
