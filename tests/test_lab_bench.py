@@ -103,6 +103,19 @@ def test_an_absent_peer_is_a_row_with_the_reason(monkeypatch):
     assert contender.refuses(batch, chips.chip("v5e")) == "no v3: make peers"
 
 
+def test_what_does_not_fit_is_a_row_too(monkeypatch):
+    def refuse(message):
+        def time_calls(run):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(bench, "time_calls", time_calls)
+        return next(bench.bench(SMALL, ["decode"]))
+
+    assert refuse("RESOURCE_EXHAUSTED: out of memory").note == bench.TOO_LARGE
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refuse("INTERNAL: something else")
+
+
 def compiled(chip, name, case):
     absence = peers.absence(name.removeprefix("peer ")) if name.startswith("peer") else None
     if absence is not None:

@@ -23,6 +23,8 @@ from rpa.ragged import RaggedBatch
 
 INTERPRETED = "a TPU kernel: without a TPU only its interpreter would be timed"
 
+TOO_LARGE = "does not fit in the device's memory"
+
 PEERS = {"jax": {"jax": peers.jax_v2}, "tpu-inference": {"v3": peers.v3, "batched": peers.batched}}
 """What `--peer` times, by the package that it comes from."""
 
@@ -98,10 +100,25 @@ def bench(w: Workload, cases=CASES, peer_packages=()) -> Iterator[Row]:
             if note is not None:
                 yield Row(case, name, note=note)
                 continue
-            arrays = make_arrays(w, batch, contender.cache_shape)
-            timing = time_calls(Chain(contender.attend, *arrays).run)
+            timing = measure(w, batch, contender)
+            if timing is None:
+                yield Row(case, name, note=TOO_LARGE)
+                continue
             row = Row(case, name, timing, note=contender.note)
             yield row if chip is None else with_utilisation(row, cost, chip, w.dtype)
+
+
+def measure(w: Workload, batch: RaggedBatch, contender) -> Timing | None:
+    """Time one contender on random arrays; None where the device has not enough memory for it."""
+    try:
+        arrays = make_arrays(w, batch, contender.cache_shape)
+        return time_calls(Chain(contender.attend, *arrays).run)
+    except jax.errors.JaxRuntimeError as error:
+        # A rung that pads every sequence to the longest may want more than the chip has: that is
+        # a result, and the others are still to be timed.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import platform
-import sys
 
 import jax
 from tqdm import tqdm
@@ -47,7 +46,7 @@ def main(args) -> int:
     cases = args.case or bench.CASES
     kernels = len(LADDER) + sum(len(bench.PEERS[package]) for package in args.peer)
     rows = []
-    with tqdm(total=len(cases) * kernels, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(cases) * kernels, leave=False) as bar:
         for row in bench.bench(workload, cases, args.peer):
             rows.append(row)
             bar.set_description_str(f"{row.case}, {row.kernel}")
