@@ -114,7 +114,7 @@ def test_compile_times_are_judged(name, monkeypatch, capsys):
     *results, verdict, passed = COMPARISONS[name]
     comparison = compile_time.Comparison("a row", "v5e", *results)
     assert (comparison.verdict, comparison.passed) == (verdict, passed)
-    monkeypatch.setattr(compile_time, "compare", lambda peer, chips: iter([comparison]))
+    monkeypatch.setattr(compile_time, "compare", lambda *_: iter([comparison]))
     assert main(["lab", "compile", "--against", "v3", "--chip", "v5e"]) == (not passed)
     printed = capsys.readouterr().out
     assert verdict in printed and ("too much" in printed) == (REFUSED in results)
@@ -127,6 +127,23 @@ def test_compile_times_are_not_taken_with_a_dump(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_dump_to=/tmp/here")
     with pytest.raises(ValueError, match="unset it"):
         next(compile_time.compare())
+
+
+def test_the_fastest_of_several_compilations_counts(monkeypatch):
+    calls = []
+
+    def compile_for(chip, function, *args, use_cache, **options):
+        calls.append((function.split(":")[1], use_cache))
+        return result(100.0 - len(calls))
+
+    monkeypatch.setattr(compile_time, "compile_for", compile_for)
+    monkeypatch.setattr(peers, "absence", lambda peer: None)
+    first, second, *_ = compile_time.compare(chips=["v5e"], repeats=2)
+    ours, theirs = ("ragged_paged_attention", False), ("v3", False)
+    assert calls[:4] == [ours, theirs, theirs, ours]
+    assert calls[4] == (ours[0], True), "the blocks of its own may come from the cache"
+    assert calls[5:9] == [theirs, ours, ours, theirs]
+    assert (first.ours.compile_cpu_s, first.theirs.compile_cpu_s) == (96.0, 97.0)
 
 
 @needs_libtpu

@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser):
             choices=list(MODELS) if option.name == "model" else None,
             help="default: %(default)s",
         )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="with --against: compile so often, the fastest counts",
+    )
     parser.add_argument("--fresh", action="store_true", help="do not take a kept result")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

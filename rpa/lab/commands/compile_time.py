@@ -18,9 +18,8 @@ def main(args) -> int:
         print(f"Only rung 7 below. {absent}", file=sys.stderr)
     chosen = args.chip or compile_time.CHIPS
     total = len(compile_time.ROWS) * len(chosen)
-    found = list(
-        tqdm(compile_time.compare(args.against, chosen), total=total, desc="compiling", leave=False)
-    )
+    rows = compile_time.compare(args.against, chosen, args.repeats)
+    found = list(tqdm(rows, total=total, desc="compiling", leave=False))
     if args.json:
         print(json.dumps(as_json(args.against, absent, found), indent=2))
     else:
