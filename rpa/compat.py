@@ -26,6 +26,13 @@ JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 JAX_FLOOR = (0, 7, 2)
 """The oldest JAX that rpa is tested with (Colab's TPU runtime of 2026-08)."""
 
+SMEM_TILE_WORDS = 128 if JAX_VERSION >= (0, 10, 2) else 1024
+"""A DMA between HBM and SMEM starts at, and moves, a multiple of so many words of 32 bits.
+
+The compiler's tile of a row of words. With jax 0.7.2 and its libtpu 0.0.23 it refuses less than
+1,024; where between them it changed was not tried, so everything older than what is tested counts.
+"""
+
 
 def interpreter_params(*, dma_execution_mode="on_wait", detect_races=False):
     """Parameters of the TPU interpreter that behave alike in every supported JAX.

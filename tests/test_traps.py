@@ -13,7 +13,7 @@ import pytest
 from rpa import chips, compat
 from rpa.kernel import blocks, ragged_paged_attention
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import Plan
+from rpa.kernel.plan import TABLE_TILE_WORDS, Plan
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_plans import make_problem
@@ -192,7 +192,7 @@ def test_14_page_table_needs_no_room_in_smem():
         sizes = blocks.default_block_sizes(problem, Case.DECODE, 1)
         plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=True)
         words.append(plan.table_chunk_words)
-    assert words[0] == words[1] <= 256
+    assert words[0] == words[1] <= 2 * TABLE_TILE_WORDS
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ from functools import cached_property
 import jax.numpy as jnp
 import numpy as np
 
+from rpa import compat
 from rpa.kernel.cases import Case
 from rpa.paging import LANES, cdiv, packing_of
 
 SUBLANES = 8
 """Rows of a vector register; a tile of rows that is no multiple of it wastes the rest."""
 
-TABLE_TILE_WORDS = 128
-"""A DMA between HBM and SMEM starts at, and moves, a multiple of 128 words of 32 bits."""
+TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
+"""The page table goes to SMEM in pieces that start at, and are, a multiple of this."""
 
 PAGES_PER_TURN = 8
 """Copies of pages that are issued in a row: a turn of a loop costs about as much as two copies."""
