@@ -11,15 +11,31 @@ from rpa.check import find_exercise
 from rpa.check.compare import equal, first_wrong
 from rpa.check.engine import check
 from rpa.check.errors import CheckFailed
+from rpa.check.runner import in_process
 
 SOURCES = find_sources()
+
+
+def marks(exercise, title):
+    """Kernels in the sandbox take seconds each: all but one of their wrong answers are `full`."""
+    quick = find_exercise(exercise.number).runner is in_process
+    return () if quick or title in ("solution", "stub", "wrong answer 1") else pytest.mark.full
+
+
 EXERCISES = [
     pytest.param(source, exercise, id=exercise.number)
     for source in SOURCES
     for exercise in source.exercises
 ]
 ANSWERS = [
-    pytest.param(source, exercise, code, expected, id=f"{exercise.number}-{title}")
+    pytest.param(
+        source,
+        exercise,
+        code,
+        expected,
+        id=f"{exercise.number}-{title}",
+        marks=marks(exercise, title),
+    )
     for source in SOURCES
     for exercise in source.exercises
     for title, code, expected in answers(exercise)
@@ -59,6 +75,13 @@ def test_reference_agrees_with_itself(source, exercise):
     for case, expected in zip(declared.cases, declared.expected, strict=True):
         again = declared.drive(declared.reference, *declared.fresh_arguments(case))
         assert first_wrong(expected, again, declared.tolerance, declared.outputs) is None
+
+
+@pytest.mark.parametrize(("source", "exercise"), EXERCISES)
+def test_every_fault_of_a_kernel_that_is_listed_refuses_one_of_the_wrong_answers(source, exercise):
+    refused = [cell.refused for cell in exercise.tagged("wrong")]
+    for words in find_exercise(exercise.number).faults:
+        assert any(mentions(words, fragment) for fragment in refused), words
 
 
 def test_notebooks_are_up_to_date():

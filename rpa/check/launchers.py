@@ -4,6 +4,7 @@ An exercise's notebook imports its launcher from here to play with a kernel, and
 same one, so both run the same call.
 """
 
+import contextlib
 from functools import partial
 
 import jax
@@ -13,6 +14,22 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
 from rpa.paging import cdiv
+
+
+@contextlib.contextmanager
+def interpreted(**modes):
+    """Run kernels in the TPU interpreter and on the CPU, also where there is a TPU.
+
+    Args:
+        **modes: of `rpa.compat.interpreter_params`: dma_execution_mode, detect_races.
+
+    >>> with interpreted(dma_execution_mode="eager"):
+    ...     float(run_copy(lambda x_ref, out_ref, buffer_ref, sem: None, jnp.ones((8, 128)))[0, 0])
+    nan
+    """
+    params = compat.interpreter_params(**modes)
+    with pltpu.force_tpu_interpret_mode(params), jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def run_flash(kernel, q, k, v, *, block_q, block_kv):

@@ -105,6 +105,12 @@ def _worker():
     return Worker()
 
 
+def _busy() -> float:
+    """How much longer things take because others use this machine too; 1 where nobody does."""
+    waiting = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1.0, waiting / (os.cpu_count() or 1))
+
+
 class Worker:
     """The process, started again when it had to be killed."""
 
@@ -128,7 +134,8 @@ class Worker:
         """The worker's answer to a job.
 
         Raises:
-            TookTooLong: after limit_s; the worker is killed then, and a new one starts.
+            TookTooLong: after limit_s, more on a busy machine; the worker is killed then, and a
+                new one starts.
         """
         if not self._ready:
             if self._receive(START_LIMIT_S) != "ready":
@@ -137,6 +144,7 @@ class Worker:
             self._ready = True
         pickle.dump(job, self._process.stdin)
         self._process.stdin.flush()
+        limit_s *= _busy()
         answer = self._receive(limit_s)
         if answer is None:
             ended = self._has_ended()
@@ -146,7 +154,7 @@ class Worker:
                     "Your kernel ended the process that it ran in. Does it write or copy past "
                     "the end of an array?"
                 )
-            raise TookTooLong(f"stopped after {limit_s:g} s")
+            raise TookTooLong(f"stopped after {limit_s:.0f} s")
         return answer
 
     def _receive(self, limit_s: float):
