@@ -312,11 +312,11 @@ def wrong_places(kv_cache, case):
 
 
 def check_dma(on_tpu):
-    """Run `copy_row`; returns (errors, limit, wrong, fix) as in `Result`."""
-    source = np.arange(1.0, 513.0, dtype=np.float32).reshape(2, 256)
+    """Run `copy_rows`; returns (errors, limit, wrong, fix) as in `Result`."""
+    source = np.arange(1.0, 4097.0, dtype=np.float32).reshape(16, 256)
     interpret = False if on_tpu else compat.interpreter_params()
-    copied = np.asarray(copy_row(source, interpret=interpret))
-    if np.array_equal(copied, source[1:]):
+    copied = np.asarray(copy_rows(source, interpret=interpret))
+    if np.array_equal(copied, source[8:]):
         return {}, 0.0, "", ""
     wrong = f"a copy from HBM delivered {'something else' if copied.any() else 'zeros'}"
     return {}, 0.0, wrong, DMA_FIX
@@ -326,25 +326,25 @@ DMA_FIX = "Trust no kernel here: install a libtpu other than 0.0.43 to 0.0.45 th
 
 
 @partial(jax.jit, static_argnames="interpret")
-def copy_row(source, *, interpret):
-    """The last row of f32[2, 256], by way of VMEM, in a kernel with an operand that it never reads.
+def copy_rows(source, *, interpret):
+    """The last 8 rows of f32[16, 256], by way of VMEM, beside an operand that is never read.
 
     libtpu 0.0.43 to 0.0.45 deliver zeros if that operand is computed by the same jit and has 4
     rows of 128 or more, and the copy takes a part of an array whose rows have 256 floats or more.
     """
     hbm = pl.BlockSpec(memory_space=compat.hbm_memory_space(interpret))
     return pl.pallas_call(
-        _copy_row_kernel,
+        _copy_rows_kernel,
         in_specs=[hbm, hbm],
         out_specs=hbm,
-        out_shape=jax.ShapeDtypeStruct((1, 256), jnp.float32),
-        scratch_shapes=[pltpu.VMEM((1, 256), jnp.float32), pltpu.SemaphoreType.DMA((1,))],
+        out_shape=jax.ShapeDtypeStruct((8, 256), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((8, 256), jnp.float32), pltpu.SemaphoreType.DMA((1,))],
         interpret=interpret,
     )(source, jnp.ones((16, 128), jnp.float32))
 
 
-def _copy_row_kernel(source, _, target, row, sems):
-    for start, end in [(source.at[pl.ds(1, 1)], row), (row, target)]:
+def _copy_rows_kernel(source, _, target, rows, sems):
+    for start, end in [(source.at[pl.ds(8, 8)], rows), (rows, target)]:
         copy = pltpu.make_async_copy(start, end, sems.at[0])
         copy.start()
         copy.wait()

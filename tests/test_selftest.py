@@ -110,7 +110,7 @@ def test_the_limits_leave_room_for_rounding_the_output(path):
 
 def test_the_dma_check_passes_and_names_zeros():
     assert selftest.check_dma(False) == ({}, 0.0, "", "")
-    with mock.patch.object(selftest, "copy_row", lambda *_, **__: jnp.zeros((1, 256))):
+    with mock.patch.object(selftest, "copy_rows", lambda *_, **__: jnp.zeros((8, 256))):
         _, _, wrong, fix = selftest.check_dma(False)
     assert wrong == "a copy from HBM delivered zeros" and "0.0.43 to 0.0.45" in fix
 
@@ -186,5 +186,5 @@ def test_paths_compile_for(chip, name):
     "chip", ["v5e", *(pytest.param(chip, marks=pytest.mark.full) for chip in ("v6e", "tpu7x"))]
 )
 def test_the_dma_check_compiles_for(chip):
-    source = jax.ShapeDtypeStruct((2, 256), jnp.float32)
-    assert_compiles(chip, selftest.copy_row, source, kwargs={"interpret": False})
+    source = jax.ShapeDtypeStruct((16, 256), jnp.float32)
+    assert_compiles(chip, selftest.copy_rows, source, kwargs={"interpret": False})
