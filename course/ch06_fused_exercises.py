@@ -15,11 +15,14 @@
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 75 minutes; 6.1 and 6.2 are short.
+# **Time:** about 100 minutes; 6.1 and 6.2 are short. 6.5 is a kernel, and its check runs it in a
+# process of its own, in both modes of the interpreter.
 
 # %%
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.paging import cdiv
@@ -442,3 +445,400 @@ def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
 # %% tags=["wrong"] refused="expected a list of tuples"
 def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
     return np.zeros((1, 4), int)
+
+
+# %% [markdown]
+# ## Exercise 6.5: The write-back, and the waits that it needs
+#
+# Now as a kernel. New tokens come in blocks of one page; block `b` belongs on page
+# `page_indices_ref[b]` of the cache. The kernel brings them into VMEM, computes on them (here it
+# just adds the blocks up, into `sum_ref`) and writes each block to its page **while it computes**.
+# There are two buffers: block `b` uses buffer `b % 2`.
+#
+# `load(b)` and `store(b)` are written for you: they *describe* a copy, and you call `.start()` or
+# `.wait()` on what they return. Write the rest of `write_back_kernel`:
+#
+# - while a block is computed, the next one is on its way in, and its own write-back on the way out;
+# - a buffer is filled again only after its write-back has been waited for;
+# - the kernel ends only after the last write-back has been waited for.
+#
+# By hand, with three blocks: load 0 | load 1, wait for load 0, store 0, add 0 | wait for store 0,
+# load 2, wait for load 1, store 1, add 1 | and so on.
+#
+# **Teaches:** reading a buffer twice is harmless, filling it is not: which is the wait that a
+# write-back needs, and when at the latest.
+
+# %% [markdown] tags=["hint"]
+# Before block b + 1 can be loaded, its buffer must be free. Who used that buffer last? Block b - 1,
+# and its write-back may still be reading it.
+
+# %% [markdown] tags=["hint"]
+# `@pl.loop(0, num_blocks)` over a function of `b`; inside, `@pl.when(condition)` over a function of
+# nothing runs its body only if the condition holds. `load(b).start()`, `load(b).wait()`. Set
+# `sum_ref` to zero first: `sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)`.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+# load(0).start()
+#
+# @pl.loop(0, num_blocks)
+# def _(b):
+#     @pl.when(b > 0)
+#     def _():
+#         <wait for the write-back that reads the other buffer>
+#     @pl.when(b + 1 < num_blocks)
+#     def _():
+#         <start to fill it>
+#     <wait for this block, start to write it back, add it>
+#
+# <one more wait>
+# ```
+
+
+# %% tags=["exercise"]
+def write_back_kernel(
+    page_indices_ref,  # SMEM i32[num_blocks]
+    new_ref,  # HBM f32[num_blocks * page_size, 128]
+    _,  # the cache as it comes in; the same memory as cache_ref
+    sum_ref,  # VMEM f32[page_size, 128]
+    cache_ref,  # HBM f32[num_pages, page_size, 128]
+    buffers_ref,  # VMEM f32[2, page_size, 128]
+    load_sems,  # two DMA semaphores
+    store_sems,  # two more
+    *,
+    num_blocks,
+):
+    """Write each block of new tokens to its page, and add all blocks up."""
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    ### BEGIN SOLUTION
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 0)
+        def _():
+            store(b - 1).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        store(b).start()
+        sum_ref[...] += buffers_ref[b % 2]
+
+    store(num_blocks - 1).wait()
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.5", write_back_kernel)
+
+# %% [markdown] tags=["explanation"]
+# Block b + 1 goes into the buffer of block b - 1, so `store(b - 1)` is the one to wait for, and the
+# last moment for it is just before `load(b + 1)` starts. Between its start and this wait lies the
+# whole computation of block b - 1 and the beginning of block b: that is the time in which the
+# write-back is free. Adding a block while it is written back is no race, since both only read the
+# buffer. Inside the loop the last store is never waited for, because nobody fills its buffer again;
+# so it is waited for at the end, or the kernel returns a cache in which the last page may still be
+# the old one.
+
+
+# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 0)
+        def _():
+            store(b - 1).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        store(b).start()
+        sum_ref[...] += buffers_ref[b % 2]
+
+
+# %% tags=["wrong"] refused="starts a copy on memory that another copy is still moving"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        store(b).start()
+        sum_ref[...] += buffers_ref[b % 2]
+
+        @pl.when(b > 0)
+        def _():
+            store(b - 1).wait()
+
+    store(num_blocks - 1).wait()
+
+
+# %% tags=["wrong"] refused="writes back and computes by turns"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        store(b).start()
+        store(b).wait()
+        sum_ref[...] += buffers_ref[b % 2]
+
+
+# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 0)
+        def _():
+            store(b).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        store(b).start()
+        sum_ref[...] += buffers_ref[b % 2]
+
+    store(num_blocks - 1).wait()
+
+
+# %% tags=["wrong"] refused="the wait() comes too late"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 0)
+        def _():
+            store(b - 1).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        sum_ref[...] += buffers_ref[b % 2]
+        load(b).wait()
+        store(b).start()
+
+    store(num_blocks - 1).wait()
+
+
+# %% tags=["wrong"] refused="the last block is not written back"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 0)
+        def _():
+            store(b - 1).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            store(b).start()
+
+        sum_ref[...] += buffers_ref[b % 2]
+
+
+# %% tags=["wrong"] refused="nothing is written back"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+    load(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b + 1 < num_blocks)
+        def _():
+            load(b + 1).start()
+
+        load(b).wait()
+        sum_ref[...] += buffers_ref[b % 2]

@@ -13,7 +13,7 @@ import pytest
 
 from rpa import figures
 from rpa.chips import CHIPS, chip
-from rpa.figures import dense, fused, paging, ragged, tiled
+from rpa.figures import dense, fused, kernel, paging, ragged, tiled
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
@@ -69,6 +69,12 @@ EXAMPLES = {
     ),
     "blocks_and_pages": lambda: fused.blocks_and_pages(
         13, 4, [5, 2, 7, 3], page_size=4, block_tokens=8
+    ),
+    "diagram": kernel.diagram,
+    "batch_walk": lambda: kernel.batch_walk(
+        [(0, 0, 0, "interior"), (0, 0, 1, "masked"), (2, 0, 0, "masked")],
+        [2, 1, 3],
+        ["A decode", "(idle)", "B chunk"],
     ),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]

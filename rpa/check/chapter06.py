@@ -1,12 +1,16 @@
 """Checks of chapter 6: the fused cache update.
 
-References and mistakes are NumPy: quick, and apart from what the chapter teaches with.
+References and mistakes are NumPy: quick, and apart from what the chapter teaches with. The kernel
+of 6.5 runs in the sandbox, which finds what breaks a rule of DMAs (`faults.py`).
 """
 
 import numpy as np
 
+from rpa.check import faults
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
+from rpa.check.sandbox import in_sandbox
+from rpa.check.write_back import run_write_back
 
 RNG = np.random.default_rng(6)
 
@@ -429,3 +433,100 @@ def _last_page_missing(kv_len, q_len, block, pages, page_size, block_tokens):
     found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
     _, last = _bounds(kv_len, q_len, block, block_tokens)
     return found if last % page_size == 0 else found[:-1]
+
+
+# 6.5 the write-back and its waits -----------------------------------------------------------------
+
+BY_TURNS = "writes back and computes by turns: no write-back is on its way while it computes"
+
+
+def judge_write_back(timeline):
+    """Refuse a kernel that never has a write-back on its way while it reads a block."""
+    flying, overlapped = set(), False
+    filled = {copy.target.buffer for copy in timeline.copies if copy.target.buffer.space == "VMEM"}
+    stores = {copy.start: copy.number for copy in timeline.copies if copy.source.buffer in filled}
+    for event in timeline.events:
+        flying -= set(event.copies)
+        if event.order in stores:
+            flying.add(stores[event.order])
+        elif event.kind == "load" and event.source.buffer in filled:
+            overlapped = overlapped or bool(flying)
+    if overlapped or not stores:
+        return None
+    advice = (
+        "Start the write-back, compute, and wait for it only before the buffer is filled again."
+    )
+    return faults.explain(BY_TURNS, [advice])
+
+
+def drive_write_back(kernel, new_kv, cache, page_indices):
+    """(sum f32[page_size, 128], cache) of the kernel, or of a NumPy model of it."""
+    if kernel.__module__ == __name__:
+        return kernel(new_kv, cache, page_indices)
+    return run_write_back(kernel, new_kv, cache, page_indices)
+
+
+def _write_back_model(new_kv, cache, page_indices, written=None, added=None):
+    """The sum of the blocks in `added`, and the cache with the pages in `written`."""
+    cache, page_size = np.array(cache), cache.shape[1]
+    blocks = np.asarray(new_kv).reshape(-1, page_size, cache.shape[2])
+    for b, page in enumerate(np.asarray(page_indices)):
+        if written is None or b in written:
+            cache[page] = blocks[b]
+    return (blocks if added is None else blocks[added]).sum(axis=0), cache
+
+
+def _write_back(new_kv, cache, page_indices):
+    return _write_back_model(new_kv, cache, page_indices)
+
+
+def _write_back_arguments(page_indices):
+    new_kv = RNG.standard_normal((len(page_indices) * 8, 128))
+    cache = RNG.standard_normal((6, 8, 128))
+    return {
+        "new_kv": new_kv.astype(np.float32),
+        "cache": cache.astype(np.float32),
+        "page_indices": ints(*page_indices),
+    }
+
+
+write_back_kernel = Exercise(
+    "6.5",
+    _write_back,
+    outputs=("sum", "cache"),
+    drive=drive_write_back,
+    runner=in_sandbox(judge_write_back),
+    limit_s=10.0,
+    tolerance=1e-5,
+    faults=(
+        faults.LEFTOVER,
+        faults.TWO_COPIES,
+        faults.WAIT_TOO_LATE,
+        faults.NOBODY_SIGNALS,
+        BY_TURNS,
+    ),
+)
+write_back_kernel.case("one block", **_write_back_arguments([4]))
+write_back_kernel.case("two blocks, a buffer for each", **_write_back_arguments([3, 0]))
+write_back_kernel.case("five blocks in two buffers", **_write_back_arguments([5, 1, 4, 0, 2]))
+
+
+@write_back_kernel.mistake("nothing is written back: the cache is what it was")
+def _never_stores(new_kv, cache, page_indices):
+    return _write_back_model(new_kv, cache, page_indices, written=())
+
+
+@write_back_kernel.mistake("the last block is not written back")
+def _last_not_stored(new_kv, cache, page_indices):
+    return _write_back_model(new_kv, cache, page_indices, written=range(len(page_indices) - 1))
+
+
+@write_back_kernel.mistake("only the last block is in the sum: each one replaces it (`=` for `+=`)")
+def _sum_replaced(new_kv, cache, page_indices):
+    return _write_back_model(new_kv, cache, page_indices, added=slice(-1, None))
+
+
+@write_back_kernel.mistake("the sum is not set to zero first: VMEM begins as anything, here NaN")
+def _sum_not_zeroed(new_kv, cache, page_indices):
+    total, cache = _write_back(new_kv, cache, page_indices)
+    return np.full_like(total, np.nan), cache

@@ -1,0 +1,503 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Chapter 7: The whole kernel
+#
+# **Time:** 50 minutes to read and run, about 90 minutes for the exercises.
+#
+# **You need:** all chapters so far. No TPU.
+#
+# **You will be able to:** read the complete kernel from its first line to its last; say in which
+# order it visits a ragged batch, what runs ahead of what, and where each number lies; say why there
+# are up to three kernels in a call; run it on a batch of any mix, and see that it is right; and
+# name, with numbers, what it still does for nothing.
+#
+# This is **rung 7**. Nearly all of it you have written: the bookkeeping in chapter 3, the softmax
+# of one tile in chapter 4, the copies in chapter 5, the update in chapter 6. What is left is to put
+# it together, and the decisions in between.
+
+# %%
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rpa
+from rpa import chips, compat, dense, ragged
+from rpa.figures import kernel as pictures
+from rpa.figures import show_source
+from rpa.kernel import blocks, cases, loop, transfers, walk
+from rpa.kernel.plan import BlockSizes, Plan, Problem
+from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
+
+# %% [markdown]
+# ## 1. What is in it?
+#
+# One picture for the whole chapter. Colours say *when*: while one tile is computed (orange), the
+# pages and queries of the next step are on their way (blue), and for the step after that the
+# entries of the page table (purple).
+
+# %%
+pictures.diagram()
+
+# %% [markdown]
+# `rpa/kernel/` has a file for each question, and each has a chapter behind it:
+#
+# | file | question | you wrote it in |
+# |---|---|---|
+# | `softmax.py` | what is computed on one tile? | 4.3, 4.4 |
+# | `layout.py` | how do K and V of a head get out of a block? | 2.2, 2.3, 4.6 |
+# | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
+# | `walk.py` | what comes next? | 7.1, 7.2 |
+# | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
+# | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
+# | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 7.5 |
+#
+# **Takeaway.** The kernel is a loop in which three steps are under way at once. Everything else is
+# a decision about one step.
+
+# %% [markdown]
+# ## 2. Which keys does a query block read?
+#
+# Rung 6 had room for a few queries of each sequence. A prompt brings thousands, so now they are cut
+# into **query blocks** of `bq` tokens, and each block goes over the keys on its own. Over which?
+# All that at least one of its queries sees. A chunk of 12 new tokens after 28 cached ones, `bq =
+# 8`: the first block holds positions 28 to 35, so it reads keys 0 to 35. The second one holds 36 to
+# 39 and reads all 40.
+#
+# The kernel's own function answers on the host, too, if it gets the sizes. A batch to walk through
+# for the rest of the chapter: two decodes, an idle slot, a chunk, a fresh prompt.
+
+# %%
+names = ["A decode", "B decode", "(idle)", "C chunk", "D prompt"]
+q_lens, kv_lens = np.array([1, 1, 0, 12, 20]), np.array([29, 12, 9, 40, 20])
+table = np.arange(25, dtype=np.int32).reshape(5, 5)[:, ::-1]  # pages of 8, in any order
+batch, _ = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, table)
+print("kv_lens     ", batch.kv_lens)
+print("cu_q_lens   ", batch.cu_q_lens)
+print("distribution", batch.distribution)
+
+# %%
+f32 = np.dtype(np.float32)
+problem = Problem(
+    *(int(q_lens.sum()), 4, 2, 128),  # tokens, query heads, KV heads, head_dim
+    *(25, 8, 5, 5),  # pages, page_size, room for sequences, pages of each
+    *(f32, f32, f32),  # dtypes of queries, cache and output
+)
+decode_blocks, mixed_blocks = BlockSizes(1, 16, 1, 16), BlockSizes(8, 16, 8, 16)
+decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, True, False, max_q_len=1)
+mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True)
+
+# %%
+metadata = SimpleNamespace(
+    kv_lens=jnp.array(batch.kv_lens), cu_q_lens=jnp.array(batch.cu_q_lens)
+)  # fmt: skip
+chunk = walk.sequence(mixed_plan, metadata, 3)
+for q_index in range(int(walk.num_query_blocks(mixed_plan, chunk))):
+    block = walk.query_block(mixed_plan, chunk, q_index)
+    first, last = int(block.position), int(block.position + block.num_rows) - 1
+    print(f"query block {q_index}: positions {first} to {last}, "
+          f"keys {int(block.kv_start)} to {int(block.kv_end) - 1}")  # fmt: skip
+assert int(block.kv_end) == 40
+
+# %%
+show_source(walk.query_block)
+
+# %% [markdown]
+# `kv_end` is the **effective KV length** of the block. For a fresh prompt it cuts the triangle out
+# of the square: half of the reading and half of the computing. `kv_start` does the same on the
+# other side where there is a sliding window.
+#
+# **Takeaway.** A query block reads up to its own last token and not a token more. Exercise 7.1.
+
+# %% [markdown]
+# ## 3. In which order is a batch visited?
+#
+# A **step** is one KV block of one query block of one sequence. By hand, D: 20 new tokens, nothing
+# cached, `bq = 8`, `bkv = 16`. Three query blocks, which see 8, 16 and 20 keys: one KV block, one,
+# and two. Four steps. C: query block 0 sees 36 keys, three KV blocks; query block 1 sees 40, three.
+# The walk on the host, by the kernel's own functions:
+
+
+# %%
+def steps_of(plan):
+    """Every step that a kernel takes, in its order: (sequence, query block, KV block)."""
+    first, end = (int(bound) for bound in plan.case.bounds(batch.distribution))
+    step, steps = walk.first_step(plan, metadata, first, end), []
+    while int(step.seq.index) < end:
+        steps.append(tuple(int(x) for x in (step.seq.index, step.q_index, step.kv_index)))
+        step = walk.next_step(plan, metadata, step, end)
+    return steps
+
+
+decode_steps, mixed_steps = steps_of(decode_plan), steps_of(mixed_plan)
+print("decode:", decode_steps)
+print("mixed: ", mixed_steps)
+assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) == 3 + 3 + 4
+
+# %% [markdown]
+# Sequence 2 does not occur: idle, passed over. One function says what comes after a step, and it is
+# asked one step ahead, for the copies; the computation follows in the same order.
+
+# %%
+show_source(walk.next_step)
+
+# %% [markdown]
+# An odometer with three wheels, and `first_active` for the idle ones. Now, which of these steps
+# needs a mask? A block of keys that ends before the first query of the block is visible to all of
+# them. The diagonal is not, and neither is a last block that is not full:
+
+
+# %%
+def kind_of(plan, step):
+    """What the mask does to a step: pair by pair, on the host."""
+    seq = walk.sequence(plan, metadata, step[0])
+    block = walk.query_block(plan, seq, step[1])
+    queries = int(block.position) + np.arange(int(block.num_rows))
+    keys = step[2] * plan.blocks.bkv + np.arange(plan.blocks.bkv)
+    return "interior" if dense.visible(queries, keys).all() else "masked"
+
+
+steps = [(*step, kind_of(decode_plan, step)) for step in decode_steps]
+steps += [(*step, kind_of(mixed_plan, step)) for step in mixed_steps]
+pictures.batch_walk(steps, cdiv(kv_lens, 16).tolist(), names)
+
+# %% [markdown]
+# The numbers are the order. In a toy most blocks lie on some edge; in a prompt of 4,096 tokens with
+# tiles of 128 by 512, the diagonal goes through 32 of the 144 tiles that are computed (exercise 7.3
+# counts them). The kernel decides it for each tile from four numbers, and has its inner loop twice,
+# with a mask and without:
+
+# %%
+show_source(loop._attend_kv_block)
+show_source(loop._Area)
+
+# %% [markdown]
+# **Takeaway.** One walk over (sequence, query block, KV block), idle slots passed over, tiles that
+# nobody sees skipped, masks only where the diagonal, a window or the end of a sequence goes
+# through. Exercises 7.2 and 7.3.
+
+# %% [markdown]
+# ## 4. What runs ahead of what?
+#
+# Here is the kernel. Read `turn`: it fetches for the step to come, and then computes the one at
+# hand.
+
+# %%
+show_source(loop.kernel)
+
+# %% [markdown]
+# The steps are carried in registers: `step` is computed, `coming` has its page-table entries on the
+# way, and `fetch` returns the one `after`. So two things are early by one step each. A copy of
+# pages needs page numbers; page numbers are in HBM; so they have to be asked for before that:
+
+# %%
+show_source(transfers.fetch)
+
+# %% [markdown]
+# Look at the order in there. Wait for the entries of this step; start all its copies; *then* ask
+# for the entries of the next one, into the same small buffer: the ones before have just been used.
+# To see it, run the kernel on our batch in the interpreter, with the blocks of the pictures, and
+# record it:
+
+# %%
+rng = np.random.default_rng(7)
+num_tokens, heads = int(q_lens.sum()), (4, 2, 2)
+tokens = [rng.standard_normal((num_tokens, h, 128)).astype(np.float32) for h in heads]
+kv_cache = rng.standard_normal(get_kv_cache_shape(25, 8, 2, 128, f32)).astype(np.float32)
+arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+
+# %%
+from rpa.figures.timeline import gantt
+from rpa.lab.timeline import page_labels, record_dmas
+
+inputs = ["kv_lens", "cu_q_lens", "distribution", "scalars", "queries", "kv_cache", "new_kv"]
+parts = [*inputs, "page_table", "output", "_", *blocks.vmem_buffers(decode_plan), "table_chunk"]
+part_names = {f"args[{i}]": part for i, part in enumerate(parts)}  # of the decode kernel
+
+# %%
+on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter runs
+sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
+with on_host, record_dmas(part_names) as timeline:
+    cache = jnp.array(kv_cache)
+    output, new_cache = rpa.ragged_paged_attention(
+        *tokens, cache, *arrays, **sizes, sm_scale=128**-0.5, backend=compat.interpreter_params()
+    )
+    jax.block_until_ready(output)
+
+# %% [markdown]
+# The copies of pages, in order, must be those of the walk. That the kernel and our list agree is
+# not an opinion:
+
+# %%
+cached = np.asarray(batch.kv_lens) - q_lens
+
+
+def pages_fetched(step, bkv=16, page_size=8):
+    """Pages of the cache that a step copies: those with cached tokens, in its block of keys."""
+    end = min(int(cached[step[0]]), (step[2] + 1) * bkv)
+    return table[step[0], step[2] * bkv // page_size : cdiv(end, page_size)].tolist()
+
+
+by_walk = [page for step in decode_steps + mixed_steps for page in pages_fetched(step)]
+from_cache = [c for c in timeline.copies if c.source.buffer.shape == kv_cache.shape]
+by_kernel = [copy.source.index[0] for copy in from_cache if copy.target.buffer.space == "VMEM"]
+print(by_kernel)
+assert by_kernel == by_walk
+
+# %% [markdown]
+# And as a picture, the decode kernel alone: three steps, two of A and one of B. The copies into the
+# buffer that is not computed on begin before the computation ends; and each piece of the table is
+# there before the pages that it names are asked for.
+
+# %%
+labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")
+rows = ["kv_buffer[0]", "kv_buffer[1]", "table_chunk", "new_kv to kv_cache"]
+gantt(
+    timeline,
+    kernel=0,
+    rows=rows,
+    label=labels,
+    title="The decode kernel: two blocks of A, one of B",
+)
+
+# %% [markdown]
+# **Takeaway.** Two steps ahead the table, one step ahead the pages, now the computation; across the
+# ends of query blocks and of sequences. Nothing drains before the batch ends.
+
+# %% [markdown]
+# ## 5. Where are the numbers?
+#
+# The scalar core reads lengths and page numbers from SMEM, and SMEM has one MiB. What needs how
+# much?
+
+# %%
+smem_bytes = chips.chip("v5e").smem_bytes
+for num_seqs, longest in [(64, 8_192), (64, 131_072), (256, 131_072)]:
+    table_bytes = num_seqs * (longest // 16) * 4  # pages of 16, an i32 each
+    lengths_bytes = (2 * num_seqs + 1) * 4  # kv_lens and cu_q_lens
+    print(f"{num_seqs:3} sequences of up to {longest:7,}: lengths {lengths_bytes:5,} bytes, "
+          f"table {table_bytes / smem_bytes:5.2f} x SMEM")  # fmt: skip
+
+# %% [markdown]
+# Lengths fit always, the table does not. So the lengths lie in SMEM for the whole call, and the
+# table stays in HBM: each step brings the entries of its own KV block, by a copy from HBM to SMEM.
+# Such a copy must begin and end at a multiple of 128 words, so the kernel takes the aligned piece
+# around the entries that it wants, and counts from its start:
+
+# %%
+show_source(transfers._chunk_start)
+
+# %%
+print(f"entries of a KV block: {mixed_plan.pages_per_block}, words copied for them: "
+      f"{mixed_plan.table_chunk_words}")  # fmt: skip
+print(f"the table of {5 * 5} entries is padded to {mixed_plan.table_words} words")
+assert mixed_plan.table_chunk_words % 128 == 0
+
+# %% [markdown]
+# **Takeaway.** What is small and always needed lives in SMEM; what grows with the context is
+# streamed like everything else. Then no context is too long for the table.
+
+# %% [markdown]
+# ## 6. Who stores the new tokens?
+#
+# Rung 6 wrote them from the block's buffer, and had to keep the buffer until they had left. Now a
+# prompt has many query blocks, and a token's KV block is fetched by each that sees it. Who writes
+# it, and when? Rung 7 has a simple rule: **each query block stores its own tokens**, straight from
+# `new_kv` in HBM to their pages in HBM.
+
+# %%
+show_source(transfers._start_store)
+
+# %% [markdown]
+# Three things follow. No token can be missed: its query block always runs, and always reads the KV
+# block that the token lies in, window or not. No buffer has to wait for a store. And nobody ever
+# waits to *read* a new token from the cache, since every query block takes all new tokens from
+# `new_kv`, those of earlier query blocks too; one wait at the end of the kernel is enough. Count:
+
+# %%
+token_bytes = kv_token_bytes(kv_cache.shape, f32)
+stores = [copy for copy in timeline.copies if copy.target.buffer.shape == kv_cache.shape]
+stored_tokens = sum(copy.num_bytes for copy in stores) // token_bytes
+print(f"{stored_tokens} tokens are stored by {len(stores)} copies, from "
+      f"{stores[0].source.buffer.space} to {stores[0].target.buffer.space}")  # fmt: skip
+assert stored_tokens == num_tokens == 34 and not timeline.never_awaited
+
+# %% [markdown]
+# **Takeaway.** A new token is stored exactly once, by its own query block, and read from `new_kv`
+# by all. The order of copies cannot make that wrong.
+
+# %% [markdown]
+# ## 7. Why more than one kernel?
+#
+# A decode has one query, known when the kernel is compiled. A chunk may have hundreds. One kernel
+# for both would compute a tile of `bq` rows for every decode. So `distribution` splits the batch,
+# and a call runs a kernel for each range, one after the other, on the same output and the same
+# cache:
+
+# %%
+show_source(cases.cases_of)
+
+for size in (None, 512):
+    print(f"chunk_prefill_size {size}:", [case.name for case, _ in cases.cases_of(size)])
+
+# %% [markdown]
+# Their blocks differ, too. A decode wants long KV blocks, to keep the HBM busy with few queries; a
+# prompt wants tall tiles, to keep the matrix units busy. The sizes for Llama 3 8B, 64 sequences
+# with room for 8,192 tokens, pages of 16:
+
+# %%
+bf16 = np.dtype(jnp.bfloat16)
+llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
+for case, max_q_len in cases.cases_of(512):
+    chosen = blocks.default_block_sizes(llama, case, max_q_len)
+    plan = Plan(llama, case, chosen, False, True, max_q_len)
+    print(
+        f"{case.label:8} {chosen}, {sum(blocks.vmem_bytes(plan).values()) / 2**20:5.1f} MiB of VMEM"
+    )
+
+# %% [markdown]
+# What is in a promise? The decode kernel looks at one query of each of its sequences and no more. A
+# sequence with two in that range is refused on the host, before anything is written:
+
+# %%
+too_long, _ = rpa.RaggedBatch.from_lengths([2, 1], [9, 5], [[0, 1], [2]])
+too_long.distribution[:] = [2, 2, 2]
+try:
+    too_long.validate(num_tokens=3, num_pages=25, page_size=8)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# **Takeaway.** Decode, chunk, mixed: the same walk and the same copies, compiled for what is known
+# about each. Who sorts a batch decides which kernel its sequences get. Exercise 7.4.
+
+# %% [markdown]
+# ## 8. Is it right?
+#
+# The batch has gone through the kernel in section 4. Hold the output against the float64 oracle and
+# the cache against rung 3, bit by bit:
+
+# %%
+reference, reference_cache = ragged.ref_ragged_paged_attention(
+    *tokens, kv_cache, *arrays, sm_scale=128**-0.5
+)
+truth = ragged.oracle_ragged(tokens[0], reference_cache, batch, 2, sm_scale=128**-0.5)
+print(f"worst token and head: {dense.scaled_error(output, truth):.1e}")
+assert dense.scaled_error(output, truth) < 8e-6
+assert (np.asarray(new_cache) == np.asarray(reference_cache)).all()
+
+# %% [markdown]
+# One thing more. The cache is updated **in place**: the one that was passed is gone, and the one
+# that came back is the same memory.
+
+# %%
+print("the old cache is deleted:", cache.is_deleted())
+assert cache.is_deleted()
+
+# %% [markdown]
+# On a TPU, once more as a server calls it: compiled, with blocks chosen for the chip. Without a TPU
+# you have just seen all there is.
+
+# %%
+if jax.default_backend() == "tpu":
+    output, new_cache = rpa.ragged_paged_attention(
+        *tokens, jnp.array(kv_cache), *arrays, sm_scale=128**-0.5
+    )
+    print(f"compiled, worst token and head: {dense.scaled_error(output, truth):.1e}")
+    assert dense.scaled_error(output, truth) < 2e-5
+    assert (np.asarray(new_cache) == np.asarray(reference_cache)).all()
+
+# %% [markdown]
+# `donate=False` keeps the old one, and pays for a copy of all of it. That copy was the last thing
+# on the list of chapter 6.
+#
+# **Takeaway.** Any mix of sequences, one call, the numbers of rung 3, the cache updated where it
+# lies. This is the function that a server calls, and exercise 7.5 calls it as a server does.
+
+# %% [markdown]
+# ## What is still slow
+#
+# The kernel is complete. Is it fast? Count first what it moves at a real size. `dry_run` runs the
+# kernel's own control flow and its copies, and leaves the arithmetic out, so it can take a batch
+# that the interpreter could not: Llama 3 8B, 15 decodes and a chunk of 512, all with 4,096 tokens.
+
+# %%
+from rpa.lab.dryrun import dry_run
+
+q_lens = np.array([1] * 15 + [512])
+batch, _ = rpa.RaggedBatch.from_lengths(q_lens, [4096] * 16, np.arange(4096).reshape(16, 256))
+arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+
+
+def step(*tokens_and_cache):
+    options = {"backend": "tpu", "chip": "v5e", "donate": False, "validate": False}
+    return rpa.ragged_paged_attention(*tokens_and_cache, *arrays, sm_scale=128**-0.5, **options)
+
+
+# %%
+shapes = [(q_lens.sum(), h, 128) for h in (32, 8, 8)]
+cache_shape = get_kv_cache_shape(4096, 16, 8, 128, bf16)
+run = dry_run(step, *(jax.ShapeDtypeStruct(s, bf16) for s in (*shapes, cache_shape)))
+
+token_bytes = kv_token_bytes(cache_shape, bf16)
+counted = {}
+for copy in run.timeline.copies:
+    is_kv = copy.source.buffer.shape[-3:] == cache_shape[-3:]
+    if is_kv and copy.target.buffer.space == "VMEM":
+        name = ("decode", "mixed")[copy.kernel]
+        fetched, copies = counted.get(name, (0, 0))
+        counted[name] = fetched + copy.num_bytes // token_bytes, copies + 1
+
+# %%
+for name, needed in {"decode": 15 * 4096, "mixed": 4096}.items():
+    fetched, copies = counted[name]
+    print(f"{name:6} kernel: {fetched:6,} tokens of K and V fetched by {copies:5,} copies, "
+          f"{needed:6,} needed: {fetched / needed:.2f} times")  # fmt: skip
+assert counted["decode"][0] == 15 * 4096 and counted["mixed"][0] > 3 * 4096
+
+# %% [markdown]
+# The decodes read every token once and not a byte more; no kernel can read less. The chunk reads
+# its sequence again for each of its four query blocks, nearly four times too much. But a prefill
+# waits for the matrix units, of which `head_dim` 128 fills half on v6e and TPU7x (chapter 1):
+
+# %%
+llama_heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+chunk = chips.attention_cost(512, 4096, **llama_heads)
+extra_bytes = (counted["mixed"][0] - 4096) * token_bytes
+for name in ("v5e", "v6e", "tpu7x"):
+    flops = chunk.flops / chips.mxu_fill(name, 128)
+    least, moved = (
+        chips.roofline_time(name, flops, chunk.hbm_bytes + extra) for extra in (0, extra_bytes)
+    )
+    print(f"{name:6} floor {1e6 * least.time_s:5.1f} us; as fetched {1e6 * moved.time_s:5.1f} us, "
+          f"{moved.bound} (predicted)")  # fmt: skip
+    assert moved.time_s == least.time_s
+
+# %% [markdown]
+# So bytes are as they should be. What is left is what happens *between* the copies. Some of it can
+# be counted from here:
+
+# %%
+decodes = [c for c in run.timeline.copies if c.kernel == 0]
+page_copies = [c for c in decodes if c.source.buffer.shape == cache_shape]
+table_bytes = sum(c.num_bytes for c in decodes if c.target.buffer.space == "SMEM")
+hbm_us = 1e6 * sum(c.num_bytes for c in page_copies) / chips.chip("v5e").hbm_bytes_per_s
+
+print(f"decode: {len(page_copies):,} page copies to issue in {hbm_us:.0f} us (v5e, predicted), "
+      f"{1e3 * hbm_us / len(page_copies):.0f} ns each")  # fmt: skip
+print(f"table: {table_bytes:,} bytes moved for {15 * 256 * 4:,} that are looked at")
+
+# %% [markdown]
+# Page after page must be issued by the scalar core; the softmax has to keep up with the matrix
+# units; and whether the products of one head wait for those of another, no count of bytes can tell.
+# For that one has to read what the compiler made of all this: the machine's own schedule, bundle by
+# bundle. It can be read on a laptop, and **chapter 8** does, and makes it shorter.
+#
+# **Before you go on:** the exercises of this chapter are in `exercises/07_kernel.ipynb`.
