@@ -11,10 +11,8 @@ sequence's overhead. Not counted, because no schedule holds it: waiting for copi
 fetch, the launch of the kernel, and what XLA does before and after it.
 """
 
-import base64
 import hashlib
 import json
-import pickle
 import platform
 import tempfile
 from dataclasses import dataclass, field
@@ -25,10 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import serialize_executable
 
 from rpa import chips
-from rpa.lab import schedule_dump, schedule_loops, schedule_trace, words
+from rpa.lab import schedule_dump, schedule_feed, schedule_loops, schedule_trace, words
 from rpa.lab.compile import (
     ask_worker,
     cache_dir,
@@ -53,6 +50,41 @@ class NoSchedule(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A kernel that can be executed.
+
+    Attributes:
+        listing: bundles, slots and scalar instructions.
+        feed: values of its integer operands.
+        outputs: {operand: shape} of its results.
+    """
+
+    listing: schedule_dump.Listing
+    feed: schedule_feed.Feed
+    outputs: dict[int, tuple[int, ...]]
+
+    @cached_property
+    def program(self) -> Program:
+        """The scalar program, ready to run."""
+        return Program(self.listing)
+
+    def execute(self, integers, keep_events=False) -> Execution:
+        """Run it on the integers that its feed takes."""
+        return self.program.run(self.feed(*integers), keep_events)
+
+    def results(self, execution) -> list[np.ndarray]:
+        """Its results, as far as the scalar core wrote them; zeros elsewhere."""
+        arrays = []
+        for operand, shape in self.outputs.items():
+            array = np.zeros(int(np.prod(shape)), np.int32)
+            for word, value in execution.outputs.get(operand, {}).items():
+                if word < len(array):
+                    array[word] = value
+            arrays.append(array.reshape(shape))
+        return arrays
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A compiled kernel's bundles.
 
@@ -60,15 +92,18 @@ class Schedule:
         chip: short name of the chip.
         function: "module:function" in which the kernel is called.
         kernel: the kernel's name.
-        listing: bundles, slots and scalar instructions.
+        stages: the kernel, behind kernels of integers alone whose results it reads.
     """
 
     chip: str
     function: str
     kernel: str
-    listing: schedule_dump.Listing
-    _operands: tuple[int, ...] = field(repr=False)
-    _feed: str = field(repr=False)
+    stages: tuple[Stage, ...] = field(repr=False)
+
+    @property
+    def listing(self) -> schedule_dump.Listing:
+        """Its bundles, slots and scalar instructions."""
+        return self.stages[-1].listing
 
     @property
     def num_bundles(self) -> int:
@@ -85,11 +120,6 @@ class Schedule:
         """Loops and predicated regions, nested."""
         return schedule_loops.tree(self.listing)
 
-    @cached_property
-    def program(self) -> Program:
-        """The scalar program, ready to run."""
-        return Program(self.listing)
-
     def execute(self, *args, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
@@ -103,15 +133,9 @@ class Schedule:
         """
         leaves = jax.tree.leaves(args)
         integers = [np.asarray(leaves[i]) for i in schedule_trace.integer_leaves(args)]
-        values = self._load_feed(*integers)
-        operands = dict(zip(self._operands, map(np.asarray, values), strict=True))
-        return self.program.run(operands, keep_events)
-
-    @cached_property
-    def _load_feed(self):
-        """The function from integer arguments to integer operands, on the CPU."""
-        parts = pickle.loads(base64.b64decode(self._feed))
-        return serialize_executable.deserialize_and_load(*parts, backend="cpu")
+        for stage in self.stages[:-1]:
+            integers += stage.results(stage.execute(integers))
+        return self.stages[-1].execute(integers, keep_events)
 
     def slots(self, weights) -> dict[str, int]:
         """Slots used by unit, each bundle counted as often as `weights` (hits) says."""
@@ -190,14 +214,16 @@ def schedule_for(
         order = spec | {"directory": str(directory), "fresh": not use_cache}
         answer = _compile(order, args, timeout_s)
         write_kept(entry, answer)
-    listing = schedule_dump.read_listing(Path(answer["listing"]))
     return Schedule(
-        chip=known.name,
-        function=spec["function"],
-        kernel=answer["kernel"],
-        listing=listing,
-        _operands=tuple(answer["operands"]),
-        _feed=answer["feed"],
+        known.name, spec["function"], answer["kernel"], tuple(map(_stage, answer["stages"]))
+    )
+
+
+def _stage(kept):
+    return Stage(
+        schedule_dump.read_listing(Path(kept["listing"])),
+        schedule_feed.Feed(**kept["feed"]),
+        {operand: tuple(shape) for operand, shape in kept["outputs"]},
     )
 
 

@@ -2,15 +2,16 @@
 
 | case | one chunk | runs compared |
 |---|---|---|
-| decode | 1 query token, 1,024 KV tokens, all heads | kv_len 16,384 and 8,192 |
-| mixed | 128 query tokens, 512 KV tokens, all heads | the same, 2,048 query tokens each |
+| decode | 1 query token, 1,024 KV tokens, all heads | 8 sequences, kv_len 16,384 and 8,192 |
+| mixed | 128 query tokens, 512 KV tokens, all heads | 2 sequences of 2,048 query tokens, likewise |
 
-A chunk's cost is the difference of two executions, so that nothing hides outside a loop: what a
-longer sequence executes more, by the number of chunks that it has more.
+Several sequences, because a kernel may take several at once and does the work of all of them even
+if there is only one. A chunk's cost is the difference of two executions, so that nothing hides
+outside a loop: what longer sequences execute more, by the number of chunks that they have more.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -30,11 +31,15 @@ class Case:
 
     Attributes:
         q_len: new tokens of the sequence.
+        num_seqs: sequences that are run, all alike.
+        max_num_seqs: sequences that there is room for.
         chunk_q, chunk_kv: query and KV tokens of a chunk.
         distribution: of one sequence: the range that it is in.
     """
 
     q_len: int
+    num_seqs: int
+    max_num_seqs: int
     chunk_q: int
     chunk_kv: int
     distribution: tuple[int, int, int]
@@ -42,12 +47,12 @@ class Case:
     @property
     def num_chunks(self) -> int:
         """Chunks that the long run has more than the short one; none of them needs a mask."""
-        return self.q_len // self.chunk_q * ((LONG - SHORT) // self.chunk_kv)
+        return self.num_seqs * self.q_len // self.chunk_q * ((LONG - SHORT) // self.chunk_kv)
 
 
 CASES = {
-    "decode": Case(1, 1, 1024, (1, 1, 1)),
-    "mixed": Case(2048, 128, 512, (0, 0, 1)),
+    "decode": Case(1, 8, 16, 1, 1024, (1, 1, 1)),
+    "mixed": Case(2048, 2, 8, 128, 512, (0, 0, 1)),
 }
 
 
@@ -170,23 +175,26 @@ def measure(
         rpa.lab.schedule_run.CannotRun: if it cannot be counted.
     """
     what = CASES[case]
-    # Eight slots for sequences, each with room for the long run.
-    sizes = programs.Workload(model, page_size=page_size, num_seqs=8, q_len=1, kv_len=LONG)
-    if what.q_len > 1:
-        sizes = replace(sizes, q_len=what.q_len // 4)
+    sizes = programs.Workload(
+        model,
+        page_size=page_size,
+        num_seqs=what.max_num_seqs,
+        q_len=max(1, what.q_len * what.num_seqs // what.max_num_seqs),
+        kv_len=LONG,
+    )
     schedule, program = compile_kernel(
         kernel, case, chip, sizes, blocks=blocks, use_cache=use_cache
     )
 
-    def run(*kv_lens):
-        return schedule.execute(*program.args[:4], *_metadata(what, kv_lens, sizes))
+    def run(num_seqs, kv_len):
+        return schedule.execute(*program.args[:4], *_metadata(what, [kv_len] * num_seqs, sizes))
 
-    short = run(SHORT)
-    chunks = run(LONG) - short
+    short = run(what.num_seqs, SHORT)
+    chunks = run(what.num_seqs, LONG) - short
     per_sequence = None
     if case == "decode":
-        cost = chunks.bundles * SHORT / (LONG - SHORT)
-        per_sequence = (run(SHORT, SHORT) - short).bundles - cost
+        more = (run(2 * what.num_seqs, SHORT) - short).bundles
+        per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / what.num_seqs
     return Measured(
         *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
         *chunk_floor(chips.chip(chip), case, sizes),

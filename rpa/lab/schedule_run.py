@@ -63,11 +63,13 @@ class Execution:
         hits: how often each bundle was executed, int64[num_bundles].
         copies: {(kind, bundle, bytes): count} of the DMAs started; kind is "hbm_to_vmem", ...
         events: starts and waits of DMAs in order, if they were asked for.
+        outputs: {operand: {word: value}} of what the scalar core wrote into operands.
     """
 
     hits: np.ndarray
     copies: Counter = field(default_factory=Counter)
     events: tuple[Event, ...] = ()
+    outputs: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
     def bundles(self) -> int:
@@ -145,7 +147,7 @@ class Program:
             machine.end = ends[current]
             current = blocks[current](machine)
         hits = np.repeat(np.array(counts, np.int64), lengths)
-        return Execution(hits, machine.copies, tuple(machine.events or ()))
+        return Execution(hits, machine.copies, tuple(machine.events or ()), machine.outputs())
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ class _Machine:
         self.operands = {i: np.asarray(x).reshape(-1) for i, x in operands.items()}
         self.registers = _Registers()
         self.smem = {}
+        self.hbm = {}
         self.copies = Counter()
 
     def copy(self, kind, bundle, granules, semaphore):
@@ -239,20 +242,49 @@ class _Machine:
         value = self.smem.get(place)
         return _Unknown(f"{target} = sld, of SMEM that nothing wrote") if value is None else value
 
-    def copy_to_smem(self, source, granules, target):
-        """Copy from an operand; words behind its end are zeros."""
-        operand, offset, _ = _resolve(source)
-        symbol, start, scale = _resolve(target)
-        target = _pointer(symbol) + start // scale
-        array = self.operands.get(operand)
+    def copy_words(self, source_space, source, granules, target_space, target):
+        """Copy words between SMEM and HBM (or VMEM, for operands that wait there)."""
+        from_thing, first, from_scale = _resolve(source)
+        to_thing, start, to_scale = _resolve(target)
         words = GRANULE_BYTES // 4
+        first = first // from_scale if source_space == "smem" else first * words
+        start = start // to_scale if target_space == "smem" else start * words
         for word in range(granules * words):
-            place = offset * words + word
-            if array is None:
-                value = _Unknown(f"operand {operand}, whose values were not given")
+            value = self._read(source_space, from_thing, first + word)
+            if value is None:
+                continue
+            if target_space == "smem":
+                self.smem[_pointer(to_thing) + start + word] = value
             else:
-                value = int(array[place]) if place < len(array) else 0
-            self.smem[target + word] = value
+                self.hbm[to_thing, start + word] = value
+
+    def _read(self, space, thing, word):
+        """A word of a thing; None if nothing wrote it."""
+        if space == "smem":
+            return self.smem.get(_pointer(thing) + word)
+        if (thing, word) in self.hbm or thing >= _FIRST_SYMBOL:
+            return self.hbm.get((thing, word))
+        array = self.operands.get(thing)
+        if array is None:
+            return _Unknown(f"operand {thing}, whose values were not given")
+        # What lies behind an operand's end is its padding.
+        return int(array[word]) if word < len(array) else 0
+
+    def operand(self, index):
+        """An operand that is passed by its value."""
+        return self._read("hbm", index, 0)
+
+    def outputs(self):
+        """{operand: {word: value}} of what scalar code wrote into operands."""
+        found = {}
+        for (thing, word), value in self.hbm.items():
+            if thing < _FIRST_SYMBOL:
+                found.setdefault(thing, {})[word] = value
+        return found
+
+
+_FIRST_SYMBOL = 1000
+"""Things below are operands, from here on the kernel's own allocations."""
 
 
 def _pointer(n):
@@ -260,7 +292,15 @@ def _pointer(n):
 
 
 def _resolve(pointer):
-    """Number of the thing, offset in it, and the factor that both were scaled by."""
+    """Number of the thing, offset in it, and the factor that both were scaled by.
+
+    Raises:
+        CannotRun: if it is no pointer.
+    """
+    if isinstance(pointer, _Unknown):
+        raise CannotRun(f"a copy's address depends on a value from `{pointer.origin[:120]}`.")
+    if pointer < 1 << _POINTER_SHIFT:
+        raise CannotRun(f"a copy's address is {pointer}, which is no pointer.")
     top = pointer >> _POINTER_SHIFT
     scale = top & -top
     return top // scale // 16, pointer & ((1 << _POINTER_SHIFT) - 1), scale
@@ -404,7 +444,9 @@ class _Coder:
         if op in ("sphi", "pphi"):
             return f"r[{_physical(text)!r}]"
         if op.startswith("inlined_call_operand"):
-            return str(_pointer(int(re.search(r"index: (\d+)", text)[1])))
+            index = int(re.search(r"index: (\d+)", text)[1])
+            by_value = "<no memory space>" in text
+            return f"m.operand({index})" if by_value else str(_pointer(index))
         if op == "scalar_select":
             condition, yes, no = operands
             return f"choose({condition}, {yes}, {no})"
@@ -454,7 +496,7 @@ class _Coder:
         for part in inside.split("+"):
             part = part.strip()
             if part.startswith("#"):
-                number = self.symbols.setdefault(part, len(self.symbols))
+                number = self.symbols.setdefault(part, _FIRST_SYMBOL + len(self.symbols))
                 parts.append(str(_pointer(number)))
             elif part.startswith("$"):
                 parts.append(str(int(part[1:], 0)))
@@ -479,10 +521,10 @@ class _Coder:
         granules = self._argument(rest, "size_in_granules")
         semaphore = self._argument(rest, "dst_syncflagno")
         lines = [f"m.copy({kind!r}, {bundle}, {granules}, {semaphore})"]
-        if kind in ("hbm_to_smem", "vmem_to_smem"):
-            source = self._argument(rest, kind.removesuffix("_to_smem"))
-            target = self._argument(rest, "smem")
-            lines.append(f"m.copy_to_smem({source}, {granules}, {target})")
+        source, _, target = kind.partition("_to_")
+        if "smem" in (source, target):
+            first, second = (self._argument(rest, space) for space in (source, target))
+            lines.append(f"m.copy_words({source!r}, {first}, {granules}, {target!r}, {second})")
         guard = re.match(r"(?:\[thread:\S*\]\s*)?\((!?%p\w+)\)", rest)
         return [f"if {self._predicate(guard[1])}: {line}" for line in lines] if guard else lines
 

@@ -34,13 +34,14 @@ class _Unknown(NamedTuple):
     aval: Any
 
 
-def pallas_calls(closed, known=None) -> list[PallasCall]:
+def pallas_calls(closed, known=None, results=None) -> list[PallasCall]:
     """The kernels of a traced function, in order, also inside nested jits.
 
     Args:
         closed: what `jax.make_jaxpr` returns.
         known: {index among the function's inputs: array} of values to follow through it. None
             evaluates nothing.
+        results: {index among the kernels: arrays} of kernels whose outputs are known as well.
 
     Returns:
         For each kernel its operands, known or not.
@@ -54,9 +55,9 @@ def pallas_calls(closed, known=None) -> list[PallasCall]:
     ('copy', [1, 2, 3])
     """
     values = [(known or {}).get(i, _Unknown(v.aval)) for i, v in enumerate(closed.jaxpr.invars)]
-    found = []
-    _walk(closed.jaxpr, closed.consts, values, found, evaluate=known is not None)
-    return found
+    walk = _Walk([], known is not None, results or {})
+    walk.outputs(closed.jaxpr, closed.consts, values)
+    return walk.found
 
 
 def integer_leaves(args) -> list[int]:
@@ -69,31 +70,39 @@ def integer_leaves(args) -> list[int]:
     return [i for i, x in enumerate(leaves) if np.issubdtype(x.dtype, np.integer)]
 
 
-def _walk(jaxpr, consts, values, found, evaluate):
-    """Evaluate what depends on known values only; collect the kernels; return the results."""
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
-    env |= zip(jaxpr.invars, values, strict=True)
+class _Walk(NamedTuple):
+    """Evaluates what depends on known values only, and collects the kernels on its way."""
 
-    def read(atom):
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
+    found: list
+    evaluate: bool
+    results: dict
 
-    for eqn in jaxpr.eqns:
-        inputs = [read(atom) for atom in eqn.invars]
+    def outputs(self, jaxpr, consts, values):
+        """What a jaxpr returns, known or not."""
+        env = dict(zip(jaxpr.constvars, consts, strict=True))
+        env |= zip(jaxpr.invars, values, strict=True)
+
+        def read(atom):
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            env |= zip(eqn.outvars, self._results(eqn, [read(x) for x in eqn.invars]), strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _results(self, eqn, inputs):
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        unknown = [_Unknown(var.aval) for var in eqn.outvars]
         if eqn.primitive.name == "pallas_call":
-            found.append(PallasCall(_kernel_name(eqn), eqn, inputs))
-            outputs = [_Unknown(var.aval) for var in eqn.outvars]
-        elif eqn.primitive.name == "with_memory_space_constraint":
-            outputs = inputs  # means nothing where the values are followed: on the host
-        elif isinstance(inner, core.ClosedJaxpr):
-            outputs = _walk(inner.jaxpr, inner.consts, inputs, found, evaluate)
-        elif not evaluate or any(isinstance(value, _Unknown) for value in inputs):
-            outputs = [_Unknown(var.aval) for var in eqn.outvars]
-        else:
-            result = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = result if eqn.primitive.multiple_results else [result]
-        env |= zip(eqn.outvars, outputs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+            self.found.append(PallasCall(_kernel_name(eqn), eqn, inputs))
+            return self.results.get(len(self.found) - 1, unknown)
+        if eqn.primitive.name == "with_memory_space_constraint":
+            return inputs  # means nothing where the values are followed: on the host
+        if isinstance(inner, core.ClosedJaxpr):
+            return self.outputs(inner.jaxpr, inner.consts, inputs)
+        if not self.evaluate or any(isinstance(value, _Unknown) for value in inputs):
+            return unknown
+        result = eqn.primitive.bind(*inputs, **eqn.params)
+        return result if eqn.primitive.multiple_results else [result]
 
 
 def _kernel_name(eqn):
