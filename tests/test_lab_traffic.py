@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rpa import compat, fused, ladder, ragged_paged_attention, streamed, tiled
 from rpa.__main__ import main
+from rpa.lab import peers
 from rpa.lab.commands.traffic import make_batch
 from rpa.lab.dryrun import dry_run
 from rpa.lab.timeline import record_dmas
@@ -114,9 +115,10 @@ MIXED = [(1, 30), (0, 8), (1, 8), (9, 23), (17, 17)]
 DECODES = [(1, 30), (0, 8), (1, 1), (1, 17)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("tiled", marks=pytest.mark.full), "streamed", "fused", "kernel"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("tiled", "streamed")]
+
+
+@pytest.mark.parametrize("name", [*SLOW, "fused", "kernel"])
 def test_a_rung_dry_and_interpreted_alike(name):
     check_alike(name, DECODES if name in ("streamed", "fused") else MIXED, seed=1)
 
@@ -238,6 +240,16 @@ def test_a_kernel_that_reads_twice_is_seen():
     assert once.excess < 0.01
     assert again.kinds["KV read"].num_bytes == 2 * once.kinds["KV read"].num_bytes
     assert again.excess > 0.9
+
+
+@pytest.mark.skipif(peers.absence("v3") is not None, reason=str(peers.absence("v3")))
+def test_the_production_kernel_is_counted_from_its_own_program():
+    traffic = count("v3", make_batch([(2, 1, 1000)], 128), LLAMA)
+    assert bytes_of(traffic)["KV read"] == 2 * 999 * LLAMA.token_bytes
+    assert traffic.kinds["KV read"].num_copies == 2 * 8
+    chunk = count("v3", make_batch([(1, 512, 1024)], 128), LLAMA)
+    assert chunk.q_block == 256 and 0 <= chunk.excess_blocked < 0.2
+    assert bytes_of(chunk)["q"] == bytes_of(chunk)["o"] == 512 * LLAMA.row_bytes
 
 
 def test_the_least_counts_tokens_once_and_nothing_of_idle_slots():

@@ -147,7 +147,7 @@ class _Machine:
             array = Ref(self._buffer(name, "HBM", a.shape, a.dtype, origin), _data(value))
             if a.role == "scalar":
                 in_smem = self._buffer(name, "SMEM", a.shape, a.dtype, origin)
-                refs.append(Ref(in_smem, array.data))
+                refs.append(Ref(in_smem, _own(array)))
                 if prod(a.shape):
                     self.writer.block("prefetch", _whole(array.buffer), _whole(in_smem))
                 continue
@@ -158,7 +158,7 @@ class _Machine:
                 refs.append(array)
                 continue
             space = a.space.upper()
-            data = array.data if space == "SMEM" else None
+            data = _own(array) if space == "SMEM" else None
             refs.append(Ref(self._buffer(name, space, a.block_shape, a.dtype, origin), data))
             mapping = grid_mapping.block_mappings[place - num_scalars]
             blocks.append(Block(a.role, mapping, array.buffer, refs[-1].buffer))
@@ -171,6 +171,13 @@ OUTPUT = "output"
 
 def _data(value):
     return None if isinstance(value, program.Unknown) else np.asarray(value)
+
+
+def _own(array):
+    """What is in an argument's memory in SMEM: a kernel may write in it as in any other."""
+    if array.data is None:
+        return np.full(array.buffer.shape, program.UNKNOWN, object)
+    return array.data.astype(object)
 
 
 @dataclass

@@ -5,6 +5,7 @@ where its results cannot decide what is copied: inside a kernel, everything that
 """
 
 import operator
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from rpa import compat
-from rpa.lab.events import Buffer, Slice
+from rpa.lab.events import Slice
 
 MOST_ELEMENTS = 2**20
 """Known arrays outside of kernels may be this large; a larger result is left unknown."""
@@ -327,13 +328,15 @@ def _narrow(index, indexers, values, what):
 
 
 def _reinterpreted(part, transform):
+    """The buffer that a bitcast or a reshape makes of a part of one, by the same name."""
     shape = tuple(len(i) for i in part.index if isinstance(i, range))
-    dtype = part.buffer.dtype
+    dtype = np.dtype(part.buffer.dtype)
     if hasattr(transform, "shape"):
-        return Buffer(part.buffer.name, part.buffer.space, tuple(transform.shape), dtype)
-    new = np.dtype(transform.dtype)
-    rows = shape[-2] * np.dtype(dtype).itemsize // new.itemsize
-    return Buffer(part.buffer.name, part.buffer.space, (*shape[:-2], rows, shape[-1]), new.name)
+        shape = transform.shape
+    else:  # narrow rows become fewer wide ones
+        rows = shape[-2] * dtype.itemsize // np.dtype(transform.dtype).itemsize
+        shape, dtype = (*shape[:-2], rows, shape[-1]), np.dtype(transform.dtype)
+    return replace(part.buffer, shape=tuple(shape), dtype=dtype.name)
 
 
 def _tree(eqn, key, first=0):
@@ -352,8 +355,6 @@ def _get(eqn, in_kernel):
 
     def run(machine, values):
         ref = values[0]
-        if ref.data is None:
-            return (UNKNOWN,)
         part = view.slice(ref.buffer, values, f"what is read of {ref.buffer.name}")
         return (_scalar(ref.data[_numpy_index(part)]),)
 

@@ -21,8 +21,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from rpa import fused, ladder, streamed, tiled
+from rpa import chips, fused, ladder, streamed, tiled
 from rpa.kernel import ragged_paged_attention
+from rpa.lab import peers
 from rpa.lab.dryrun import OUTPUT, dry_run
 from rpa.lab.events import HBM, SMEM
 from rpa.lab.programs import MODELS
@@ -233,7 +234,7 @@ def _traffic(name, run, batch, layer, cache_shape):
     def add(kind, num_bytes, is_copy=True):
         kinds.setdefault(kind, Moved()).add(num_bytes, is_copy)
 
-    q_block = 0
+    q_block, num_tokens = 0, int(ladder.q_lens_of(batch).sum())
     for event in run.timeline.events:
         if event.kind not in ("start", "fetch", "flush", "prefetch"):
             continue
@@ -243,7 +244,7 @@ def _traffic(name, run, batch, layer, cache_shape):
             kind = kind_read(event)
             add(kind, event.num_bytes, is_copy=not writes)
             if kind == QUERIES and event.kind == "start":
-                q_block = max(q_block, event.num_bytes // _padded_row_bytes(source))
+                q_block = max(q_block, event.num_bytes * num_tokens // source.num_bytes)
         if writes:
             add(_kind_written(target), event.num_bytes)
     # Only of the cache itself: what was read of it may be read once more where it lies then.
@@ -272,11 +273,6 @@ def _least_of(kinds, all_least):
     return {kind: num_bytes for kind, num_bytes in all_least.items() if kind in kinds}
 
 
-def _padded_row_bytes(buffer):
-    """Bytes of one query token in the array that a kernel fetches queries from."""
-    return buffer.num_bytes // buffer.shape[0]
-
-
 def kind_read(event) -> str:
     """What an event reads from HBM, by the argument that it comes from and where it goes."""
     source = event.source.buffer
@@ -291,7 +287,8 @@ def kind_read(event) -> str:
 
 
 def _kind_written(target):
-    return {"kv_cache": CACHE_WRITE, OUTPUT: OUTPUTS}.get(target.origin, OTHER)
+    # v3 writes the output over the queries.
+    return {"kv_cache": CACHE_WRITE, OUTPUT: OUTPUTS, "queries": OUTPUTS}.get(target.origin, OTHER)
 
 
 def least(batch: RaggedBatch, layer: Layer, q_block: int | None = None) -> dict[str, int]:
@@ -331,6 +328,13 @@ def _compiled_kernel(queries, keys, values, kv_cache, batch, **options):
     return ragged_paged_attention(queries, keys, values, kv_cache, *metadata, **fixed, **options)
 
 
+def _v3(queries, keys, values, kv_cache, batch, *, chip="v6e", **options):
+    """The production kernel; told the chip's VMEM, it does not ask for a chip."""
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    options = {"vmem_limit_bytes": chips.chip(chip).vmem_bytes, "chip": chip} | options
+    return peers.v3(queries, keys, values, kv_cache, *metadata, **options)
+
+
 def _from_ladder(name):
     rung = next(rung for rung in ladder.LADDER if rung.name == name)
     return rung.attention_for
@@ -344,5 +348,6 @@ RUNGS = {
     "streamed": lambda batch: partial(streamed.attention, interpret=False),
     "fused": lambda batch: partial(fused.attention, interpret=False),
     "kernel": lambda batch: _compiled_kernel,
+    "v3": lambda batch: _v3,
 }
-"""Batch -> the function of each rung, with its kernels as they are compiled for a TPU."""
+"""Batch -> the function of each rung, and of the production kernel, as compiled for a TPU."""

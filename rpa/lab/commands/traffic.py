@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from rpa import chips
+from rpa.lab.peers import PeerAbsent
 from rpa.lab.programs import MODELS
 from rpa.lab.traffic import RUNGS, Layer, count
 from rpa.paging import cdiv
@@ -16,7 +17,7 @@ LENGTHS = re.compile(r"(\d+)x(\d+)/(\d+)")
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung's name")
+    parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung, or a peer")
     parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b")
     parser.add_argument(
         "--batch",
@@ -34,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if the rung cannot take the batch."""
     layer = Layer.of(args.model, page_size=args.page_size, dtype=args.dtype, kv_dtype=args.kv_dtype)
-    options = {"chip": args.chip} if args.kernel == "kernel" and args.chip else {}
+    options = {"chip": args.chip} if args.kernel in ("kernel", "v3") and args.chip else {}
     try:
         traffic = count(args.kernel, make_batch(args.batch, args.page_size), layer, **options)
-    except ValueError as error:
+    except (ValueError, PeerAbsent) as error:
         print(f"{args.kernel}: not applicable: {error}")
         return 1
     if args.json:
