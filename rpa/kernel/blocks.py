@@ -11,31 +11,36 @@ from rpa.kernel.plan import SUBLANES, BlockSizes, Plan, align
 from rpa.paging import LANES, cdiv, packing_of
 
 KV_BLOCK_BYTES = 4 * 2**20
-"""KV fetched together by default: a few microseconds of HBM, so that a copy's latency is hidden."""
+"""KV fetched together by default: a few microseconds of HBM, so that a copy's latency is hidden.
+
+Not more: two blocks of unequal length are computed together in decode, and the shorter one waits.
+"""
 
 SCORE_ROWS, SCORE_COLUMNS = 512, 512
 """Largest tile of scores by default: what of it does not fit in registers goes through VMEM."""
 
-DECODE_COLUMNS = 1024
-"""Keys a product takes in decode: a tile has few rows, so it may be longer."""
+DECODE_COLUMNS, DECODE_PRODUCTS = 512, 4
+"""Keys a product takes in decode, and how many products there are in a block at most."""
 
 COMPILER_BYTES = 4 * 2**20
 """VMEM left to the compiler besides the values of one tile: spilled registers, its own buffers."""
 
 
 def vmem_buffers(plan: Plan):
-    """The kernel's buffers in VMEM, {name: (shape, dtype)}; two slots where a copy runs ahead."""
+    """The kernel's buffers in VMEM, {name: (shape, dtype)}; slots where a copy runs ahead."""
     p = plan.problem
-    tiles = (plan.num_q_pieces, plan.num_dots, plan.tile_rows)
+    num_states = plan.num_slots if plan.is_decode else plan.num_q_pieces
+    tiles = (num_states, plan.num_dots, plan.tile_rows)
     q_packing, o_packing = packing_of(p.q_dtype), packing_of(p.out_dtype)
-    kv = (2, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
-    q = (2, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
-    o = (2, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
-    return {
+    kv = (plan.num_slots, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
+    q = (plan.num_slots, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
+    o = (plan.num_slots, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
+    # A decode lays its queries out for each block anew: they are few.
+    q_tiles = {} if plan.is_decode else {"q_tiles": ((*tiles, plan.tile_lanes), p.compute_dtype)}
+    return q_tiles | {
         "kv_buffer": (kv, p.kv_dtype),
         "q_buffer": (q, p.q_dtype),
         "o_buffer": (o, p.out_dtype),
-        "q_tiles": ((*tiles, plan.tile_lanes), p.compute_dtype),
         "m": ((*tiles, LANES), np.dtype(np.float32)),
         "l": ((*tiles, LANES), np.dtype(np.float32)),
         "acc": ((*tiles, plan.tile_lanes), np.dtype(np.float32)),
@@ -51,7 +56,7 @@ def vmem_bytes(plan: Plan):
     columns, lanes = plan.blocks.bkv_c, plan.tile_lanes
     # Scores and weights of the tile in work and of the one that waits, K and V of both.
     values = 4 * plan.tile_rows * columns + 4 * columns * lanes
-    return sizes | {"compiler": 4 * values + COMPILER_BYTES}
+    return sizes | {"compiler": 4 * plan.steps_per_turn * values + COMPILER_BYTES}
 
 
 def check_block_sizes(name, sizes, problem):
@@ -87,9 +92,12 @@ def default_block_sizes(problem, case, max_q_len):
     whole = align(max(p.page_size, LANES), p.page_size) if LANES % p.page_size == 0 else p.page_size
     most = align(p.max_kv_len, whole)
     if case is Case.DECODE:
+        if p.sliding_window is not None:
+            most = min(most, align(p.sliding_window, whole))  # a block begins where the window does
         bkv_c = min(most, _down(DECODE_COLUMNS, whole))
         token_bytes = p.kv_words * 4 * p.lanes
         bkv = min(align(most, bkv_c), max(bkv_c, _down(KV_BLOCK_BYTES // token_bytes, bkv_c)))
+        bkv = min(bkv, DECODE_PRODUCTS * bkv_c)
         return BlockSizes(1, bkv, 1, bkv_c)
     rows = max(SUBLANES, _down(SCORE_ROWS // p.padded_group, SUBLANES))
     bq = min(rows, LANES, align(most_q, SUBLANES))
@@ -145,7 +153,7 @@ def check_fits(name, plan, vmem_limit_bytes):
         return
     b = plan.blocks
     kv_bytes = sizes["kv_buffer"]
-    q_bytes = sum(sizes[key] for key in ("q_buffer", "o_buffer", "q_tiles", "m", "l", "acc"))
+    q_bytes = total - kv_bytes - sizes["compiler"]
     largest, what = max((kv_bytes, "bkv"), (q_bytes, "bq"), (sizes["compiler"], "bkv_c and bq_c"))
     listed = ", ".join(
         f"{key} {size / 2**20:.1f}" for key, size in sorted(sizes.items(), key=lambda x: -x[1])

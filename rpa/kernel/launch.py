@@ -114,11 +114,14 @@ def _scratch(plan):
     return {
         name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in blocks.vmem_buffers(plan).items()
     } | {
-        "table_chunk": pltpu.SMEM((plan.table_chunk_words,), jnp.int32),
-        "state": pltpu.SMEM((walk.NUM_STATE_WORDS,), jnp.int32),
-        "table_sem": dma((1,)),
-        "kv_sems": dma((2,)),
-        "q_sems": dma((2,)),
-        "o_sems": dma((2,)),
+        **{
+            f"table_chunk_{place}": pltpu.SMEM((plan.table_chunk_words,), jnp.int32)
+            for place in range(plan.steps_per_turn)
+        },
+        "state": pltpu.SMEM((walk.ROWS_LEAVING + plan.num_slots,), jnp.int32),
+        "table_sems": dma((plan.steps_per_turn,)),
+        "kv_sems": dma((plan.num_slots,)),
+        "q_sems": dma((plan.num_slots,)),
+        "o_sems": dma((plan.num_slots,)),
         "store_sem": dma((1,)),
     }

@@ -3,6 +3,7 @@
 Read `kernel` first and go on downwards. While a step is computed, the copies of the next one run.
 """
 
+import copy
 from functools import partial
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import layout, softmax, transfers, walk
+from rpa.kernel import decode, layout, softmax, tiles, transfers, walk
 from rpa.paging import cdiv
 
 
@@ -20,14 +21,17 @@ def kernel(plan, names, *args):
     first, end = plan.case.bounds(refs.distribution)
     steps = transfers.start_first(plan, refs, first, end)
 
-    def turn(steps):
-        step, coming = steps
-        # Before the wait for this step: the DMA engine must never be without work.
+    def turn(carry):
+        steps, coming = carry
+        # Before the wait for these steps: the DMA engine must never be without work.
         after = transfers.fetch(plan, refs, coming, end)
-        _compute(plan, refs, step)
+        if plan.is_decode:
+            decode.compute(plan, refs, steps, end)
+        else:
+            _compute(plan, refs, *steps)
         return coming, after
 
-    lax.while_loop(lambda steps: steps[0].seq.index != end, turn, steps)
+    lax.while_loop(lambda carry: carry[0][0].seq.index < end, turn, steps)
     transfers.wait_all(plan, refs)
     if plan.is_last:
         _zero_padding_rows(plan, refs)
@@ -38,6 +42,15 @@ class _Refs:
 
     def __init__(self, names, args):
         self.__dict__.update(zip(names, args, strict=True))
+
+    def at_place(self, place):
+        """The same refs with the page-table entries of one of the steps of a turn."""
+        refs = copy.copy(self)
+        refs.table_chunk, refs.table_sem = (
+            getattr(self, f"table_chunk_{place}"),
+            self.table_sems.at[place],
+        )
+        return refs
 
 
 def _compute(plan, refs, step):
@@ -90,19 +103,12 @@ def _start_tile(plan, refs, slot, piece, dot):
     softmax.start(
         plan, refs.m.at[piece, dot], refs.l.at[piece, dot], refs.acc.at[piece, dot], sinks
     )
-    p = plan.problem
-    tile = layout.load_q_tile(plan, refs.q_buffer, slot, piece, dot)
-    if p.has_q_scale:
-        largest = float(jnp.finfo(p.kv_dtype).max)
-        tile = jnp.clip(tile / refs.scalars[softmax.QUERY_SCALE], -largest, largest)
-        tile = tile.astype(p.kv_dtype).astype(jnp.float32)
-    refs.q_tiles[piece, dot] = layout.spread_heads(plan, tile).astype(p.compute_dtype)
+    refs.q_tiles[piece, dot] = tiles.load_queries(plan, refs, slot, piece, dot)
 
 
 def _finish_tile(plan, refs, slot, piece, dot):
-    acc = layout.gather_heads(plan, refs.acc[piece, dot])
-    output = softmax.normalise(refs.scalars, acc, refs.l.at[piece, dot])
-    layout.store_o_tile(plan, refs.o_buffer, slot, piece, dot, output)
+    acc, l_ref = refs.acc[piece, dot], refs.l.at[piece, dot]
+    tiles.store_output(plan, refs, slot, piece, dot, acc, l_ref)
 
 
 def _attend_kv_block(plan, refs, block, slot, position, num_tokens):

@@ -24,6 +24,12 @@ TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
 PAGES_PER_TURN = 8
 """Copies of pages that are issued in a row: a turn of a loop costs about as much as two copies."""
 
+MAX_TOKENS_OF_FOUR = 256
+"""KV blocks of a decode with a window this short are computed by fours, not by twos."""
+
+CHAINS_AHEAD = 7
+"""Chains of a decode (see `decode`) that have started when the values of one are multiplied."""
+
 MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
 """How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
 
@@ -159,6 +165,29 @@ class Plan:
         return self.problem.num_kv_heads // self.heads_per_dot
 
     @property
+    def is_decode(self):
+        """Whether there is one query token a sequence, and so the room `decode` computes."""
+        return self.blocks.bq == 1 and self.max_q_len == 1
+
+    @property
+    def steps_per_turn(self):
+        """KV blocks that are computed together: the shorter, the more it takes to fill the time."""
+        if not self.is_decode:
+            return 1
+        is_short = self.problem.sliding_window is not None and self.blocks.bkv <= MAX_TOKENS_OF_FOUR
+        return 4 if is_short else 2
+
+    @property
+    def num_slots(self):
+        """Buffers of each kind: a turn's steps are computed while the next turn's are fetched."""
+        return 2 * self.steps_per_turn
+
+    @property
+    def products_in_a_row(self):
+        """Products of bkv_c keys that a decode computes together."""
+        return 2 if self.blocks.bkv // self.blocks.bkv_c % 2 == 0 else 1
+
+    @property
     def has_one_query_block(self):
         """Whether all new tokens of any sequence fit in one query block, as a decode's do."""
         return self.max_q_len is not None and self.max_q_len <= self.blocks.bq
@@ -198,14 +227,25 @@ class Plan:
         return self.problem.kv_words | 1
 
     @property
-    def pages_per_block(self):
-        """Pages in a block of bkv tokens."""
+    def whole_pages(self):
+        """Pages that fill a block of bkv tokens."""
         return self.blocks.bkv // self.problem.page_size
+
+    @property
+    def pages_per_block(self):
+        """Pages that a block of bkv tokens touches: a window may begin inside of one."""
+        return self.whole_pages + (self.problem.sliding_window is not None)
+
+    @property
+    def pages_per_turn(self):
+        """Whole pages that are copied in one turn of a loop."""
+        return min(PAGES_PER_TURN, self.whole_pages)
 
     @property
     def table_reach(self):
         """Page-table entries that are read for a KV block, also of pages that are not there."""
-        return align(self.pages_per_block, PAGES_PER_TURN)
+        passed_over = align(self.whole_pages, self.pages_per_turn) - self.whole_pages
+        return self.pages_per_block + passed_over
 
     @property
     def table_chunk_words(self):

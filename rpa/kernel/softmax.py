@@ -51,16 +51,19 @@ def start(plan, m_ref, l_ref, acc_ref, sinks):
         sinks: f32[tile_rows / piece_rows, 128] or None, see `layout.sink_tiles`.
     """
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+    m_ref[...], l_ref[...] = nothing_seen(plan, sinks)
+
+
+def nothing_seen(plan, sinks):
+    """The running maximum and sum before the first key, each f32[tile_rows, 128]; see `start`."""
+    shape = (plan.tile_rows, LANES)
     if sinks is None:
-        m_ref[...] = jnp.full(m_ref.shape, LOWEST_MAX, jnp.float32)
-        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
-        return
+        return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
     rows = (len(sinks), plan.piece_rows, LANES)
-    score = jnp.broadcast_to(sinks[:, None], rows).reshape(m_ref.shape) * 1.4426950408889634
+    score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * 1.4426950408889634
     m = jnp.maximum(score, LOWEST_MAX)
     lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
-    m_ref[...] = m
-    l_ref[...] = jnp.where(lane == 0, jnp.exp2(score - m), 0.0)
+    return m, jnp.where(lane == 0, jnp.exp2(score - m), 0.0)
 
 
 def scores(plan, scalars_ref, q, k, mask):
@@ -95,16 +98,21 @@ def update(s, m_ref, l_ref):
     p = jnp.exp2(s - widen(m, s.shape[1]))
     decay = jnp.exp2(m_before - m)
     m_ref[...] = m
-    l_ref[...] = decay * l_ref[...] + _lane_sums(p)
+    l_ref[...] = decay * l_ref[...] + lane_sums(p)
     return p, decay
 
 
 def accumulate(plan, p, v, decay, acc_ref):
     """Add the weighted values of one tile; v: [bkv_c, tile_lanes]."""
+    pv = weighted_values(plan, p, v)
+    acc_ref[...] = widen(decay, pv.shape[1]) * acc_ref[...] + pv
+
+
+def weighted_values(plan, p, v):
+    """P V of one tile, f32[tile_rows, tile_lanes]."""
     contract_keys = (((1,), (0,)), ((), ()))
     p = p.astype(plan.problem.compute_dtype)
-    pv = lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
-    acc_ref[...] = widen(decay, pv.shape[1]) * acc_ref[...] + pv
+    return lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
 
 
 def normalise(scalars_ref, acc, l_ref):
@@ -134,7 +142,7 @@ def widen(x, lanes):
     return x[:, :lanes] if copies == 1 else jnp.concatenate([x] * copies, axis=1)[:, :lanes]
 
 
-def _lane_sums(p):
+def lane_sums(p):
     """Sums of a row by lane, f32[rows, 128]: additions of registers, no reduction across lanes."""
     lanes = p.shape[1]
     if lanes % LANES:

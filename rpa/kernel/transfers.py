@@ -1,11 +1,11 @@
 """Every copy of the kernel: what is started, where it lands, and who waits for it.
 
-    page table   HBM -> SMEM   one chunk a step, one step ahead of the step's own copies
-    KV pages     HBM -> VMEM   one copy a page; the last may be part of a page
+    page table   HBM -> SMEM   one chunk a step, one turn ahead of the step's own copies
+    KV pages     HBM -> VMEM   one copy a page; the first and the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, behind the cached tokens
     new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
     queries      HBM -> VMEM   with the first KV block of their query block
-    output       VMEM -> HBM   at the end of a query block; waited for two blocks later
+    output       VMEM -> HBM   at the end of a query block; waited for when its buffer is needed
 
 Each query block stores exactly its own tokens. They are inside the range of keys it reads, so their
 page-table entries are at hand, and no token can be missed, window or not.
@@ -15,41 +15,53 @@ enough for all pages of a block.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa.kernel import walk
-from rpa.kernel.plan import PAGES_PER_TURN, TABLE_TILE_WORDS
+from rpa.kernel.plan import TABLE_TILE_WORDS
 from rpa.paging import cdiv
 
 STORE_LIMIT_BYTES = 4 * 2**20
 """New K and V that may be on their way into the cache: a semaphore cannot count for ever."""
 
 
-# --- Fetching: one step ahead of the computation -------------------------------------------
+# --- Fetching: one turn ahead of the computation -------------------------------------------
 
 
 def start_first(plan, refs, first, end):
-    """Start fetching the first step; return it and the one after it."""
-    for word in range(walk.NUM_STATE_WORDS):
+    """Start fetching the first turn's steps; return them and those of the next turn."""
+    for word in range(walk.ROWS_LEAVING + plan.num_slots):
         refs.state[word] = jnp.int32(0)
-    step = walk.first_step(plan, refs, first, end)
+    first_step = walk.first_step(plan, refs, first, end)
+    steps = _look_up(plan, refs, walk.steps_of_turn(plan, refs, first_step, end), end)
+    return steps, fetch(plan, refs, steps, end)
+
+
+def fetch(plan, refs, steps, end):
+    """Start all copies of a turn's steps, where they exist, and return the next turn's."""
+    for place, step in enumerate(steps):
+        _fetch_step(plan, refs.at_place(place), step, end)
+    following = walk.next_step(plan, refs, steps[-1], end)
+    # Only now: their page-table entries overwrite those that were just used.
+    return _look_up(plan, refs, walk.steps_of_turn(plan, refs, following, end), end)
+
+
+def _look_up(plan, refs, steps, end):
+    """Ask for the page-table entries of steps, and return them."""
+    for place, step in enumerate(steps):
+        copy = _table_copy(plan, refs.at_place(place), step)
+        pl.when(step.seq.index < end)(copy.start)
+    return steps
+
+
+def _fetch_step(plan, refs, step, end):
+    block = walk.query_block(plan, step.seq, step.q_index)
 
     @pl.when(step.seq.index < end)
     def _():
-        _table_copy(plan, refs, step).start()
-
-    return step, fetch(plan, refs, step, end)
-
-
-def fetch(plan, refs, step, end):
-    """Start all copies of a step, if there is one, and return the step after it."""
-    exists = step.seq.index < end
-    block = walk.query_block(plan, step.seq, step.q_index)
-
-    @pl.when(exists)
-    def _():
-        # Its page-table entries were asked for one step ago.
+        # Its page-table entries were asked for one turn ago.
         _table_copy(plan, refs, step).wait()
 
         @pl.when(step.kv_index == 0)
@@ -59,15 +71,6 @@ def fetch(plan, refs, step, end):
         _start_kv(plan, refs, step, block)
         if plan.problem.update_kv_cache:
             _start_store(plan, refs, block, step.kv_index)
-
-    after = walk.next_step(plan, refs, step, end)
-
-    # Only now: these entries overwrite those that were just used.
-    @pl.when(after.seq.index < end)
-    def _():
-        _table_copy(plan, refs, after).start()
-
-    return after
 
 
 def _entry(plan, seq, page):
@@ -92,7 +95,7 @@ def _table_copy(plan, refs, step):
     block = walk.query_block(plan, step.seq, step.q_index)
     start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
     words = pl.ds(pl.multiple_of(start, TABLE_TILE_WORDS), plan.table_chunk_words)
-    return pltpu.make_async_copy(refs.page_table.at[words], refs.table_chunk, refs.table_sem.at[0])
+    return pltpu.make_async_copy(refs.page_table.at[words], refs.table_chunk, refs.table_sem)
 
 
 def _start_queries(refs, step, block):
@@ -116,7 +119,12 @@ def _start_kv(plan, refs, step, block):
     if plan.problem.update_kv_cache:
         num_cached = jnp.clip(seq.first_new - start, 0, num_tokens)
     entry = _first_entry(plan, block, kv_index)
-    _start_pages(plan, refs, slot, entry - _chunk_start(plan, entry), num_cached)
+    entry -= _chunk_start(plan, entry)
+    if plan.problem.sliding_window is None:
+        _start_pages(plan, refs, slot, entry, 0, num_cached)
+    else:
+        num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
+        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head)
 
     if plan.problem.update_kv_cache:
         num_new = num_tokens - num_cached
@@ -129,33 +137,48 @@ def _start_kv(plan, refs, step, block):
             pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
 
 
-def _start_pages(plan, refs, slot, entry, num_tokens):
-    """Copy the first num_tokens of the pages from `entry` of the chunk on.
+def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
+    """Copy what is left of the page that holds a position, from there on; return its tokens.
+
+    A window begins anywhere. What lies before it in its page would be read in vain: with pages as
+    long as the window, half as much again.
+    """
+    offset = lax.rem(position, plan.problem.page_size)
+    num_head = jnp.minimum(plan.problem.page_size - offset, num_tokens)
+    copy = _page_copy(plan, refs, slot, entry, 0, num_head, offset)
+    pl.when(num_head > 0)(copy.start)
+    return num_head
+
+
+def _start_pages(plan, refs, slot, entry, row, num_tokens):
+    """Copy num_tokens of the pages from `entry` of the chunk on to a row of the KV buffer.
 
     Whole pages have a static size, which halves the work of issuing a copy. The last copy stops at
     the last token: what lies behind it in the page is not ours, and a new token will land there.
     """
-    page_size = plan.problem.page_size
+    page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
     num_whole = num_tokens // page_size
 
-    @pl.loop(0, cdiv(num_whole, PAGES_PER_TURN))
+    @pl.loop(0, cdiv(num_whole, pages_per_turn))
     def _(turn):
-        first = turn * PAGES_PER_TURN
-        for i in range(PAGES_PER_TURN):
-            copy = _page_copy(plan, refs, slot, (entry + first) + i, first + i, page_size)
+        first = turn * pages_per_turn
+        for i in range(pages_per_turn):
+            first_row = row + (first + i) * page_size
+            copy = _page_copy(plan, refs, slot, (entry + first) + i, first_row, page_size)
             # The last turn passes over some copies: that costs less than a loop for what is left.
             pl.when(i < num_whole - first)(copy.start)
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
-        rest = num_tokens - num_whole * page_size
-        _page_copy(plan, refs, slot, entry + num_whole, num_whole, rest).start()
+        num_copied = num_whole * page_size
+        rest = num_tokens - num_copied
+        _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
 
 
-def _page_copy(plan, refs, slot, entry, page, num_tokens):
-    """The copy of the first tokens of the page in an entry of the chunk, the block's `page`-th."""
-    source = refs.kv_cache.at[refs.table_chunk[entry], pl.ds(0, num_tokens)]
-    target = _kv_tokens(plan, refs, slot, page * plan.problem.page_size, num_tokens)
+def _page_copy(plan, refs, slot, entry, row, num_tokens, offset=0):
+    """The copy of tokens of the page in an entry of the chunk to a row of the KV buffer."""
+    source = refs.kv_cache.at[refs.table_chunk[entry], pl.ds(offset, num_tokens)]
+    target = _kv_tokens(plan, refs, slot, row, num_tokens)
     return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
 
 
@@ -255,9 +278,9 @@ def wait_output(refs, slot):
 
 
 def wait_all(plan, refs):
-    """What is still under way when the last block is computed: two outputs and the stores."""
-    wait_output(refs, 0)
-    wait_output(refs, 1)
+    """What is still under way when the last block is computed: outputs and stores."""
+    for slot in range(plan.num_slots):
+        wait_output(refs, slot)
     if plan.problem.update_kv_cache:
         wait_stores(plan, refs)
 

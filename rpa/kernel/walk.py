@@ -1,8 +1,8 @@
 """Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
 
-A `Step` is one KV block of one query block of one sequence. The kernel is one loop over steps, and
-three of them are under way in each turn: while one is computed, the next one's pages are copied,
-and the page-table entries of the one after that. So copies run ahead across the ends of query
+A `Step` is one KV block of one query block of one sequence. The kernel is one loop; a turn of it
+computes one step (in decode: two), while the pages of the next one are copied, and the page-table
+entries of the one after that. So copies run ahead across the ends of query
 blocks and of sequences: a pipeline that drains at every sequence end waits for HBM at each of them.
 
 Steps are carried from turn to turn in registers. What a step is about is worked out once, when its
@@ -18,12 +18,8 @@ from jax import lax
 
 from rpa.paging import cdiv
 
-(
-    ROWS_LEAVING,  # 2 words: output rows that slot 0 and slot 1 are still sending
-    _,
-    TOKENS_STORED,  # tokens on their way into the cache
-    NUM_STATE_WORDS,
-) = range(4)
+TOKENS_STORED, ROWS_LEAVING = 0, 1
+"""Places in `state`: tokens on their way into the cache; output rows a slot is still sending."""
 
 
 class Sequence(NamedTuple):
@@ -41,13 +37,13 @@ class Sequence(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One turn of the kernel's loop: a KV block of a query block; all scalars."""
+    """A KV block of a query block of a sequence; all scalars."""
 
     seq: Sequence
     q_index: Any  # which query block of the sequence
     kv_index: Any  # which KV block of the query block
-    q_slot: Any  # which of two buffers holds the query block, and its output
-    kv_slot: Any  # which of two buffers holds the KV block
+    q_slot: Any  # which buffer holds the query block, and which its output
+    kv_slot: Any  # which buffer holds the KV block
 
 
 class QueryBlock(NamedTuple):
@@ -57,7 +53,7 @@ class QueryBlock(NamedTuple):
     row: Any  # of its first token in queries
     num_rows: Any
     position: Any  # of its first token in the sequence
-    kv_start: Any  # first position that is fetched: a page's first
+    kv_start: Any  # first position that is fetched
     kv_end: Any  # one behind the last
 
 
@@ -90,8 +86,7 @@ def query_block(plan, seq, index):
     position = seq.first_new + first_row
     kv_start = jnp.int32(0)
     if p.sliding_window is not None:
-        first_seen = jnp.maximum(position - p.sliding_window + 1, 0)
-        kv_start = first_seen // p.page_size * p.page_size
+        kv_start = jnp.maximum(position - p.sliding_window + 1, 0)
     kv_end = position + num_rows if p.causal else seq.kv_len
     return QueryBlock(seq, seq.q_start + first_row, num_rows, position, kv_start, kv_end)
 
@@ -142,9 +137,17 @@ def next_step(plan, refs, step, end):
         _sequence_or_end(plan, refs, index, end),
         q_index,
         jnp.where(next_q, 0, kv_index),
-        jnp.where(next_q, 1 - step.q_slot, step.q_slot),
-        1 - step.kv_slot,
+        jnp.where(next_q, lax.rem(step.q_slot + 1, plan.num_slots), step.q_slot),
+        lax.rem(step.kv_slot + 1, plan.num_slots),
     )
+
+
+def steps_of_turn(plan, refs, step, end):
+    """A step and those that are computed together with it."""
+    steps = [step]
+    while len(steps) < plan.steps_per_turn:
+        steps.append(next_step(plan, refs, steps[-1], end))
+    return tuple(steps)
 
 
 def _sequence_or_end(plan, refs, index, end):

@@ -1,0 +1,22 @@
+"""One tile on its way in and out: queries laid out for the MXU, the result into the o buffer."""
+
+import jax.numpy as jnp
+
+from rpa.kernel import layout, softmax
+
+
+def load_queries(plan, refs, slot, piece, dot):
+    """The queries of a dot, [tile_rows, tile_lanes] in the compute dtype."""
+    p = plan.problem
+    tile = layout.load_q_tile(plan, refs.q_buffer, slot, piece, dot)
+    if p.has_q_scale:
+        largest = float(jnp.finfo(p.kv_dtype).max)
+        tile = jnp.clip(tile / refs.scalars[softmax.QUERY_SCALE], -largest, largest)
+        tile = tile.astype(p.kv_dtype).astype(jnp.float32)
+    return layout.spread_heads(plan, tile).astype(p.compute_dtype)
+
+
+def store_output(plan, refs, slot, piece, dot, acc, l_ref):
+    """Normalise the accumulator of a dot, f32[tile_rows, tile_lanes], into the o buffer."""
+    output = softmax.normalise(refs.scalars, layout.gather_heads(plan, acc), l_ref)
+    layout.store_o_tile(plan, refs.o_buffer, slot, piece, dot, output)
