@@ -17,10 +17,11 @@ from tests.kernel_runs import check_lengths
 
 pytestmark = pytest.mark.core
 
-SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=12)
-LENGTHS = [(1, 75), (0, 3), (1, 93), (18, 90), (0, 0), (9, 12)]
-"""Both kernels, two and more blocks of everything, idle slots before and between, part pages; and
-the very first block of each kernel, which has code of its own, has new tokens to store."""
+SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=12, max_num_seqs=10)
+LENGTHS = [(1, 75), (0, 3), (1, 93), (1, 9), (1, 40), (1, 64), (18, 90), (0, 0), (9, 12)]
+"""Both kernels, two and more blocks of everything, idle slots before and between, part pages; more
+decodes than there are buffers for their output; and the very first block of each kernel, which has
+code of its own, has new tokens to store."""
 
 BLOCKS = {"d_block_sizes": (1, 80, 1, 16), "m_block_sizes": (8, 80, 4, 16)}
 """So many pages a block that they are issued in two turns."""
