@@ -61,7 +61,7 @@ def occupancy(schedule, span, title="Which unit is busy when"):
 def _busy(schedule, span, units):
     """Mean share of its slots that each unit uses, by column of the picture."""
     listing = schedule.listing
-    used = np.array(listing.slots[span.start : span.end]) / np.array(listing.capacity)
+    used = listing.slot_matrix[span.start : span.end] / np.array(listing.capacity)
     columns = min(COLUMNS, len(used))
     edges = np.linspace(0, len(used), columns + 1).astype(int)
     means = np.add.reduceat(used, edges[:-1], axis=0) / np.diff(edges)[:, None]

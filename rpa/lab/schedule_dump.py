@@ -15,7 +15,10 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 FORMAT = 2
 """Of kept listings; another number makes them all anew."""
@@ -43,6 +46,11 @@ class Listing:
     capacity: tuple[int, ...]
     slots: list[list[int]]
     scalar: list[tuple[int, str]]
+
+    @cached_property
+    def slot_matrix(self) -> np.ndarray:
+        """The same slots, int64[num_bundles, num_units]."""
+        return np.array(self.slots, np.int64)
 
 
 def parse_dump(directory: Path, kernel: str) -> Listing:

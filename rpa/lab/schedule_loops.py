@@ -88,7 +88,7 @@ def used(listing, weights) -> dict[str, int]:
         listing: a `rpa.lab.schedule_dump.Listing`.
         weights: int64[num_bundles], for instance the hits of an execution.
     """
-    totals = np.asarray(weights) @ np.asarray(listing.slots, np.int64)
+    totals = np.asarray(weights) @ listing.slot_matrix
     return {unit_name(unit): int(n) for unit, n in zip(listing.units, totals, strict=True)}
 
 
