@@ -21,7 +21,7 @@ from rpa.lab.stopwatch import Chain, Timing, time_calls
 from rpa.ladder import LADDER, kv_lens_of, q_lens_of
 from rpa.ragged import RaggedBatch
 
-INTERPRETED = "a TPU kernel: without a TPU only its interpreter would be timed"
+INTERPRETED = "needs a TPU: the time of its interpreter says nothing"
 
 TOO_LARGE = "does not fit in the device's memory"
 
