@@ -105,6 +105,7 @@ class Measured:
         interior, masked: bundles of the region that computes a chunk without and with a mask; None
             if the kernel has only one kind of chunk.
         per_sequence: decode: bundles of one sequence besides its chunks; None for mixed.
+        step: decode: all bundles of one more sequence of 1,024 tokens; None for mixed.
     """
 
     kernel: str
@@ -118,6 +119,7 @@ class Measured:
     interior: float | None
     masked: float | None
     per_sequence: float | None
+    step: float | None
 
     @property
     def executed_per_chunk(self) -> float:
@@ -191,15 +193,18 @@ def measure(
 
     short = run(what.num_seqs, SHORT)
     chunks = run(what.num_seqs, LONG) - short
-    per_sequence = None
+    per_sequence = step = None
     if case == "decode":
-        more = (run(2 * what.num_seqs, SHORT) - short).bundles
-        per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / what.num_seqs
+        n = what.num_seqs
+        more = (run(2 * n, SHORT) - short).bundles
+        per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
+        step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
     return Measured(
         *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
         *chunk_floor(chips.chip(chip), case, sizes),
         *regions(schedule, chunks, what.num_chunks),
         per_sequence,
+        step,
     )
 
 

@@ -97,6 +97,7 @@ def to_json(measured: Measured) -> dict:
         "interior_region": measured.interior,
         "masked_region": measured.masked,
         "per_sequence": measured.per_sequence,
+        "step_1024": measured.step,
         "floor": measured.floor,
         "floor_of": measured.floor_of,
         "bound": bound(share),
@@ -124,6 +125,7 @@ def describe(measured: Measured) -> str:
         lines.append(f"  {measured.masked:9,.0f}  the region with a mask")
     if measured.per_sequence is not None:
         lines.append(f"  {measured.per_sequence:9,.0f}  a sequence, besides its chunks")
+        lines.append(f"  {measured.step:9,.0f}  a sequence of 1,024 tokens, all in all")
     lines.append(f"slots a chunk, share of capacity (bound: {numbers['bound']}):")
     lines += [
         f"  {unit:8} {n:9,.0f}  {numbers['share'][unit]:6.1%}" for unit, n in measured.slots.items()
