@@ -174,6 +174,19 @@ def test_the_clock_counts_what_can_be_counted_by_hand(buffering):
     assert free.total_cycles == pytest.approx(4 * unit)
 
 
+def test_each_kernel_of_a_record_can_be_timed_by_itself(buffering):
+    call = programs.call(programs.single_buffer, interpret=compat.interpreter_params())
+    with record_dmas() as twice:
+        call(X), call(X)
+    once = predict_cycles(buffering["single_buffer"]).total_cycles
+    assert predict_cycles(twice).total_cycles == pytest.approx(2 * once)
+    assert predict_cycles(twice, kernel=1).total_cycles == pytest.approx(once)
+    first_bar = min(
+        patch.get_x() for patch in gantt(twice, chip="v5e", kernel=1).fig.axes[0].patches
+    )
+    assert first_bar == 0
+
+
 FIGURES = {
     "in order": {},
     "on the clock": {"chip": "v5e"},

@@ -90,7 +90,8 @@ interpreted with compat.interpreter_params().
         if chip is None:
             drawn[name] = _bars_in_order(record, keep, label)
         else:
-            drawn[name] = _bars_on_clock(record, keep, label, chip, compute_ratio)
+            prediction = predict_cycles(record, chip, compute_ratio=compute_ratio, kernel=kernel)
+            drawn[name] = _bars_on_clock(prediction, keep, label)
     heights = [PANEL_INCHES + ROW_INCHES * len(_row_names(bars)) for bars in drawn.values()]
     with style():
         fig = new_figure(WIDTH_INCHES, sum(heights) + 0.6)
@@ -185,9 +186,8 @@ def _bars_in_order(timeline, copies, label):
     return bars
 
 
-def _bars_on_clock(timeline, copies, label, chip, compute_ratio):
+def _bars_on_clock(prediction, copies, label):
     """Bars from the first byte to the last, a pale one before for what waits for the HBM."""
-    prediction = predict_cycles(timeline, chip, compute_ratio=compute_ratio)
     numbers, kernels = {c.number for c in copies}, {c.kernel for c in copies}
     flights = {f.copy.number: f for f in prediction.flights if f.copy.number in numbers}
     bars = []

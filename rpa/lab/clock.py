@@ -49,6 +49,7 @@ def predict_cycles(
     *,
     compute_ratio: float = 1.0,
     latency_cycles: float = 0.0,
+    kernel: int | None = None,
     compute_cycles: Callable[[Compute], float] | None = None,
 ) -> Prediction:
     """Lay a timeline on a clock: when do copies arrive, when does the core compute, when wait?
@@ -62,6 +63,7 @@ def predict_cycles(
         chip: name of a chip in `rpa.chips`.
         compute_ratio: what computing on fetched bytes takes, as a multiple of their transfer.
         latency_cycles: from a start to the first byte.
+        kernel: which `pallas_call` of the record, by itself; None takes all, one after the other.
         compute_cycles: cycles of a Compute, instead of compute_ratio.
 
     Returns:
@@ -77,6 +79,8 @@ def predict_cycles(
     computes = {compute.first: compute for compute in timeline.computes}
     now, hbm_free, arrivals, flights, spans = 0.0, 0.0, {}, [], []
     for event in timeline.events:
+        if kernel is not None and event.kernel != kernel:
+            continue
         if event.order in starts:
             copy = starts[event.order]
             begin = max(now + latency_cycles, hbm_free)
