@@ -11,7 +11,7 @@ import pytest
 from rpa import chips, lab
 from rpa.__main__ import main
 from rpa.figures import schedule as pictures
-from rpa.lab import peers, schedule_cases, schedule_dump, schedule_loops, schedule_run
+from rpa.lab import peers, programs, schedule_cases, schedule_dump, schedule_loops, schedule_run
 from rpa.lab.schedule import NoSchedule, schedule_for
 from tests import schedule_programs
 
@@ -175,6 +175,24 @@ def test_command_prints_one_json_object(capfd, kernel, case):
         assert work == told["floor"]  # no product twice, none left out
     assert told["executed_per_chunk"] >= told["bundles_per_chunk"]
     assert all(0 <= share <= 1 for share in told["share"].values())
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_a_ragged_batch_moves_each_token_once():
+    """The compiled rung 7, executed on lengths at and around page and block ends."""
+    sizes = programs.Workload(page_size=128, num_seqs=16, kv_len=schedule_cases.LONG)
+    schedule, program = schedule_cases.compile_kernel("rpa", "decode", "v6e", sizes)
+    kv_lens = np.array([1, 127, 128, 129, 1024, 1025, 0, 5000, *[9] * 8], np.int32)
+    q_lens = np.array([1, 1, 1, 1, 1, 1, 0, 1, *[0] * 8])
+    cu_q_lens = np.append(0, np.cumsum(q_lens)).astype(np.int32)
+    pages = np.arange(16 * sizes.pages_per_seq, dtype=np.int32)
+    distribution = np.array([8, 8, 8], np.int32)
+    run = schedule.execute(*program.args[:4], kv_lens, pages, cu_q_lens, distribution)
+    token_bytes, row_bytes = 2 * 8 * 128 * 2, 32 * 128 * 2
+    assert run.bytes_moved("hbm_to_vmem") == sum(kv_lens[:8]) * token_bytes + 7 * row_bytes
+    assert run.bytes_moved("vmem_to_hbm") == 7 * row_bytes  # the mixed kernel zeroes the rest
+    assert run.bytes_moved("hbm_to_hbm") == 7 * token_bytes  # the new tokens
 
 
 @needs_libtpu
