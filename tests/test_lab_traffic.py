@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rpa import compat, fused, ladder, ragged_paged_attention, streamed, tiled
 from rpa.__main__ import main
+from rpa.figures.traffic import where_bytes_go
 from rpa.lab import peers
 from rpa.lab.commands.traffic import make_batch
 from rpa.lab.dryrun import dry_run
@@ -18,6 +19,7 @@ from rpa.lab.traffic import Layer, count, least
 from rpa.ragged import RaggedBatch
 from tests import dma_programs as programs
 from tests.batches import Shape, make_case
+from tests.test_figures import check_places, drawn_texts
 
 X = jax.ShapeDtypeStruct((programs.NUM_CHUNKS * programs.CHUNK, 128), "float32")
 CHUNK_BYTES = programs.CHUNK * 128 * 4
@@ -258,6 +260,14 @@ def test_the_least_counts_tokens_once_and_nothing_of_idle_slots():
         "KV read": 28 * TOKEN, "new KV": TOKEN, "cache write": TOKEN, "q": ROW, "o": ROW,
         "page table": 16,
     }  # fmt: skip
+
+
+def test_the_picture_of_the_bytes_can_be_read():
+    counted = {name: count(name, BATCH, SMALL) for name in ("dense", "streamed", "fused")}
+    picture = where_bytes_go(counted)
+    check_places(drawn_texts(picture.fig), *picture.fig.canvas.get_width_height())
+    assert f"{counted['fused'].num_bytes:,} bytes in {counted['fused'].num_copies}" in picture.text
+    assert f"{counted['dense'].excess:+.1%} of the least" in picture.text
 
 
 # --- From a terminal ----------------------------------------------------------------------------

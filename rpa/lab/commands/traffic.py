@@ -9,6 +9,7 @@ from rpa import chips
 from rpa.lab.peers import PeerAbsent
 from rpa.lab.programs import MODELS
 from rpa.lab.traffic import RUNGS, Layer, count
+from rpa.lab.waiting import waiting
 from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
 
@@ -37,7 +38,8 @@ def main(args) -> int:
     layer = Layer.of(args.model, page_size=args.page_size, dtype=args.dtype, kv_dtype=args.kv_dtype)
     options = {"chip": args.chip} if args.kernel in ("kernel", "v3") and args.chip else {}
     try:
-        traffic = count(args.kernel, make_batch(args.batch, args.page_size), layer, **options)
+        with waiting(f"running the transfers of {args.kernel}"):
+            traffic = count(args.kernel, make_batch(args.batch, args.page_size), layer, **options)
     except (ValueError, PeerAbsent) as error:
         print(f"{args.kernel}: not applicable: {error}")
         return 1
