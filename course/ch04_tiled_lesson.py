@@ -35,6 +35,7 @@ from rpa import chips, dense, tiled
 from rpa.compat import choose_interpret
 from rpa.figures import show_source
 from rpa.figures import tiled as pictures
+from rpa.lab.schedule import NoSchedule
 from rpa.paging import cdiv
 
 # %% [markdown]
@@ -390,8 +391,8 @@ for block_q in (16, 64, 128, 512):
 # A fetched byte of K or V serves as many FLOPs as there are rows. With 64 rows the keys are fetched
 # too often, and prefill waits for memory after all; 256 rows are just past the ridge of 240, but
 # the blocks on the diagonal are fetched whole and used by half. From 512 rows on it waits for the
-# matrix units, as it should. How busy these really are is read from the compiler's schedule
-# (chapter 8).
+# matrix units, as it should. How busy these really are comes in section
+# 13.
 #
 # **Takeaway.** `block_q * group` has to pass the ridge, and VMEM is large enough for that.
 
@@ -418,6 +419,38 @@ assert time_.bound == "compute"
 #
 # **Takeaway.** The same FLOPs, less than a tenth of the bytes. Tiling is not about computing less;
 # it is about not writing things down.
+
+# %% [markdown]
+# ## 13. How busy are the units, really?
+#
+# Waiting for the matrix units is what a prefill should do. But are they busy? A TPU issues one
+# **bundle** of instructions a cycle, and the compiler decides beforehand which unit gets what in
+# each of them. So its listing is a timetable, and the real compiler runs on any Linux machine, for
+# a chip that is not there. Take one block of this kernel, 512 rows x 512 keys. By hand: two
+# products of $2 \cdot 512 \cdot 512 \cdot 128$ FLOPs each are 134 million, and a v5e does 131,072 a
+# cycle: 1,024 cycles, if nothing else took time.
+
+# %%
+flops = 2 * 2 * 512 * 512 * 128
+print(f"the products alone need {flops / v5e.mxu_flops_per_cycle:,.0f} cycles")
+assert flops / v5e.mxu_flops_per_cycle == 1024
+
+# %%
+try:
+    picture = pictures.block_occupancy("v5e")
+except NoSchedule as reason:
+    print(reason, "This is the picture as it was recorded, with libtpu 0.0.52:", sep="\n")
+    picture = pictures.recorded_occupancy()
+picture
+
+# %% [markdown]
+# A full row is a unit with work in every cycle. The matrix unit (top) is in use for little more
+# than half of the time. First it multiplies Q and K and nobody else has anything to do; then it
+# waits for maxima, exponentials and masks (VALU, EUP, XLU), because the second product needs their
+# results. And much of the loads and stores is *spills*: 512 rows of scores do not fit 64 registers.
+# None of that is in a roofline. It is latency and order, and chapter 8 is about nothing else.
+#
+# **Takeaway.** A roofline says what must be waited for. The schedule says what is.
 
 # %% [markdown]
 # ## What is still slow

@@ -435,10 +435,10 @@ in_place = jax.jit(store, donate_argnums=0)
 # %%
 print(f"{2 * new.nbytes / 1e3:.0f} kB of new K and V, a cache of {cache.nbytes / 1e6:.0f} MB")
 machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, plain JAX"
-print(f"stored in a copy of the cache:  {best_ms(store, cache):6.1f} ms on {machine}")
-print(f"stored in the cache, donated:   {best_ms(in_place, jnp.zeros_like(cache)):6.1f} ms")
+print(f"stored in a copy of the cache:  {best_ms(store, cache):7.2f} ms on {machine}")
+print(f"stored in the cache, donated:   {best_ms(in_place, jnp.zeros_like(cache)):7.2f} ms")
 temporary_bytes = in_place.lower(cache).compile().memory_analysis().temp_size_in_bytes
-print(f"temporary memory of the latter: {temporary_bytes / 1e6:6.1f} MB")
+print(f"temporary memory of the latter: {temporary_bytes / 1e6:7.2f} MB")
 
 # %% [markdown]
 # Forget one `donate_argnums`, and the whole cache is copied for eight tokens. And even donated,

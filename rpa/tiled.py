@@ -266,6 +266,7 @@ def _flash_attention(lens, sm_scale, q, k, v, *, causal, block_q, block_kv, inte
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name="flash_attention",
         compiler_params=pltpu.CompilerParams(
             # The key blocks of one query block share the scratch, so only they must be in order.
             dimension_semantics=("parallel", "parallel", "arbitrary")

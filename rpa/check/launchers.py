@@ -170,16 +170,16 @@ def run_sequences(kernel, x, block_tokens):
     )
 
 
-def _call(kernel, arrays, *, scalars=(), out_shape, out_space=None, scratch_shapes):
+def _call(kernel, arrays, *, scalars=(), out_shape, out_space=pltpu.VMEM, scratch_shapes):
     """A kernel without a grid: arrays in HBM, scalars in SMEM, the result in VMEM if not said."""
-    out_spec = pl.BlockSpec() if out_space is None else pl.BlockSpec(memory_space=out_space)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-            out_specs=out_spec,
+            # Said aloud, because the interpreter of jax 0.7.2 copies into VMEM only where it is.
+            out_specs=pl.BlockSpec(memory_space=out_space),
             scratch_shapes=scratch_shapes,
         ),
         out_shape=jax.ShapeDtypeStruct(out_shape, arrays[0].dtype),

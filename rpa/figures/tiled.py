@@ -1,11 +1,19 @@
 """Pictures of chapter 4: the online softmax, tiles, a block's journey, blocks skipped."""
 
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from rpa.chips import chip
+from rpa.figures.schedule import occupancy
 from rpa.figures.style import COLORS, alt, new_figure, style
+from rpa.lab.schedule import schedule_for
 from rpa.paging import cdiv
+from rpa.tiled import flash_attention
 
 BLOCK_KINDS = {"#": "whole: no mask", "+": "partly visible: masked", ".": "skipped"}
 BLOCK_COLORS = {"#": COLORS["blue"], "+": COLORS["sky"], ".": COLORS["light"]}
@@ -186,3 +194,37 @@ def block_grid(kinds, *, title="Which blocks are computed"):
         f"A grid of {kinds.shape[0]} blocks of queries and {kinds.shape[1]} blocks of keys: "
         f"{counts[0]} whole, {counts[1]} partly visible, {counts[2]} skipped.",
     )
+
+
+def block_occupancy(chip_name="v5e"):
+    """Compile rung 4 for a chip and draw which unit is busy while it computes one block of keys.
+
+    512 rows (128 tokens x 4 heads) x 512 keys x head_dim 128, bfloat16, causal.
+
+    Raises:
+        rpa.lab.schedule.NoSchedule: where the compiler does not show its schedule, in words.
+    """
+    q, kv = (jax.ShapeDtypeStruct((n, h, 128), jnp.bfloat16) for n, h in ((512, 4), (1024, 1)))
+    options = {"interpret": False, "block_q": 128, "block_kv": 512}
+    schedule = schedule_for(chip_name, flash_attention, q, kv, kv, kwargs=options)
+    products = (
+        span for _, span in schedule.loops.walk() if schedule.describe(span)["slots"]["MATMUL"]
+    )
+    *_, innermost = products
+    title = f"One block of 512 rows x 512 keys on a {chip_name}"
+    return occupancy(schedule, innermost, title=title)
+
+
+RECORDED = Path(__file__).parents[1] / "data" / "flash_occupancy_v5e.png"
+
+
+def recorded_occupancy():
+    """`block_occupancy` as tools/record_occupancy.py recorded it, where no compiler shows it.
+
+    >>> recorded_occupancy().text[:22]
+    'Occupancy of each unit'
+    """
+    pixels = matplotlib.image.imread(RECORDED)
+    fig = new_figure(9.5, 9.5 * pixels.shape[0] / pixels.shape[1])
+    fig.add_axes([0, 0, 1, 1], frameon=False, xticks=[], yticks=[]).imshow(pixels)
+    return alt(fig, RECORDED.with_suffix(".txt").read_text(encoding="utf-8"))
