@@ -19,8 +19,6 @@ from tests.test_doctor import LAPTOP, doctor
 pytestmark = pytest.mark.core
 
 FLOAT32, *OTHERS = [path for path in selftest.PATHS if path.off_tpu]
-COMPILED = {str(path): path for path in selftest.PATHS}
-QUICK = [("v5e", "3/3 heads of 64, q bfloat16, KV float8_e4m3fn")]
 
 
 def by_reference(*args, backend, **options):
@@ -51,6 +49,7 @@ def test_the_other_paths_pass(path):
     assert check(ragged_paged_attention, path)[1] == ""
 
 
+@pytest.mark.full
 def test_a_layout_that_swaps_k_and_v_is_named():
     load_kv = layout.load_kv
     with replaced(layout, "load_kv", lambda *args: load_kv(*args)[::-1]):
@@ -88,6 +87,16 @@ WRONG_OUTPUTS = {
 def test_a_wrong_output_is_named(name):
     change, words = WRONG_OUTPUTS[name]
     assert words in check(changed(change))[1]
+
+
+def test_swapped_keys_and_values_are_named():
+    """What the full test makes of the kernel's own layout, made of the reference here."""
+    case = selftest.make_case(FLOAT32)
+
+    def swapped(*args, **options):
+        return selftest._reference(FLOAT32, case, swap=True), by_reference(*args, **options)[1]
+
+    assert check(swapped)[1] == "decode and chunk and mixed: K and V are swapped"
 
 
 def test_a_wrong_cache_is_named():
@@ -159,16 +168,10 @@ def test_every_packing_meets_every_width_of_a_load():
     assert {path.q_dtype for path in selftest.PATHS} == {"float32", "bfloat16"}
 
 
-@pytest.mark.parametrize(
-    "chip, name",
-    [
-        pytest.param(chip, name, marks=() if (chip, name) in QUICK else pytest.mark.full)
-        for chip in ("v5e", "v6e", "tpu7x")
-        for name in COMPILED
-    ],
-)
-def test_paths_compile_for(chip, name):
-    path = COMPILED[name]
+@pytest.mark.full
+@pytest.mark.parametrize("path", selftest.PATHS, ids=str)
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
+def test_paths_compile_for(chip, path):
     case = selftest.make_case(path)
     arrays = [case.queries, case.keys, case.values, case.kv_cache, *case.metadata]
     options = selftest.BLOCKS | path.options | {"chip": chip}

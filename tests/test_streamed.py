@@ -62,7 +62,10 @@ def test_lengths(name, mode):
     check_decode(mode, SMALL, KV_LENS[name])
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "GQA, a group of 3" else pytest.param(n, marks=pytest.mark.full) for n in SHAPES],
+)
 def test_shapes(name):
     check_decode(ON_WAIT, SHAPES[name], [9, 0, 16, 21], block_tokens=8)
 

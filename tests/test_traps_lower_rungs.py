@@ -89,7 +89,9 @@ def test_15_heads_that_need_padding(group, dtype, rung):
     check_case(rung, make_case(shape, [(1, 9), (0, 3), (1, 16), (1, 25)]))
 
 
-@every_rung
+@pytest.mark.parametrize(
+    "rung", ["streamed", "fused"]
+)  # test_tiled asks the kernel of rung 4 itself
 def test_16_a_traced_scale_works(rung):
     case = make_case(SMALL, [(1, 9), (1, 4), (1, 18)])
 
@@ -123,6 +125,7 @@ def test_19_shared_pages_are_read_by_both(rung):
     check_case(rung, make_case(SMALL, [(1, 13), (1, 14), (1, 10)], share=True))
 
 
+@pytest.mark.full
 @every_rung
 def test_queries_wider_than_the_cache(rung):
     """float32 queries over a bfloat16 cache: computed in float32, so held to its limit."""
