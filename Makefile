@@ -57,6 +57,8 @@ test:
 	$(MAKE) --no-print-directory nbtest
 	$(MAKE) --no-print-directory test-floor
 
+# Of what is marked full, the seeded faults of rung 7 alone (tests/test_wrong_kernels.py) keep one core
+# busy for 9 minutes: 532 s of processor time (2026-11, jax 0.10.2).
 test-full: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
 
