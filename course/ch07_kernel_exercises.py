@@ -29,17 +29,15 @@ from rpa.paging import cdiv
 #
 # The new tokens of a sequence are cut into blocks of `bq` queries. A block is computed together, so
 # it reads all keys that at least one of its queries sees, and no others. Write
-# `block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)`: the first position that block
+# `block_keys(kv_len, q_len, q_block, bq, sliding_window)`: the first position that block
 # `q_block` fetches, and one past the last.
 #
 # - Attention is causal. The last block of a sequence may hold fewer than `bq` queries.
 # - With a `sliding_window` a query sees that many keys, its own token among them; `None` means all.
-#   Copies begin with whole pages, so round the first position down to a page.
 #
 # By hand: `kv_len = 10`, `q_len = 6`, `bq = 4`. The new tokens have positions 4 to 9, block 0 holds
-# 4 to 7 and reads `(0, 8)`. With a window of 7, `page_size = 8`, `kv_len = 30`, `q_len = 6`: block
-# 0 holds 24 to 27; position 24 sees 18 to 24, and 18 lies in the page that begins at 16: `(16,
-# 28)`.
+# 4 to 7 and reads `(0, 8)`. With a window of 3, position 4 sees 2 to 4, so the block reads `(2,
+# 8)`.
 #
 # **Teaches:** the effective KV length of a query block: this is where a kernel saves half of a
 # prefill.
@@ -48,8 +46,7 @@ from rpa.paging import cdiv
 # Two queries decide. The first one of the block sees the earliest keys, the last one the latest.
 
 # %% [markdown] tags=["hint"]
-# `min` shortens the last block, `max(..., 0)` keeps the window inside the sequence, and
-# `x // page_size * page_size` rounds down to a page.
+# `min` shortens the last block, and `max(..., 0)` keeps the window inside the sequence.
 
 # %% [markdown] tags=["hint"]
 # ```python
@@ -57,20 +54,20 @@ from rpa.paging import cdiv
 # num_queries = min(bq, ...)
 # kv_start = 0
 # if sliding_window is not None:
-#     kv_start = max(first - ..., 0) // page_size * page_size
+#     kv_start = max(first - ..., 0)
 # return kv_start, first + ...
 # ```
 
 
 # %% tags=["exercise"]
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
     """First position that a query block fetches, and one past the last."""
     ### BEGIN SOLUTION
     first = kv_len - q_len + q_block * bq
     num_queries = min(bq, q_len - q_block * bq)
     kv_start = 0
     if sliding_window is not None:
-        kv_start = max(first - sliding_window + 1, 0) // page_size * page_size
+        kv_start = max(first - sliding_window + 1, 0)
     return kv_start, first + num_queries
     ### END SOLUTION
 
@@ -84,53 +81,54 @@ rpa.check("7.1", block_keys)
 
 # %%
 num_blocks = 4096 // 128
-read = sum(block_keys(4096, 4096, q, 128, 16, None)[1] for q in range(num_blocks))
+read = sum(block_keys(4096, 4096, q, 128, None)[1] for q in range(num_blocks))
 print(f"{read:,} keys are fetched, {num_blocks * 4096:,} without this function")
 
 # %% [markdown] tags=["explanation"]
 # Causal attention is a triangle, and this function cuts it out in steps of `bq`. It also bounds
 # every loop that follows: the number of KV blocks, the copies, the page-table entries. A window
-# cuts the other side. There the first query decides, because it sees the earliest key; rounding
-# down to a page fetches up to a page more than is seen, and the mask hides those keys.
+# cuts the other side. There the first query decides, because it sees the earliest key; the later
+# queries of the block do not see all that is fetched, and the mask hides the rest.
 # `walk.query_block` in `rpa/kernel/` is this function. And since the block's own tokens are inside
 # the range, each query block can store them in the cache, window or not: a kernel that leaves the
 # store to the *last* block of a sequence loses tokens that this block never reads.
 
 
 # %% tags=["wrong"] refused="every block reads up to kv_len"
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
     first = kv_len - q_len + q_block * bq
     if sliding_window is None:
         return 0, kv_len
-    return max(first - sliding_window + 1, 0) // page_size * page_size, kv_len
+    return max(first - sliding_window + 1, 0), kv_len
 
 
 # %% tags=["wrong"] refused="the last block is taken for a full one"
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
     first = kv_len - q_len + q_block * bq
     seen = 0 if sliding_window is None else max(first - sliding_window + 1, 0)
-    return seen // page_size * page_size, first + bq
+    return seen, first + bq
 
 
 # %% tags=["wrong"] refused="the cached prefix is forgotten"
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
     first = q_block * bq
     seen = 0 if sliding_window is None else max(first - sliding_window + 1, 0)
-    return seen // page_size * page_size, min(first + bq, q_len)
+    return seen, min(first + bq, q_len)
 
 
-# %% tags=["wrong"] refused="not rounded down to a page"
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    first = kv_len - q_len + q_block * bq
-    seen = 0 if sliding_window is None else max(first - sliding_window + 1, 0)
-    return seen, min(first + bq, kv_len)
+# %% tags=["wrong"] refused="the window of the last query decides"
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
+    end = min(kv_len - q_len + (q_block + 1) * bq, kv_len)
+    if sliding_window is None:
+        return 0, end
+    return max(end - sliding_window, 0), end
 
 
 # %% tags=["wrong"] refused="the window is one key too long"
-def block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def block_keys(kv_len, q_len, q_block, bq, sliding_window):
     first = kv_len - q_len + q_block * bq
     seen = 0 if sliding_window is None else max(first - sliding_window, 0)
-    return seen // page_size * page_size, min(first + bq, kv_len)
+    return seen, min(first + bq, kv_len)
 
 
 # %% [markdown]

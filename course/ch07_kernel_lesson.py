@@ -39,9 +39,9 @@ from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 # %% [markdown]
 # ## 1. What is in it?
 #
-# One picture for the whole chapter. Colours say *when*: while one tile is computed (orange), the
-# pages and queries of the next step are on their way (blue), and for the step after that the
-# entries of the page table (purple).
+# One picture for the whole chapter. Colours say *when*: while one turn of the loop computes
+# (orange), the pages and queries of the next turn are on their way (blue), and for the turn after
+# that the entries of the page table (purple).
 
 # %%
 pictures.diagram()
@@ -56,11 +56,12 @@ pictures.diagram()
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
 # | `walk.py` | what comes next? | 7.1, 7.2 |
 # | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
+# | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 8 |
 # | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
 # | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 7.5 |
 #
-# **Takeaway.** The kernel is a loop in which three steps are under way at once. Everything else is
-# a decision about one step.
+# **Takeaway.** The kernel is a loop of which three turns are under way at once. Everything else is
+# a decision about one block of keys.
 
 # %% [markdown]
 # ## 2. Which keys does a query block read?
@@ -193,15 +194,18 @@ show_source(loop._Area)
 show_source(loop.kernel)
 
 # %% [markdown]
-# The steps are carried in registers: `step` is computed, `coming` has its page-table entries on the
-# way, and `fetch` returns the one `after`. So two things are early by one step each. A copy of
-# pages needs page numbers; page numbers are in HBM; so they have to be asked for before that:
+# The steps are carried in registers: those of this turn are computed, those `coming` have their
+# page-table entries on the way, and `fetch` returns the ones `after`. A turn is one step; only a
+# decode computes two steps in a turn, because one row of queries keeps the units busy too little
+# (chapter 8). So two things are early by one turn each. A copy of pages needs page numbers; page
+# numbers are in HBM; so they have to be asked for before that:
 
 # %%
 show_source(transfers.fetch)
+show_source(transfers._fetch_step)
 
 # %% [markdown]
-# Look at the order in there. Wait for the entries of this step; start all its copies; *then* ask
+# Look at the order in there. Wait for the entries of this turn; start all its copies; *then* ask
 # for the entries of the next one, into the same small buffer: the ones before have just been used.
 # To see it, run the kernel on our batch in the interpreter, with the blocks of the pictures, and
 # record it:
@@ -218,8 +222,9 @@ from rpa.figures.timeline import gantt
 from rpa.lab.timeline import page_labels, record_dmas
 
 inputs = ["kv_lens", "cu_q_lens", "distribution", "scalars", "queries", "kv_cache", "new_kv"]
-parts = [*inputs, "page_table", "output", "_", *blocks.vmem_buffers(decode_plan), "table_chunk"]
-part_names = {f"args[{i}]": part for i, part in enumerate(parts)}  # of the decode kernel
+parts = [*inputs, "page_table", "output_before", "output", "_"]
+parts += [*blocks.vmem_buffers(mixed_plan), "table_chunk"]
+part_names = {f"args[{i}]": part for i, part in enumerate(parts)}  # of the mixed kernel
 
 # %%
 on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter runs
@@ -252,23 +257,18 @@ print(by_kernel)
 assert by_kernel == by_walk
 
 # %% [markdown]
-# And as a picture, the decode kernel alone: three steps, two of A and one of B. The copies into the
-# buffer that is not computed on begin before the computation ends; and each piece of the table is
-# there before the pages that it names are asked for.
+# And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
+# the buffer that is not computed on begin before the computation ends, also from C to D; and each
+# piece of the table is there before the pages that it names are asked for.
 
 # %%
 labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")
-rows = ["kv_buffer[0]", "kv_buffer[1]", "table_chunk", "new_kv to kv_cache"]
-gantt(
-    timeline,
-    kernel=0,
-    rows=rows,
-    label=labels,
-    title="The decode kernel: two blocks of A, one of B",
-)
+rows = ["kv_buffer[0]", "kv_buffer[1]", "table_chunk"]
+title = "The mixed kernel: six steps of sequence 3, then four of sequence 4"
+gantt(timeline, kernel=1, rows=rows, label=labels, title=title)
 
 # %% [markdown]
-# **Takeaway.** Two steps ahead the table, one step ahead the pages, now the computation; across the
+# **Takeaway.** Two turns ahead the table, one turn ahead the pages, now the computation; across the
 # ends of query blocks and of sequences. Nothing drains before the batch ends.
 
 # %% [markdown]

@@ -26,105 +26,89 @@ def _positions(kv_len, q_len, q_block, bq):
     return kv_len - q_len + rows
 
 
-def _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def _block_keys(kv_len, q_len, q_block, bq, sliding_window):
     positions = _positions(kv_len, q_len, q_block, bq)
-    return _page_start(positions[0], page_size, sliding_window), int(positions[-1]) + 1
+    return _first_seen(positions[0], sliding_window), int(positions[-1]) + 1
 
 
-def _page_start(position, page_size, sliding_window):
-    """First position of the page with the first key that a query at `position` sees."""
+def _first_seen(position, sliding_window):
+    """The first key that a query at `position` sees."""
     if sliding_window is None:
         return 0
-    seen = [k for k in range(position + 1) if position - k < sliding_window]
-    return seen[0] // page_size * page_size
+    return next(k for k in range(position + 1) if position - k < sliding_window)
 
 
-def _span(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    names = ("kv_len", "q_len", "q_block", "bq", "page_size", "sliding_window")
-    values = (kv_len, q_len, q_block, bq, page_size, sliding_window)
+def _span(kv_len, q_len, q_block, bq, sliding_window):
+    names = ("kv_len", "q_len", "q_block", "bq", "sliding_window")
+    values = (kv_len, q_len, q_block, bq, sliding_window)
     return dict(zip(names, values, strict=True))
 
 
 block_keys = Exercise("7.1", _block_keys, outputs=("kv_start", "kv_end"), convert=np.array)
-block_keys.case("the first block of a chunk", **_span(10, 6, 0, 4, 4, None))
-block_keys.case("its last block, which is not full", **_span(10, 6, 1, 4, 4, None))
-block_keys.case("a decode", **_span(21, 1, 0, 1, 16, None))
-block_keys.case("the middle of a fresh prompt", **_span(40, 40, 2, 8, 16, None))
-block_keys.case("a window that begins inside a page", **_span(30, 6, 0, 4, 8, 7))
-block_keys.case("windows that begin on different pages", **_span(30, 8, 0, 8, 4, 7))
-block_keys.case("a window larger than what there is", **_span(9, 4, 0, 4, 4, 100))
-block_keys.case("a window whose first key begins a page", **_span(28, 4, 0, 4, 8, 9))
+block_keys.case("the first block of a chunk", **_span(10, 6, 0, 4, None))
+block_keys.case("its last block, which is not full", **_span(10, 6, 1, 4, None))
+block_keys.case("a decode", **_span(21, 1, 0, 1, None))
+block_keys.case("the middle of a fresh prompt", **_span(40, 40, 2, 8, None))
+block_keys.case("a window", **_span(30, 6, 0, 4, 7))
+block_keys.case("a block as long as its window", **_span(30, 8, 0, 8, 7))
+block_keys.case("a window larger than what there is", **_span(9, 4, 0, 4, 100))
 
 
 @block_keys.mistake(
     "every block reads up to kv_len: a causal query sees nothing after itself, so the early blocks "
     "of a prompt end sooner"
 )
-def _reads_to_the_end(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    return _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)[0], kv_len
+def _reads_to_the_end(kv_len, q_len, q_block, bq, sliding_window):
+    return _block_keys(kv_len, q_len, q_block, bq, sliding_window)[0], kv_len
 
 
 @block_keys.mistake(
     "the last block is taken for a full one: it may hold fewer than bq tokens, and keys behind "
     "kv_len do not exist"
 )
-def _last_block_full(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    start, _ = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
+def _last_block_full(kv_len, q_len, q_block, bq, sliding_window):
+    start, _ = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
     return start, kv_len - q_len + (q_block + 1) * bq
 
 
 @block_keys.mistake(
     "the cached prefix is forgotten: the first query stands at kv_len - q_len, not at 0"
 )
-def _prefix_forgotten(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    return _block_keys(q_len, q_len, q_block, bq, page_size, sliding_window)
+def _prefix_forgotten(kv_len, q_len, q_block, bq, sliding_window):
+    return _block_keys(q_len, q_len, q_block, bq, sliding_window)
 
 
 @block_keys.mistake("kv_end is the last key that is read; it should be one past it")
-def _end_is_last(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    start, end = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
+def _end_is_last(kv_len, q_len, q_block, bq, sliding_window):
+    start, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
     return start, end - 1
-
-
-@block_keys.mistake("kv_start is not rounded down to a page, and copies begin with whole pages")
-def _not_rounded(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    first = _positions(kv_len, q_len, q_block, bq)[0]
-    _, end = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
-    return _page_start(first, 1, sliding_window), end
-
-
-@block_keys.mistake("kv_start is rounded up to a page: the keys before that page are lost")
-def _rounded_up(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    first = _positions(kv_len, q_len, q_block, bq)[0]
-    _, end = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
-    return cdiv(int(_page_start(first, 1, sliding_window)), page_size) * page_size, end
 
 
 @block_keys.mistake(
     "the window of the last query decides where the block begins to read; the first query sees the "
     "earliest keys"
 )
-def _window_of_last(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def _window_of_last(kv_len, q_len, q_block, bq, sliding_window):
     last = _positions(kv_len, q_len, q_block, bq)[-1]
-    _, end = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
-    return _page_start(last, page_size, sliding_window), end
+    _, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
+    return _first_seen(last, sliding_window), end
 
 
 @block_keys.mistake(
     "the window is one key too long: it counts the query's own token, so the first key is "
     "position - sliding_window + 1"
 )
-def _window_too_long(kv_len, q_len, q_block, bq, page_size, sliding_window):
+def _window_too_long(kv_len, q_len, q_block, bq, sliding_window):
     window = None if sliding_window is None else sliding_window + 1
-    return _block_keys(kv_len, q_len, q_block, bq, page_size, window)
+    return _block_keys(kv_len, q_len, q_block, bq, window)
 
 
 @block_keys.mistake("kv_start is negative where the window is longer than what there is")
-def _negative(kv_len, q_len, q_block, bq, page_size, sliding_window):
-    start, end = _block_keys(kv_len, q_len, q_block, bq, page_size, sliding_window)
+def _negative(kv_len, q_len, q_block, bq, sliding_window):
+    start, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
     if sliding_window is not None:
         first = int(_positions(kv_len, q_len, q_block, bq)[0]) - sliding_window + 1
-        start = first // page_size * page_size
+        start = first
     return start, end
 
 

@@ -10,10 +10,10 @@ BOXES = {  # name: (left, bottom, width, height, text)
     "new": (0.3, 3.1, 2.3, 0.8, "new K and V"),
     "queries": (0.3, 1.8, 2.3, 0.8, "queries"),
     "output": (0.3, 0.5, 2.3, 0.8, "output"),
-    "chunk": (4.6, 6.3, 2.6, 0.8, "entries of one\nKV block"),
-    "kv": (4.6, 3.9, 2.6, 1.3, "KV block\n2 buffers"),
-    "q": (4.6, 1.8, 2.6, 0.8, "query block, 2 buffers"),
-    "o": (4.6, 0.5, 2.6, 0.8, "output block, 2 buffers"),
+    "chunk": (4.6, 6.3, 2.6, 0.8, "entries of the\nKV blocks"),
+    "kv": (4.6, 3.9, 2.6, 1.3, "KV blocks,\ntwice"),
+    "q": (4.6, 1.8, 2.6, 0.8, "query blocks, twice"),
+    "o": (4.6, 0.5, 2.6, 0.8, "output blocks, twice"),
     "walk": (8.9, 6.3, 2.8, 0.8, "walk: which step\nis next?"),
     "tile": (8.9, 3.4, 2.8, 1.8, "one tile:\nQ K$^T$, mask if needed,\nexp, P V"),
     "state": (8.9, 1.4, 2.8, 1.1, "m, l, acc\nof the query block"),
@@ -24,21 +24,21 @@ MEMORIES = {  # title: (left, bottom, width, height)
     "VMEM": (4.4, 0.2, 7.5, 5.5),
 }
 ARROWS = [  # from, to, when
-    ("table", "chunk", "two steps ahead"),
-    ("cache", "kv", "one step ahead"),
-    ("new", "kv", "one step ahead"),
-    ("queries", "q", "one step ahead"),
+    ("table", "chunk", "two turns ahead"),
+    ("cache", "kv", "one turn ahead"),
+    ("new", "kv", "one turn ahead"),
+    ("queries", "q", "one turn ahead"),
     ("new", "cache", "stored beside it"),
     ("kv", "tile", "now"),
     ("q", "tile", "now"),
     ("tile", "state", "now"),
     ("state", "o", "at the end of a query block"),
     ("o", "output", "at the end of a query block"),
-    ("walk", "chunk", "two steps ahead"),
+    ("walk", "chunk", "two turns ahead"),
 ]
 WHEN = {
-    "two steps ahead": COLORS["purple"],
-    "one step ahead": COLORS["blue"],
+    "two turns ahead": COLORS["purple"],
+    "one turn ahead": COLORS["blue"],
     "now": COLORS["orange"],
     "stored beside it": COLORS["red"],
     "at the end of a query block": COLORS["green"],
@@ -79,9 +79,9 @@ def diagram():
     return alt(
         fig,
         "The kernel in one picture. In HBM: page table, KV cache, new K and V, queries, output. In "
-        "SMEM: the table entries of one KV block, and the walk that says which step is next. In "
-        "VMEM: two buffers each for KV blocks, query blocks and output blocks, and the softmax "
-        "state of the query block. Two steps ahead the table entries are fetched; one step ahead "
+        "SMEM: the table entries of the KV blocks, and the walk that says which step is next. In "
+        "VMEM: KV blocks, query blocks and output blocks, each twice, and the softmax "
+        "state of the query block. Two turns ahead the table entries are fetched; one turn ahead "
         "the pages, the new K and V and the queries; new K and V are stored in the cache beside "
         "that; now one tile is computed; at the end of a query block the output leaves.",
     )
