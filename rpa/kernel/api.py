@@ -155,10 +155,12 @@ def ragged_paged_attention(
         _validate(batch, problem, chunk_prefill_size)
     if problem.num_tokens == 0:  # nothing to store, and no DMA of nothing
         return jnp.zeros(queries.shape, problem.out_dtype), kv_cache
+    chip = chips.chip(chip) if chip is not None else chips.current()
     vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
     block_sizes = {"d": d_block_sizes, "p": p_block_sizes, "m": m_block_sizes}
     interpret = backend == "interpret"
-    plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, interpret)
+    machine = {"interpret": interpret} | ({} if chip is None else {"mxu_size": chip.mxu_size})
+    plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine)
     run = _run_in_place if donate else _run_on_copy
     return run(
         *(queries, keys, values, kv_cache, batch),
@@ -240,11 +242,10 @@ def _vmem_limit(vmem_limit_bytes, chip):
                 "the chip's VMEM."
             )
         return int(vmem_limit_bytes)
-    known = chips.chip(chip) if chip is not None else chips.current()
-    if known is None:
+    if chip is None:
         # No TPU and no name: what fits the smallest VMEM fits everywhere.
         return min(each.vmem_bytes for each in chips.CHIPS.values())
-    return known.vmem_bytes
+    return chip.vmem_bytes
 
 
 def _validate(batch, problem, chunk_prefill_size):
@@ -257,13 +258,13 @@ def _validate(batch, problem, chunk_prefill_size):
     )
 
 
-def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, interpret):
+def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine):
     """A Plan for each kernel of the call, with given block sizes checked and others chosen."""
     cases = cases_of(chunk_prefill_size)
     plans = []
     for index, (case, max_q_len) in enumerate(cases):
         is_last = index == len(cases) - 1
-        make_plan = partial(_make_plan, problem, case, max_q_len, interpret, is_last)
+        make_plan = partial(_make_plan, problem, case, max_q_len, is_last, machine)
         letter = case.label[0]
         sizes = block_sizes[letter]
         if sizes is None:
@@ -277,5 +278,5 @@ def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, inte
     return tuple(plans)
 
 
-def _make_plan(problem, case, max_q_len, interpret, is_last, sizes):
-    return Plan(problem, case, sizes, interpret, is_last, max_q_len)
+def _make_plan(problem, case, max_q_len, is_last, machine, sizes):
+    return Plan(problem, case, sizes, is_last=is_last, max_q_len=max_q_len, **machine)

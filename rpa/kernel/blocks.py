@@ -35,16 +35,23 @@ def vmem_buffers(plan: Plan):
     kv = (plan.num_slots, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
     q = (plan.num_slots, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
     o = (plan.num_slots, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
-    # A decode lays its queries out for each block anew: they are few.
-    q_tiles = {} if plan.is_decode else {"q_tiles": ((*tiles, plan.tile_lanes), p.compute_dtype)}
-    return q_tiles | {
+    # With a spare half of the MXU: two parts of the queries, and row sums beside the accumulator.
+    q_lanes = plan.tile_lanes * (2 if plan.has_spare_mxu else 1)
+    acc_lanes = plan.tile_lanes + (LANES if plan.has_spare_mxu else 0)
+    buffers = {
         "kv_buffer": (kv, p.kv_dtype),
         "q_buffer": (q, p.q_dtype),
         "o_buffer": (o, p.out_dtype),
         "m": ((*tiles, LANES), np.dtype(np.float32)),
-        "l": ((*tiles, LANES), np.dtype(np.float32)),
-        "acc": ((*tiles, plan.tile_lanes), np.dtype(np.float32)),
+        "acc": ((*tiles, acc_lanes), np.dtype(np.float32)),
     }
+    # A decode lays its queries out for each block anew, and has its masks in registers.
+    if not plan.is_decode:
+        buffers["q_tiles"] = ((*tiles, q_lanes), p.compute_dtype)
+        buffers["limits"] = ((plan.mask_rows, plan.blocks.bkv_c), np.dtype(np.float32))
+    if not plan.has_spare_mxu:
+        buffers["l"] = ((*tiles, LANES), np.dtype(np.float32))
+    return buffers
 
 
 def vmem_bytes(plan: Plan):

@@ -117,13 +117,15 @@ def _attend_piece(plan, refs, works, first, num_products, is_masked):
 
 def _start_chain(plan, refs, work, token, dot, is_masked):
     """Scores and weights of one piece and dot: (m, l, p, v); what comes before is not looked at."""
-    columns, mask, num_valid = plan.blocks.bkv_c, None, None
+    columns, limits, num_valid = plan.blocks.bkv_c, None, None
     if is_masked:
         num_valid = jnp.clip(work.num_tokens - token, 0, columns)
-        mask = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, columns), 1) < num_valid
+        column = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, columns), 1)
+        limits = jnp.where(column < num_valid, jnp.inf, -jnp.inf)
     k, v = layout.load_kv(plan, refs.kv_buffer, work.step.kv_slot, token, dot, num_valid)
-    q = tiles.load_queries(plan, refs, work.step.q_slot, 0, dot)
-    s = softmax.scores(plan, refs.scalars, q, k, mask)
+    tile = tiles.load_queries(plan, refs, work.step.q_slot, 0, dot)
+    q = softmax.queries(plan, refs.scalars, tile)
+    s = softmax.scores(plan, refs.scalars, q, k, limits)
     m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), softmax.LOWEST_MAX)
     m = jnp.broadcast_to(m, (plan.tile_rows, LANES))
     p = jnp.exp2(s - softmax.widen(m, columns))
@@ -158,7 +160,8 @@ def _finish(plan, refs, works):
     for dot in range(plan.num_dots):
         for work in works:
             slot = work.step.q_slot
-            tiles.store_output(plan, refs, slot, 0, dot, refs.acc[slot, dot], refs.l.at[slot, dot])
+            acc, row_sums = refs.acc[slot, dot], refs.l[slot, dot]
+            tiles.store_output(plan, refs, slot, 0, dot, acc, row_sums)
     for work in works:
 
         @pl.when(work.is_last)

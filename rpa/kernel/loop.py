@@ -14,6 +14,9 @@ from rpa import compat
 from rpa.kernel import decode, layout, softmax, tiles, transfers, walk
 from rpa.paging import cdiv
 
+DOTS_AHEAD = 2
+"""How far Q K^T runs ahead of P V: at the end the MXU has work while it waits for a softmax."""
+
 
 def kernel(plan, names, *args):
     """The body of the `pallas_call`; `names` says what each positional ref is (see `launch`)."""
@@ -100,15 +103,16 @@ def _repeat(count):
 def _start_tile(plan, refs, slot, piece, dot):
     """Set a tile to "no key seen yet", and lay its queries out for the MXU."""
     sinks = refs.sinks[dot] if plan.problem.has_sinks else None
-    softmax.start(
-        plan, refs.m.at[piece, dot], refs.l.at[piece, dot], refs.acc.at[piece, dot], sinks
-    )
-    refs.q_tiles[piece, dot] = tiles.load_queries(plan, refs, slot, piece, dot)
+    l_ref = softmax.row_sums_ref(plan, refs, piece, dot)
+    softmax.start(plan, refs.m.at[piece, dot], l_ref, refs.acc.at[piece, dot], sinks)
+    tile = tiles.load_queries(plan, refs, slot, piece, dot)
+    refs.q_tiles[piece, dot] = softmax.queries(plan, refs.scalars, tile)
 
 
 def _finish_tile(plan, refs, slot, piece, dot):
-    acc, l_ref = refs.acc[piece, dot], refs.l.at[piece, dot]
-    tiles.store_output(plan, refs, slot, piece, dot, acc, l_ref)
+    acc = refs.acc[piece, dot, :, pl.ds(0, plan.tile_lanes)]
+    row_sums = softmax.row_sums_ref(plan, refs, piece, dot)[...]
+    tiles.store_output(plan, refs, slot, piece, dot, acc, row_sums)
 
 
 def _attend_kv_block(plan, refs, block, slot, position, num_tokens):
@@ -151,11 +155,10 @@ class _Area:
             self.needs_no_mask &= kv_position > q_last - p.sliding_window
 
     def mask(self):
-        """Which query sees which key, bool[mask_rows, bkv_c]; see `softmax.scores`."""
+        """Which query sees which key, bool[mask_rows, bkv_c]."""
         plan, p = self.plan, self.plan.problem
-        # The one token of a decode stands in all rows of its tile; otherwise rows are tokens.
         one_token = plan.blocks.bq == 1
-        shape = (plan.tile_rows if one_token else plan.piece_rows, plan.blocks.bkv_c)
+        shape = (plan.mask_rows, plan.blocks.bkv_c)
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         distance = self.q_position - self.kv_position - column  # query minus key
         if not one_token:
@@ -170,20 +173,24 @@ class _Area:
 def _attend_tiles(plan, refs, slot, token, piece, area):
     """All heads of one area. The products of a head overlap the softmax of the next.
 
-    P V of a tile is issued after Q K^T of the next one: it has to wait for its softmax, and the
-    MXU, which takes its work in order, would wait with it.
+    P V of a tile is issued after Q K^T of the DOTS_AHEAD next ones: it has to wait for its softmax,
+    and the MXU, which takes its work in order, would wait with it.
     """
-    mask = None if area is None else area.mask()
-    num_valid = None if area is None else area.num_valid
-    waiting = None
+    limits = num_valid = None
+    if area is not None:
+        refs.limits[...] = jnp.where(area.mask(), jnp.inf, -jnp.inf)
+        limits, num_valid = refs.limits, area.num_valid
+    waiting = []
     for dot in range(plan.num_dots):
         k, v = layout.load_kv(plan, refs.kv_buffer, slot, token, dot, num_valid)
-        s = softmax.scores(plan, refs.scalars, refs.q_tiles[piece, dot], k, mask)
-        if waiting is not None:
-            softmax.accumulate(plan, *waiting)
-        p, decay = softmax.update(s, refs.m.at[piece, dot], refs.l.at[piece, dot])
-        waiting = (p, v, decay, refs.acc.at[piece, dot])
-    softmax.accumulate(plan, *waiting)
+        s = softmax.scores(plan, refs.scalars, refs.q_tiles[piece, dot], k, limits)
+        if len(waiting) == DOTS_AHEAD:
+            softmax.accumulate(plan, *waiting.pop(0))
+        l_ref = softmax.row_sums_ref(plan, refs, piece, dot)
+        p, decay = softmax.update(plan, s, refs.m.at[piece, dot], l_ref)
+        waiting.append((p, v, decay, refs.acc.at[piece, dot]))
+    for products in waiting:
+        softmax.accumulate(plan, *products)
 
 
 def _zero_padding_rows(plan, refs):

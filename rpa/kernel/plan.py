@@ -138,6 +138,16 @@ class Plan:
     interpret: bool
     is_last: bool
     max_q_len: int | None = None
+    mxu_size: int = 256
+
+    @property
+    def has_spare_mxu(self):
+        """Whether products of this kernel leave half of the MXU idle, see `spare`.
+
+        Decode fills the depth of the MXU with several heads, and float32 takes it three times.
+        """
+        idle = 2 * self.tile_lanes <= self.mxu_size
+        return idle and self.blocks.bq > 1 and self.problem.compute_dtype != np.float32
 
     @cached_property
     def heads_per_dot(self):
@@ -211,6 +221,11 @@ class Plan:
     def tile_lanes(self):
         """Columns of one dot's accumulator."""
         return self.heads_per_dot * self.problem.lanes
+
+    @property
+    def mask_rows(self):
+        """Rows of a tile that the mask differs in: the one token of a decode stands in all rows."""
+        return self.tile_rows if self.blocks.bq == 1 else self.piece_rows
 
     @property
     def buffer_tokens(self):

@@ -8,12 +8,15 @@ is rescaled whenever a larger maximum appears:
 
 Powers of two, because that is what the hardware has: log2(e) is folded into the factor that the
 scores are multiplied with anyway. The state is float32 at any length: a bfloat16 sum stops growing
-at 256 equal terms. `l` is kept as 128 partial sums, one a lane, and added up once at the end.
+at 256 equal terms. `l` is kept as 128 partial sums, one a lane, and added up once at the end; or,
+where the MXU is half idle, it is a product like the values (see `spare`).
 """
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
+from rpa.kernel import spare
 from rpa.paging import LANES, cdiv
 
 LOWEST_MAX = -1e30
@@ -63,30 +66,50 @@ def nothing_seen(plan, sinks):
     score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * 1.4426950408889634
     m = jnp.maximum(score, LOWEST_MAX)
     lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
-    return m, jnp.where(lane == 0, jnp.exp2(score - m), 0.0)
+    weight = jnp.exp2(score - m)
+    return m, weight if plan.has_spare_mxu else jnp.where(lane == 0, weight, 0.0)
 
 
-def scores(plan, scalars_ref, q, k, mask):
+def row_sums_ref(plan, refs, piece, dot):
+    """Where the sums of a tile's weights are, f32[tile_rows, 128]."""
+    if plan.has_spare_mxu:
+        return refs.acc.at[piece, dot, :, pl.ds(plan.tile_lanes, LANES)]
+    return refs.l.at[piece, dot]
+
+
+def queries(plan, scalars_ref, tile):
+    """The left side of a tile's scores, in the compute dtype; tile: f32[tile_rows, tile_lanes]."""
+    dtype = plan.problem.compute_dtype
+    if plan.has_spare_mxu:
+        return spare.split_queries(tile, scalars_ref[SCORE_FACTOR], dtype)
+    return tile.astype(dtype)
+
+
+def scores(plan, scalars_ref, q, k, limits):
     """Scores of one tile in units of log2, f32[tile_rows, bkv_c].
 
     Args:
-        q: [tile_rows, tile_lanes], k: [bkv_c, tile_lanes], both in the compute dtype.
-        mask: bool[mask_rows, bkv_c], True where a query sees a key, or None if all see all.
-            Rows repeat: tile_rows is a multiple of mask_rows.
+        q: what `queries` returns; k: [bkv_c, tile_lanes] in the compute dtype.
+        limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees a key,
+            else -inf; None if all see all. Rows repeat: tile_rows is a multiple of mask_rows.
     """
     contract_lanes = (((1,), (1,)), ((), ()))
+    if plan.has_spare_mxu:
+        k = spare.double_keys(k)
     s = lax.dot_general(q, k, contract_lanes, precision=precision(plan), **FLOAT32)
-    s = s * scalars_ref[SCORE_FACTOR]
+    if not plan.has_spare_mxu:
+        s = s * scalars_ref[SCORE_FACTOR]
     if plan.problem.has_soft_cap:
         s = jnp.tanh(s) * scalars_ref[CAP_FACTOR]
-    if mask is None:
+    if limits is None:
         return s
-    # One mask serves all heads that share the tile; comparing per row would be `group` times that.
-    folded = s.reshape(-1, *mask.shape)
-    return jnp.where(mask[None], folded, -jnp.inf).reshape(s.shape)
+    # Loaded and taken the minimum of, one instruction a register. A mask would be compared anew for
+    # every head: there are few registers for masks, and none survives from one head to the next.
+    folded = s.reshape(-1, *limits.shape)
+    return jnp.minimum(folded, limits[...][None]).reshape(s.shape)
 
 
-def update(s, m_ref, l_ref):
+def update(plan, s, m_ref, l_ref):
     """Take the scores of one tile into the running maximum and sum.
 
     Returns:
@@ -98,7 +121,8 @@ def update(s, m_ref, l_ref):
     p = jnp.exp2(s - widen(m, s.shape[1]))
     decay = jnp.exp2(m_before - m)
     m_ref[...] = m
-    l_ref[...] = decay * l_ref[...] + lane_sums(p)
+    if not plan.has_spare_mxu:
+        l_ref[...] = decay * l_ref[...] + lane_sums(p)
     return p, decay
 
 
@@ -109,19 +133,25 @@ def accumulate(plan, p, v, decay, acc_ref):
 
 
 def weighted_values(plan, p, v):
-    """P V of one tile, f32[tile_rows, tile_lanes]."""
+    """P V of one tile, f32[tile_rows, tile_lanes], and their sum where the MXU is half idle."""
     contract_keys = (((1,), (0,)), ((), ()))
+    if plan.has_spare_mxu:
+        v = spare.append_ones(v)
     p = p.astype(plan.problem.compute_dtype)
     return lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
 
 
-def normalise(scalars_ref, acc, l_ref):
+def normalise(plan, scalars_ref, acc, row_sums):
     """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
 
     Args:
         acc: f32[tile_rows, lanes].
+        row_sums: f32[tile_rows, 128], what `row_sums_ref` holds.
     """
-    total = jnp.sum(l_ref[...], axis=1, keepdims=True)
+    if plan.has_spare_mxu:  # all lanes alike
+        total = widen(row_sums, acc.shape[1])
+    else:
+        total = jnp.sum(row_sums, axis=1, keepdims=True)
     # Not `total > 0`: a NaN in the data has to stay visible.
     factor = jnp.where(total == 0, 0.0, scalars_ref[VALUE_SCALE] / total)
     return acc * factor
