@@ -18,6 +18,7 @@
 | `launchers.py` | the `pallas_call`s around the kernels that exercises ask for |
 | `progress.py` | keeps what is solved in a file, `rpa.check.progress()` prints it |
 | `page_book.py` | the book of pages that exercise 2.4 is about |
+| `write_back.py` | the call around the kernel of exercise 6.5 |
 | `chapterNN.py` | the exercises of one chapter |
 """
 
