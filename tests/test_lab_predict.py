@@ -1,0 +1,71 @@
+"""`rpa.lab.predict`: a prediction keeps to what bounds it, and moves as its assumptions do."""
+
+import platform
+
+import pytest
+
+from rpa import chips, lab
+from rpa.lab import published
+from rpa.lab.commands.predict import describe, table, to_json
+from rpa.lab.predict import Prediction, predict_batch
+from rpa.ragged import RaggedBatch
+
+needs_libtpu = pytest.mark.skipif(
+    lab.compile_versions()["libtpu"] is None,
+    reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
+)
+
+
+def a_batch(q_lens, kv_lens, page_size=128):
+    pages_per_seq = -(-max(kv_lens) // page_size)
+    table = [[i * pages_per_seq + j for j in range(pages_per_seq)] for i in range(len(q_lens))]
+    return RaggedBatch.from_lengths(q_lens, kv_lens, table)[0]
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_a_prediction_keeps_to_its_bounds():
+    batch = a_batch([1] * 8, [1024, 900, 700, 512, 300, 200, 128, 5])
+    at_peak = predict_batch("rpa", "tpu7x", batch)
+    chip = chips.chip("tpu7x")
+    assert at_peak.time_us >= at_peak.bundles / chip.clock_hz * 1e6
+    assert at_peak.time_us >= at_peak.hbm_time_us
+    assert at_peak.least_bytes <= at_peak.hbm_bytes <= 1.1 * at_peak.least_bytes
+    slow = predict_batch("rpa", "tpu7x", batch, hbm_efficiency=0.5, latency_us=1.0)
+    assert slow.bundles == at_peak.bundles and slow.time_us > at_peak.time_us
+    assert slow.time_us >= 2 * at_peak.hbm_time_us
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_a_mixed_batch_is_both_kernels():
+    decode, chunk = a_batch([1] * 4, [700] * 4), a_batch([256], [1024])
+    both = a_batch([1] * 4 + [256], [700] * 4 + [1024])
+    parts = [predict_batch("rpa", "v5e", batch) for batch in (decode, chunk)]
+    whole = predict_batch("rpa", "v5e", both)
+    assert whole.flops == sum(part.flops for part in parts)
+    assert whole.time_us == pytest.approx(sum(part.time_us for part in parts), rel=0.1)
+
+
+@pytest.mark.parametrize("efficiency", [0.0, 1.5, -1])
+def test_an_efficiency_is_a_part(efficiency):
+    with pytest.raises(ValueError, match="part of the peak"):
+        predict_batch("rpa", "v5e", a_batch([1], [5]), hbm_efficiency=efficiency)
+
+
+def test_published_timings_are_printed_with_their_error():
+    timing = published.TIMINGS[-1]
+    clock_hz = chips.chip("tpu7x").clock_hz
+    double = Prediction("v3", "tpu7x", round(2e-6 * timing.time_us * clock_hz), 0.0, 10, 10, 10)
+    assert table([(timing, double)]).splitlines()[1].endswith("+100%")
+    assert to_json(double)["time_us"] == pytest.approx(2 * timing.time_us, rel=1e-3)
+    assert "predicted, not measured" in describe(double)
+
+
+@pytest.mark.parametrize("timing", published.TIMINGS, ids=lambda t: f"{t.kernel}-{t.num_seqs}")
+def test_published_batches_are_what_was_published(timing):
+    batch = timing.batch
+    assert set(batch.kv_lens) == {timing.kv_len} and len(batch.kv_lens) == timing.num_seqs
+    assert int(batch.cu_q_lens[-1]) == timing.num_seqs * timing.q_len
+    num_tokens, num_pages = int(batch.cu_q_lens[-1]), len(batch.page_indices)
+    batch.validate(num_tokens=num_tokens, num_pages=num_pages, page_size=timing.page_size)
