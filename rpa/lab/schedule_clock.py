@@ -2,7 +2,9 @@
 
 The schedule says in which cycle every copy starts and every wait comes; the rest is one queue.
 Copies share HBM's bandwidth one after the other, in the order of their starts, and a wait ends when
-the copies that it names have ended.
+the copies that it names have ended. Copies of scalars, to or from SMEM, have a queue of their own:
+they are a few bytes, and a kernel that waits for one at once would otherwise wait for all the pages
+that it asked for before.
 """
 
 from collections import defaultdict, deque
@@ -33,7 +35,7 @@ def cycles_with_waits(execution: Execution, bytes_per_cycle, latency_cycles=0.0)
     if not execution.events and execution.copies:
         raise ValueError("execution has no events: call execute(..., keep_events=True).")
     on_their_way = defaultdict(deque)  # semaphore to (cycle at its end, bytes)
-    stalled = free_from = 0.0
+    stalled, free_from = 0.0, {True: 0.0, False: 0.0}  # when a queue is empty, by is_scalar
     for event in execution.events:
         now = event.cycle + stalled
         if event.action == "wait":
@@ -41,8 +43,10 @@ def cycles_with_waits(execution: Execution, bytes_per_cycle, latency_cycles=0.0)
             stalled += max(0.0, end - now)
             continue
         passes = event.action.split("_to_").count("hbm")
-        free_from = max(now, free_from) + passes * event.bytes / bytes_per_cycle
-        on_their_way[event.semaphore].append((free_from + latency_cycles, event.bytes))
+        is_scalar = "smem" in event.action
+        end = max(now, free_from[is_scalar]) + passes * event.bytes / bytes_per_cycle
+        free_from[is_scalar] = end
+        on_their_way[event.semaphore].append((end + latency_cycles, event.bytes))
     return execution.bundles + stalled
 
 
