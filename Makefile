@@ -98,7 +98,7 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 	touch $@
 
-readme: env
+readme: env peers
 	$(BIN)/python tools/update_readme.py
 
 # No constraints: what a user gets who installs today.

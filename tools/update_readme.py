@@ -1,10 +1,12 @@
-"""Write into README.md what commands produce: the chapter table, the demo's table and its picture.
+"""Write into README.md what commands produce: the chapters, the demo, the tables of the lab.
 
-Run by `make readme`, which takes a minute; `--check` compares the chapter table only (its contents
-are known without running anything) and exits 1 if it is stale.
+Run by `make readme`, which takes minutes the first time (the lab compiles for three chips, with the
+peers installed); `--check` compares the chapter table only (its contents are known without running
+anything) and exits 1 if it is stale.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -57,6 +59,37 @@ def demo_output() -> str:
     return "```\n" + "\n".join(kept).strip() + "\n```"
 
 
+def printed(*command) -> str:
+    """What `python -m rpa` prints, as a block of text."""
+    command = [sys.executable, "-m", "rpa", *command]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return f"```\n{done.stdout.strip()}\n```"
+
+
+def schedule_table() -> str:
+    """Bundles a chunk of rung 7 beside v3's, both at their own default blocks."""
+    lines = [
+        "| case | chip | floor | v3 | rung 7 | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in ("decode", "mixed"):
+        for chip in ("v5e", "v6e", "tpu7x"):
+            command = ("lab", "schedule", "--chip", chip, "--case", case, "--against", "v3")
+            found = json.loads(printed(*command, "--json").strip("`\n"))
+            ours, theirs = found["bundles_per_chunk"], found["against"]["bundles_per_chunk"]
+            lines.append(
+                f"| {case} | {chip} | {found['floor']:,.0f} ({found['floor_of']}) "
+                f"| {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |"
+            )
+            if case == "decode":
+                whole, step = found["against"]["step_1024"], found["step_1024"]
+                lines.append(
+                    f"| a whole sequence of 1,024 | {chip} | {found['floor']:,.0f} (HBM) "
+                    f"| {whole:,.0f} | {step:,.0f} | {step / whole:.2f} |"
+                )
+    return "\n".join(lines)
+
+
 def replace_part(text: str, name: str, part: str) -> str:
     """Replace what stands between `<!-- name -->` and `<!-- end -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
@@ -75,7 +108,10 @@ def main() -> int:
         if new != text:
             print("The chapter table of README.md is stale: run `make readme`.")
         return int(new != text)
-    README.write_text(replace_part(new, "demo", demo_output()), "utf-8")
+    new = replace_part(new, "demo", demo_output())
+    new = replace_part(new, "schedule", schedule_table())
+    new = replace_part(new, "published", printed("lab", "predict", "--published"))
+    README.write_text(new, "utf-8")
     return 0
 
 
