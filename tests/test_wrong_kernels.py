@@ -17,7 +17,8 @@ from tests.kernel_runs import check_lengths
 
 pytestmark = pytest.mark.core
 
-SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=12, max_num_seqs=10)
+SMALL = Shape(2, 1, 64, page_size=8, pages_per_seq=128, max_num_seqs=10)
+"""Every sequence has its own piece of the page table: one that comes too late is a wrong one."""
 LENGTHS = [(1, 75), (0, 3), (1, 93), (1, 9), (1, 40), (1, 64), (18, 90), (0, 0), (9, 12)]
 """Both kernels, two and more blocks of everything, idle slots before and between, part pages; more
 decodes than there are buffers for their output; and the very first block of each kernel, which has
