@@ -13,14 +13,22 @@ import pytest
 
 from rpa import figures
 from rpa.chips import CHIPS, chip
+from rpa.figures import chips as chip_pictures
 from rpa.figures import dense, fused, kernel, paging, ragged, tiled
+from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
+from rpa.lab.roofline import Point
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
 from rpa.tiled import block_map
 from rpa.traces import SERVICES, sample_requests
 
 POINTS = [("decode, one token", 4.0), ("chunk of 128", 380.0), ("prefill of 4,096", 1366.0)]
+
+RUNS = {
+    "rung 5, decode": Point(flops=4e9, hbm_bytes=1e9, time_us=700),
+    "rung 7, prefill": Point(flops=4e12, hbm_bytes=4e9, time_us=1e4),
+}
 
 TRIANGLE = np.tri(6, dtype=bool)
 USE = {"running": 3, "live": 300, "later": 200, "never": 400}
@@ -32,7 +40,11 @@ EXAMPLES = {
     "tpu_v5e": lambda: figures.tpu("v5e"),
     "tpu_tpu7x": lambda: figures.tpu("tpu7x"),
     "compare_all": lambda: figures.compare(tuple(CHIPS)),
-    "roofline": lambda: figures.roofline(points=POINTS),
+    "roofline": lambda: chip_pictures.roofline(points=POINTS),
+    "under_roof": lambda: under_roof("v6e", RUNS),
+    "under_roof of runs in one place": lambda: under_roof(
+        "v5e", {f"rung {n}": Point(4e9, 1e9, 1250 + n) for n in range(1, 8)}
+    ),
     "decode_share": lambda: figures.decode_share(LLAMA3_8B),
     "by_hand": lambda: dense.by_hand(
         np.where(np.tri(3), 1.41, -np.inf), np.tri(3) / 3, np.ones((3, 2))
@@ -153,7 +165,9 @@ def test_the_ground_is_opaque_white_and_the_width_fits_a_laptop(picture):
     assert 400 <= pixels.shape[1] <= 1100
 
 
-@pytest.mark.parametrize("name", ["roofline", "compare_all", "decode_share", "growing_cache"])
+@pytest.mark.parametrize(
+    "name", ["roofline", "under_roof", "compare_all", "decode_share", "growing_cache"]
+)
 def test_axes_have_units(name):
     """An axis with numbers says of what, and in which unit; a bar panel says it in its title."""
     for axes in EXAMPLES[name]().fig.axes:
@@ -171,7 +185,11 @@ def test_words_are_there_and_short_enough_to_listen_to(picture):
 def test_words_carry_the_numbers():
     assert "0.82 TB/s" in figures.tpu("v5e").text and "197 TFLOP/s" in figures.tpu("v5e").text
     assert "ridge at 561" in figures.compare().text
-    assert "v5e can do 3 TFLOP/s, 2 % of peak" in figures.roofline(points=POINTS).text
+    assert "v5e can do 3 TFLOP/s, 2 % of peak" in chip_pictures.roofline(points=POINTS).text
+    assert (
+        "rung 7, prefill: 1,000.0 FLOP a byte, 400 TFLOP/s, 87 % of the"
+        in under_roof("v6e", RUNS).text
+    )
     assert "from 0.4 % to 53.6 %" in figures.decode_share(LLAMA3_8B).text
 
 

@@ -4,7 +4,7 @@ Every function here takes plain numbers or rpa objects and returns a `Picture`: 
 the words which describe it. It computes nothing that a reader should see computed.
 """
 
-from rpa.figures.chips import compare, roofline, tpu
+from rpa.figures.chips import compare, tpu
 from rpa.figures.serving import decode_share
 from rpa.figures.style import COLORS, Picture, alt, new_figure, png_bytes, show_source, style
 
@@ -16,7 +16,6 @@ __all__ = [
     "decode_share",
     "new_figure",
     "png_bytes",
-    "roofline",
     "show_source",
     "style",
     "tpu",

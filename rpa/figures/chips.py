@@ -215,7 +215,7 @@ def roofline(names=("v5e", "v6e", "tpu7x"), points=(), dtype="bfloat16"):
             meets = [attainable_flops_per_s(c, x, dtype) / 1e12 for _, x in points]
             axes.plot([x for _, x in points], meets, "o", color=color, markersize=7)
         _draw_intensities(axes, points)
-        _label_roofline(axes, dtype)
+        label_roofline(axes, dtype)
     return alt(fig, _roofline_in_words(chips, points, dtype))
 
 
@@ -234,7 +234,8 @@ def _draw_intensities(axes, points):
               bbox={"facecolor": "white", "edgecolor": "#BBBBBB", "pad": 5})  # fmt: skip
 
 
-def _label_roofline(axes, dtype):
+def label_roofline(axes, dtype):
+    """Axes, title and legend of a roofline, shared with `rpa.figures.roofline`."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:,g}")

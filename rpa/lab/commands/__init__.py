@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",
+    "roofline": "say what bounds a batch on each chip, and the least time it takes",
     "traffic": "count the HBM bytes that a rung moves, against the least possible",
 }
 """The module of each experiment in this package, and what it does."""

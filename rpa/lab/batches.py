@@ -1,0 +1,75 @@
+"""Batches that the lab asks about: lengths as people write them, and a page table to go with them.
+
+Where the pages of a sequence lie decides how many copies a kernel makes that joins neighbours, so
+each batch says it: "shuffled", as in a pool that was used for a while, or "adjacent", as in a new
+one.
+"""
+
+import argparse
+import re
+
+import numpy as np
+
+from rpa.paging import cdiv
+from rpa.ragged import RaggedBatch
+
+LENGTHS = re.compile(r"(\d+)x(\d+)/(\d+)")
+
+PAGES = ("shuffled", "adjacent")
+"""Where the pages of a sequence lie."""
+
+
+def parse_batch(text) -> list[tuple[int, int, int]]:
+    """The lengths in an argument of a command: [(count, q_len, kv_len), ...].
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not written as COUNTxQ_LEN/KV_LEN.
+
+    >>> parse_batch("128x1/4096,1x512/2048")
+    [(128, 1, 4096), (1, 512, 2048)]
+    """
+    groups = []
+    for part in text.split(","):
+        match = LENGTHS.fullmatch(part.strip())
+        if match is None or int(match[2]) > int(match[3]):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no COUNTxQ_LEN/KV_LEN with Q_LEN at most KV_LEN, like 128x1/4096"
+            )
+        groups.append(tuple(map(int, match.groups())))
+    return groups
+
+
+def lengths_of(groups) -> list[tuple[int, int]]:
+    """(q_len, kv_len) of each sequence of such groups.
+
+    >>> lengths_of([(2, 1, 40), (1, 8, 16)])
+    [(1, 40), (1, 40), (8, 16)]
+    """
+    return [(q_len, kv_len) for count, q_len, kv_len in groups for _ in range(count)]
+
+
+def make_batch(lengths, page_size, pages="shuffled", **room) -> RaggedBatch:
+    """A batch of sequences, each with pages of its own.
+
+    Args:
+        lengths: (q_len, kv_len) of each sequence, decodes first if their order matters.
+        page_size: tokens of a page.
+        pages: one of PAGES.
+        **room: `max_num_seqs` and `pages_per_seq` of `RaggedBatch.from_lengths`.
+
+    Raises:
+        ValueError: for other pages, or lengths that do not fit the room.
+
+    >>> make_batch([(1, 40), (1, 9)], 16, "adjacent").page_indices.tolist()
+    [0, 1, 2, 3, 0, 0]
+    >>> sorted(make_batch([(1, 40)], 16).page_indices.tolist())
+    [0, 1, 2]
+    """
+    if pages not in PAGES:
+        raise ValueError(f"pages is {pages!r}; expected one of {', '.join(PAGES)}.")
+    q_lens, kv_lens = zip(*lengths, strict=True)
+    ends = np.cumsum([cdiv(kv_len, page_size) for kv_len in kv_lens])
+    order = np.arange(ends[-1])
+    if pages == "shuffled":
+        order = np.random.default_rng(0).permutation(order)
+    return RaggedBatch.from_lengths(q_lens, kv_lens, np.split(order, ends[:-1]), **room)[0]
