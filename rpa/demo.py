@@ -70,6 +70,17 @@ class Scene:
     next_token_ids: np.ndarray | None = None  # with attention in float64
 
 
+def _scheduler(requests, pool) -> Scheduler:
+    return Scheduler(
+        requests,
+        pool,
+        token_budget=TOKEN_BUDGET,
+        chunk_size=CHUNK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        pages_per_seq=PAGES_PER_SEQ,
+    )
+
+
 # --- The scene with the real model --------------------------------------------------------------
 
 
@@ -107,14 +118,7 @@ def real_scene(model, progress) -> Scene:
     kv_cache = jnp.zeros(shape, model.params["embedding"].dtype)
     pool = PagePool(NUM_PAGES, PAGE_SIZE)
     requests = read_requests(model.tokenizer)
-    scheduler = Scheduler(
-        requests,
-        pool,
-        token_budget=TOKEN_BUDGET,
-        chunk_size=CHUNK_SIZE,
-        max_num_seqs=MAX_NUM_SEQS,
-        pages_per_seq=PAGES_PER_SEQ,
-    )
+    scheduler = _scheduler(requests, pool)
     serve = compile_model(model, ragged_rung)
     for now in range(MEASURED_STEP):
         progress(f"serving step {now}")
@@ -235,14 +239,7 @@ def synthetic_scene(progress) -> Scene:
     ]
     requests.append(Request("g", requests[0].token_ids[:40] + [1] * 20, 60, 3, ("a", 40)))
     pool = PagePool(NUM_PAGES, PAGE_SIZE)
-    scheduler = Scheduler(
-        requests,
-        pool,
-        token_budget=TOKEN_BUDGET,
-        chunk_size=CHUNK_SIZE,
-        max_num_seqs=MAX_NUM_SEQS,
-        pages_per_seq=PAGES_PER_SEQ,
-    )
+    scheduler = _scheduler(requests, pool)
     for now in range(MEASURED_STEP):
         scheduler.finish(scheduler.plan(now), np.zeros(MAX_NUM_SEQS, int))
     step = scheduler.plan(MEASURED_STEP)
