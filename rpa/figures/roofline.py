@@ -33,7 +33,7 @@ def under_roof(chip_or_name, runs, *, head_dim=128, dtype="bfloat16", title=None
     >>> from rpa.lab.roofline import Point
     >>> slow, fast = (Point(flops=4e9, hbm_bytes=1e9, time_us=us) for us in (2700, 1350))
     >>> picture = under_roof("v5e", {"rung 5": slow, "rung 7": fast})
-    >>> picture.text[-70:]
+    >>> picture.text[-69:]
     'of the roof. rung 7: 4.0 FLOP a byte, 2.96 TFLOP/s, 90 % of the roof.'
     """
     if not 1 <= len(runs) <= len(MARKERS):
