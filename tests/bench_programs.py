@@ -13,7 +13,7 @@ WORKLOAD = Workload("llama-3-70b-on-8", page_size=128, num_seqs=4, kv_len=512)
 
 def arguments(name, case):
     """Shapes of the loop's state, the new tokens, and the number of calls."""
-    batch = bench.make_batch(case, WORKLOAD)
+    batch = bench.batch_of(case, WORKLOAD)
     contender = dict(bench.contenders(WORKLOAD, batch, bench.PEERS))[name]
     arrays = jax.eval_shape(lambda: bench.make_arrays(WORKLOAD, batch, contender.cache_shape))
     queries, keys, values, kv_cache = arrays
@@ -26,6 +26,6 @@ def repeat(state, keys, values, calls, *, name, case, chip):
         mock.patch.object(jax, "default_backend", lambda: "tpu"),
         mock.patch.object(chips, "current", lambda: chips.chip(chip)),
     ):
-        batch = bench.make_batch(case, WORKLOAD)
+        batch = bench.batch_of(case, WORKLOAD)
         contender = dict(bench.contenders(WORKLOAD, batch, bench.PEERS))[name]
         return stopwatch.repeat(contender.attend, state, keys, values, calls)

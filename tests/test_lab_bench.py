@@ -69,7 +69,7 @@ CASES = ["mixed", pytest.param("decode", marks=FULL), pytest.param("prefill", ma
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_timed_is_right(case):
     """One call of each plain JAX rung, as the bench builds it, against the float64 oracle."""
-    batch = bench.make_batch(case, SMALL)
+    batch = bench.batch_of(case, SMALL)
     for name, contender in bench.contenders(SMALL, batch, ()):
         if contender.refuses(batch, None) is not None:
             continue
@@ -98,7 +98,7 @@ def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
 
 def test_an_absent_peer_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(peers, "absence", lambda peer: f"no {peer}: make peers")
-    batch = bench.make_batch("decode", SMALL)
+    batch = bench.batch_of("decode", SMALL)
     contender = dict(bench.contenders(SMALL, batch, ["tpu-inference"]))["peer v3"]
     assert contender.refuses(batch, chips.chip("v5e")) == "no v3: make peers"
 

@@ -12,7 +12,7 @@ from rpa import compat, fused, ladder, ragged_paged_attention, streamed, tiled
 from rpa.__main__ import main
 from rpa.figures.traffic import where_bytes_go
 from rpa.lab import peers
-from rpa.lab.commands.traffic import make_batch
+from rpa.lab.batches import make_batch
 from rpa.lab.dryrun import dry_run
 from rpa.lab.timeline import record_dmas
 from rpa.lab.traffic import Layer, count, least
@@ -220,14 +220,14 @@ def test_rung_4_gathers_whole_rows_of_the_table_and_reads_them_again():
 
 
 def test_decode_moves_within_2_percent_of_the_least():
-    traffic = count("kernel", make_batch([(16, 1, 4096)], 128), LLAMA)
+    traffic = count("kernel", make_batch([(1, 4096)] * 16, 128), LLAMA)
     assert traffic.num_bytes > 16 * 4095 * LLAMA.token_bytes
     assert 0 <= traffic.excess < 0.02
     assert traffic.padding_bytes == 0
 
 
 def test_prefill_moves_within_2_percent_of_the_least_for_its_query_blocks():
-    traffic = count("kernel", make_batch([(1, 2048, 8192)], 128), LLAMA)
+    traffic = count("kernel", make_batch([(2048, 8192)], 128), LLAMA)
     assert traffic.q_block > 1
     assert 0 <= traffic.excess_blocked < 0.02
 
@@ -237,7 +237,7 @@ def test_a_kernel_that_reads_twice_is_seen():
         _, cache = streamed.attention(q, k, v, cache, batch, interpret=False, **options)
         return streamed.attention(q, k, v, cache, batch, interpret=False, **options)
 
-    batch = make_batch([(4, 1, 512)], 128)
+    batch = make_batch([(1, 512)] * 4, 128)
     once, again = count("streamed", batch, LLAMA), count(twice, batch, LLAMA)
     assert once.excess < 0.01
     assert again.kinds["KV read"].num_bytes == 2 * once.kinds["KV read"].num_bytes
@@ -246,10 +246,10 @@ def test_a_kernel_that_reads_twice_is_seen():
 
 @pytest.mark.skipif(peers.absence("v3") is not None, reason=str(peers.absence("v3")))
 def test_the_production_kernel_is_counted_from_its_own_program():
-    traffic = count("v3", make_batch([(2, 1, 1000)], 128), LLAMA)
+    traffic = count("v3", make_batch([(1, 1000)] * 2, 128), LLAMA)
     assert bytes_of(traffic)["KV read"] == 2 * 999 * LLAMA.token_bytes
     assert traffic.kinds["KV read"].num_copies == 2 * 8
-    chunk = count("v3", make_batch([(1, 512, 1024)], 128), LLAMA)
+    chunk = count("v3", make_batch([(512, 1024)], 128), LLAMA)
     assert chunk.q_block == 256 and 0 <= chunk.excess_blocked < 0.2
     assert bytes_of(chunk)["q"] == bytes_of(chunk)["o"] == 512 * LLAMA.row_bytes
 

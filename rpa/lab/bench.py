@@ -11,12 +11,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rpa import chips
 from rpa.chips import AttentionCost, attention_cost
 from rpa.lab import peers
+from rpa.lab.batches import make_batch
 from rpa.lab.programs import Workload
+from rpa.lab.roofline import peak_flops_per_s
 from rpa.lab.stopwatch import Chain, Timing, time_calls
 from rpa.ladder import LADDER, kv_lens_of, q_lens_of
 from rpa.ragged import RaggedBatch
@@ -87,7 +88,7 @@ def bench(w: Workload, cases=CASES, peer_packages=()) -> Iterator[Row]:
     """
     chip = chips.current()
     for case in cases:
-        batch = make_batch(case, w)
+        batch = batch_of(case, w)
         cost = attention_cost(
             q_lens_of(batch),
             kv_lens_of(batch),
@@ -175,13 +176,9 @@ def _peer_refuses(name, batch, chip) -> str | None:
     return peers.absence(name) or (INTERPRETED if chip is None else None)
 
 
-def make_batch(case, w: Workload) -> RaggedBatch:
+def batch_of(case, w: Workload) -> RaggedBatch:
     """The batch of a case; the pages of all sequences are shuffled, as in a pool that was used."""
-    lengths = batch_lengths(case, w)
-    pages = np.random.default_rng(0).permutation(w.num_seqs * w.pages_per_seq)
-    table = pages[: len(lengths) * w.pages_per_seq].reshape(len(lengths), -1)
-    batch, _ = RaggedBatch.from_lengths(*zip(*lengths, strict=True), table)
-    return batch
+    return make_batch(batch_lengths(case, w), w.page_size)
 
 
 def make_arrays(w: Workload, batch: RaggedBatch, cache_shape):
@@ -205,10 +202,8 @@ def with_utilisation(row: Row, cost: AttentionCost, chip, dtype) -> Row:
     0.5
     """
     seconds = row.timing.median_s
-    # The MXU multiplies bfloat16; a float32 product at full precision is six of them.
-    peak = chip.peak("bfloat16") / (6 if jnp.dtype(dtype) == jnp.float32 else 1)
     return replace(
         row,
         mbu=cost.hbm_bytes / chip.hbm_bytes_per_s / seconds,
-        mfu=cost.flops / peak / seconds,
+        mfu=cost.flops / peak_flops_per_s(chip, dtype) / seconds,
     )

@@ -11,16 +11,16 @@ that copies reach, and their latency. `rpa.lab.published` compares with timings 
 Not in it: launching the kernel, instruction fetch, and what XLA does before and after it.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from rpa import chips
 from rpa.chips import attention_cost
+from rpa.lab.batches import metadata_of
 from rpa.lab.programs import Workload
 from rpa.lab.schedule_cases import compile_kernel
 from rpa.lab.schedule_clock import cycles_with_waits
 from rpa.ladder import kv_lens_of, q_lens_of
+from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
 
 
@@ -116,8 +116,7 @@ def predict_batch(
         schedule, program = compile_kernel(
             kernel, case, known, sizes, blocks=(blocks or {}).get(case), options=options
         )
-        metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-        run = schedule.execute(*program.args[:4], *map(np.asarray, metadata), keep_events=True)
+        run = schedule.execute(*program.args[:4], *metadata_of(batch), keep_events=True)
         bundles += run.bundles
         cycles += cycles_with_waits(run, bytes_per_cycle, latency_us * 1e-6 * known.clock_hz)
         moved += sum(
@@ -144,11 +143,10 @@ def workload_of(batch: RaggedBatch, **options) -> Workload:
     """
     num_seqs = len(batch.kv_lens)
     sizes = Workload(num_seqs=num_seqs, **options)
-    return Workload(
-        num_seqs=num_seqs,
-        q_len=-(-int(batch.cu_q_lens[-1]) // num_seqs),
+    return replace(
+        sizes,
+        q_len=cdiv(int(batch.cu_q_lens[-1]), num_seqs),
         kv_len=len(batch.page_indices) // num_seqs * sizes.page_size,
-        **options,
     )
 
 

@@ -7,10 +7,8 @@ shapes and block sizes, compiled here. Whatever the error is, it is printed.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from rpa.lab.batches import make_batch
 from rpa.lab.predict import Prediction, predict_batch
-from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
 
 PR_3290 = "tpu-inference PR 3290"
@@ -48,11 +46,7 @@ class Timing:
     @property
     def batch(self) -> RaggedBatch:
         """The batch, its pages shuffled."""
-        pages_per_seq = cdiv(self.kv_len, self.page_size)
-        pages = np.random.default_rng(0).permutation(self.num_seqs * pages_per_seq)
-        table = pages.reshape(self.num_seqs, -1)
-        lengths = [self.q_len] * self.num_seqs, [self.kv_len] * self.num_seqs
-        return RaggedBatch.from_lengths(*lengths, table)[0]
+        return make_batch([(self.q_len, self.kv_len)] * self.num_seqs, self.page_size)
 
 
 def _batched(num_seqs, time_us, bkv, batch_size):

@@ -18,6 +18,7 @@ import numpy as np
 
 from rpa import chips
 from rpa.lab import peers, programs
+from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.schedule import Schedule, schedule_for
 from rpa.lab.schedule_run import DELAY_SLOTS, Execution
 from rpa.lab.schedule_values import CannotRun
@@ -35,7 +36,6 @@ class Case:
         num_seqs: sequences that are run, all alike.
         max_num_seqs: sequences that there is room for.
         chunk_q, chunk_kv: query and KV tokens of a chunk.
-        distribution: of one sequence: the range that it is in.
     """
 
     q_len: int
@@ -43,7 +43,6 @@ class Case:
     max_num_seqs: int
     chunk_q: int
     chunk_kv: int
-    distribution: tuple[int, int, int]
 
     @property
     def num_chunks(self) -> int:
@@ -52,8 +51,8 @@ class Case:
 
 
 CASES = {
-    "decode": Case(1, 8, 16, 1, 1024, (1, 1, 1)),
-    "mixed": Case(2048, 1, 8, 128, 512, (0, 0, 1)),
+    "decode": Case(1, 8, 16, 1, 1024),
+    "mixed": Case(2048, 1, 8, 128, 512),
 }
 
 
@@ -190,7 +189,9 @@ def measure(
     )
 
     def run(num_seqs, kv_len):
-        return schedule.execute(*program.args[:4], *_metadata(what, [kv_len] * num_seqs, sizes))
+        room = {"max_num_seqs": sizes.num_seqs, "pages_per_seq": sizes.pages_per_seq}
+        batch = make_batch([(what.q_len, kv_len)] * num_seqs, page_size, **room)
+        return schedule.execute(*program.args[:4], *metadata_of(batch))
 
     short = run(what.num_seqs, SHORT)
     chunks = run(what.num_seqs, LONG) - short
@@ -246,25 +247,6 @@ def compile_kernel(
         use_cache=use_cache,
     )
     return schedule, program
-
-
-def _metadata(case, kv_lens, sizes):
-    """kv_lens, page_indices, cu_q_lens, distribution of sequences of a case, on pages of their own.
-
-    Pages of a sequence are not neighbours: a kernel may copy neighbours together.
-    """
-    n = len(kv_lens)
-    lens = np.zeros(sizes.num_seqs, np.int32)
-    lens[:n] = kv_lens
-    num_pages = sizes.num_seqs * sizes.pages_per_seq
-    pages = np.arange(num_pages, dtype=np.int32).reshape(-1, 2)[:, ::-1].reshape(-1)
-    cu_q_lens = np.minimum(np.arange(sizes.num_seqs + 1), n) * case.q_len
-    return (
-        jax.numpy.asarray(lens),
-        pages,
-        cu_q_lens.astype(np.int32),
-        np.array([part * n for part in case.distribution], np.int32),
-    )
 
 
 def chunk_floor(chip, case, sizes) -> tuple[float, str]:

@@ -7,6 +7,7 @@ import json
 from rpa import chips
 from rpa.lab import peers
 from rpa.lab.commands import compile_time
+from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
 from rpa.lab.compile import CompileResult, compile_for
 from rpa.lab.programs import MODELS, PROGRAMS, Workload
 
@@ -17,7 +18,7 @@ FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--chip", choices=list(chips.CHIPS), action="append", help="default: all")
+    add_options(parser, "chip", chip=SEVERAL_CHIPS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
     what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="with --against: compile so often, the fastest counts",
     )
     parser.add_argument("--fresh", action="store_true", help="do not take a kept result")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_options(parser, "json")
 
 
 def main(args) -> int:

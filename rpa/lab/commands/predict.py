@@ -8,12 +8,11 @@ import sys
 import jax
 from tqdm import tqdm
 
-from rpa import chips
 from rpa.lab import published
-from rpa.lab.commands.traffic import make_batch, parse_batch
+from rpa.lab.batches import lengths_of, make_batch
+from rpa.lab.commands.options import add_options
 from rpa.lab.peers import absence
 from rpa.lab.predict import Prediction, predict_batch
-from rpa.lab.programs import MODELS
 from rpa.lab.schedule import NoSchedule
 from rpa.lab.schedule_cases import KERNELS
 from rpa.lab.schedule_run import CannotRun
@@ -22,18 +21,9 @@ from rpa.lab.waiting import waiting
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--chip", choices=list(chips.CHIPS), default="v5e", help="%(default)s")
+    add_options(parser, "chip", chip={"default": "v5e"})
     parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
-    parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="%(default)s")
-    parser.add_argument(
-        "--batch",
-        type=parse_batch,
-        default="128x1/4096",
-        help="sequences as COUNTxQ_LEN/KV_LEN, several with commas; default: %(default)s",
-    )
-    parser.add_argument("--page-size", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16", help="of queries; default: %(default)s")
-    parser.add_argument("--kv-dtype", default="bfloat16", help="of the cache; default: %(default)s")
+    add_options(parser, "model", "batch", "page_size", "pages", "dtype", "kv_dtype", "json")
     parser.add_argument(
         "--hbm-efficiency", type=float, default=1.0, help="part of HBM's peak; default: %(default)s"
     )
@@ -43,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--published", action="store_true", help="compare with published timings of the peers"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args) -> int:
@@ -60,7 +49,8 @@ def main(args) -> int:
 def _predict(args) -> int:
     with waiting(f"{args.kernel} for {args.chip}: compiling, executing the schedule"):
         prediction = predict_batch(
-            *(args.kernel, args.chip, make_batch(args.batch, args.page_size)),
+            *(args.kernel, args.chip),
+            make_batch(lengths_of(args.batch), args.page_size, args.pages),
             model=args.model,
             page_size=args.page_size,
             dtype=args.dtype,

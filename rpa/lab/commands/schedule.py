@@ -6,8 +6,7 @@ import sys
 
 import jax
 
-from rpa import chips
-from rpa.lab.programs import MODELS
+from rpa.lab.commands.options import add_options
 from rpa.lab.schedule import NoSchedule
 from rpa.lab.schedule_cases import CASES, KERNELS, Measured, measure
 from rpa.lab.schedule_loops import bound, shares
@@ -17,7 +16,7 @@ from rpa.lab.waiting import waiting
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--chip", choices=list(chips.CHIPS), required=True)
+    add_options(parser, "chip", chip={"required": True, "help": None})
     parser.add_argument("--case", choices=list(CASES), required=True)
     parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
     parser.add_argument(
@@ -26,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="bq,bkv,bq_c,bkv_c",
         help="block sizes; default: the kernel's own",
     )
-    parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="%(default)s")
-    parser.add_argument("--page-size", type=int, default=128, help="default: %(default)s")
+    add_options(parser, "model", "page_size")
     parser.add_argument("--against", choices=list(KERNELS), help="compare with this kernel")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw the units' occupancy")
     parser.add_argument("--fresh", action="store_true", help="do not take a kept schedule")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser, "picture", "json", picture={"help": "draw the units' occupancy"})
 
 
 def main(args) -> int:

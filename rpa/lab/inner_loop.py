@@ -1,0 +1,198 @@
+"""The inner loop of a decode on the bench: one KV block in VMEM, one optimisation after the other.
+
+Rung 7 has a schedule of thousands of bundles, in which the reason for one number is hard to see.
+This is its inner loop alone, small enough to compile while one waits: 512 tokens of a KV cache
+(8 KV heads, 32 query heads, head_dim 128, bfloat16) that lie in VMEM, one query token a sequence,
+no copies by hand, no masks. `STEPS` names the optimisations of chapter 8, each on top of the last.
+
+    q    [num_seqs, num_kv_heads, group, head_dim]
+    kv   [num_seqs, num_tokens, words, 2, head_dim]: K and V of a head in the same 32-bit words, and
+         words >= num_kv_heads, the distance from token to token
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from rpa import compat
+from rpa.kernel import layout
+
+NUM_KV_HEADS, GROUP, HEAD_DIM, NUM_TOKENS = 8, 4, 128, 512
+"""Llama 3 8B, and the tokens of the KV block."""
+
+
+# --- The parts --------------------------------------------------------------------------------
+
+
+def load_by_value(kv_ref, head):
+    """K and V of a head as one would write it, each [num_tokens, head_dim]."""
+    return kv_ref[:, head, 0], kv_ref[:, head, 1]
+
+
+def load_strided(kv_ref, head):
+    """The same as every `words`-th row of a plain matrix of 32-bit words: compiled only."""
+    num_tokens, words, _, lanes = kv_ref.shape
+    matrix = kv_ref.bitcast(jnp.uint32).reshape(num_tokens * words, lanes)
+    rows = matrix[pl.ds(head, num_tokens, stride=words)]
+    return tuple(layout.unpack(rows, place, kv_ref.dtype, kv_ref.dtype) for place in range(2))
+
+
+def scores(q, k):
+    """Q K^T, f32[rows, num_tokens]."""
+    return lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def softmax(s):
+    """Weights that are not normalised, f32[rows, num_tokens], and their sums, f32[rows, 1]."""
+    weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+    return weights, jnp.sum(weights, axis=1, keepdims=True)
+
+
+def weighted_values(weights, v):
+    """P V, f32[rows, head_dim]."""
+    return jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+# --- The loops --------------------------------------------------------------------------------
+
+
+def in_turn(q_ref, kv_ref, out_ref, load):
+    """One head after the other, as one would write it."""
+    for head in range(NUM_KV_HEADS):
+        k, v = load(kv_ref.at[0], head)
+        weights, total = softmax(scores(q_ref[0, head], k))
+        out_ref[0, head] = weighted_values(weights, v) / total
+
+
+def ahead(q_ref, kv_ref, out_ref, load, *, num_ahead):
+    """P V of a head when Q K^T of the `num_ahead` next ones has been issued."""
+    waiting = []
+
+    def finish(head, weights, total, v):
+        out_ref[0, head] = weighted_values(weights, v) / total
+
+    for head in range(NUM_KV_HEADS):
+        k, v = load(kv_ref.at[0], head)
+        s = scores(q_ref[0, head], k)
+        if len(waiting) == num_ahead:
+            finish(*waiting.pop(0))
+        waiting.append((head, *softmax(s), v))
+    for chain in waiting:
+        finish(*chain)
+
+
+def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_dot, num_ahead):
+    """Several heads in one product, block-diagonally; sequences by turns."""
+    waiting = []
+
+    def finish(seq, first, weights, total, v):
+        out = weighted_values(weights, v) / total
+        for i in range(heads_per_dot):
+            rows = out[i * GROUP : (i + 1) * GROUP]
+            out_ref[seq, first + i] = rows[:, i * HEAD_DIM : (i + 1) * HEAD_DIM]
+
+    for first in range(0, NUM_KV_HEADS, heads_per_dot):
+        for seq in range(q_ref.shape[0]):
+            heads = range(first, first + heads_per_dot)
+            keys, values = zip(*(load(kv_ref.at[seq], head) for head in heads), strict=True)
+            q = block_diagonal([q_ref[seq, head] for head in heads])
+            s = scores(q, jnp.concatenate(keys, axis=1))
+            if len(waiting) == num_ahead:
+                finish(*waiting.pop(0))
+            waiting.append((seq, first, *softmax(s), jnp.concatenate(values, axis=1)))
+    for chain in waiting:
+        finish(*chain)
+
+
+def block_diagonal(tiles):
+    """Tiles [rows, lanes] as one matrix in which each has rows and lanes of its own, else zeros.
+
+    >>> block_diagonal([jnp.array([[1, 2]]), jnp.array([[3, 4]])]).tolist()
+    [[1, 2, 0, 0], [0, 0, 3, 4]]
+    """
+    lanes = tiles[0].shape[1]
+    before = [(0, 0), (0, 0)]
+    rows = []
+    for i, tile in enumerate(tiles):
+        before[1] = (i * lanes, (len(tiles) - 1 - i) * lanes)
+        # Zeros of a packed type would be shifted into place; those of float32 are just there.
+        rows.append(jnp.pad(tile.astype(jnp.float32), before).astype(tile.dtype))
+    return jnp.concatenate(rows, axis=0)
+
+
+# --- On the bench -----------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One optimisation.
+
+    Attributes:
+        kernel: `kernel(q_ref, kv_ref, out_ref, load)`.
+        load: how it reads K and V of a head, on the chip.
+        words: 32-bit rows from token to token.
+        num_seqs: sequences that are computed together.
+    """
+
+    kernel: Callable
+    load: Callable = load_strided
+    words: int = NUM_KV_HEADS | 1
+    num_seqs: int = 1
+
+
+STEPS = {
+    "as written": Step(in_turn, load_by_value, NUM_KV_HEADS),
+    "strided loads": Step(in_turn, words=NUM_KV_HEADS),
+    "odd stride": Step(in_turn),
+    "Q K one head ahead": Step(partial(ahead, num_ahead=1)),
+    "two heads ahead": Step(partial(ahead, num_ahead=2)),
+    "four heads a product": Step(partial(stacked, heads_per_dot=4, num_ahead=1)),
+    "two sequences a turn": Step(partial(stacked, heads_per_dot=4, num_ahead=3), num_seqs=2),
+}
+"""The optimisations in the order of chapter 8, each on top of the last."""
+
+
+def shapes(step):
+    """Shapes of q and kv for a step of STEPS."""
+    n, words = STEPS[step].num_seqs, STEPS[step].words
+    q = (n, NUM_KV_HEADS, GROUP, HEAD_DIM)
+    return tuple(
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in (q, (n, NUM_TOKENS, words, 2, HEAD_DIM))
+    )
+
+
+def attend(q, kv, *, step, interpret=False):
+    """One query token a sequence attends to a KV block, by a step of STEPS.
+
+    Args:
+        q, kv: see above; the queries are scaled already, also by log2(e).
+        step: a name in STEPS.
+        interpret: as in `rpa.tiled.flash_attention`; the lab's compiler wants False.
+
+    Returns:
+        f32, the shape of q.
+
+    All steps compute the same:
+
+    >>> q = jnp.ones((1, 8, 4, 128), jnp.bfloat16)
+    >>> kv = jnp.ones((1, 16, 9, 2, 128), jnp.bfloat16)
+    >>> float(attend(q, kv, step="two heads ahead", interpret=None)[0, 7, 3, 127])
+    1.0
+    """
+    return call(STEPS[step].kernel, q, kv, load=STEPS[step].load, interpret=interpret)
+
+
+def call(kernel, q, kv, *, load=load_strided, interpret=False):
+    """Call such a kernel; in the interpreter, which knows no bitcast, it reads by value."""
+    interpret = compat.choose_interpret(interpret)
+    return pl.pallas_call(
+        partial(kernel, load=load_by_value if interpret else load),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        interpret=interpret,
+        name="inner_loop",
+    )(q, kv)
