@@ -107,7 +107,8 @@ class _Walk(NamedTuple):
 
 def _kernel_name(eqn):
     named = eqn.params.get("name_and_src_info")
-    return named.name if named is not None else eqn.params["name"]
+    name = named.name if named is not None else eqn.params["name"]
+    return name or "unnamed"  # pallas_call without `name`
 
 
 def known_operands(call: PallasCall) -> dict[int, Any]:
