@@ -217,6 +217,7 @@ def _call_kernel(scalars, queries, new_kv, kv_cache, *, sizes, group, interpret)
         # The last input and the last output are one array; the scalars count as inputs.
         input_output_aliases={len(scalars) + 2: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        name="fused_attention",
         interpret=interpret,
     )(*scalars, queries, *(compat.keep_in_hbm(array, interpret) for array in (new_kv, kv_cache)))
 

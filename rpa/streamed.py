@@ -187,6 +187,7 @@ def _paged_decode(queries, kv_cache, kv_lens, page_indices, sm_scale, *, sizes, 
         out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         # Buffers and semaphores live on from one sequence to the next, so the order matters.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        name="paged_decode",
         interpret=interpret,
     )(*scalars, queries, compat.keep_in_hbm(kv_cache, interpret))
     return unpad(out)

@@ -7,11 +7,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from rpa import chips, lab
 from rpa.__main__ import main
 from rpa.figures import schedule as pictures
-from rpa.lab import peers, programs, schedule_cases, schedule_dump, schedule_loops, schedule_run
+from rpa.lab import (
+    peers,
+    programs,
+    schedule_cases,
+    schedule_dump,
+    schedule_loops,
+    schedule_run,
+    schedule_trace,
+    schedule_worker,
+)
 from rpa.lab.schedule import NoSchedule, schedule_for
 from tests import schedule_programs
 
@@ -45,6 +55,20 @@ def test_parsed_dump_has_its_bundles_and_slots(listing):
     # The compiler's own notes go; what a DMA's arguments are called stays.
     text = " ".join(text for _, text in listing.scalar)
     assert "phi copy" not in text and "/*size_in_granules=*/" in text
+
+
+def _calls(name):
+    x = jax.ShapeDtypeStruct((8, 128), np.float32)
+    copy = pl.pallas_call(lambda x_ref, o_ref: None, out_shape=x, name=name)
+    return schedule_trace.pallas_calls(jax.make_jaxpr(lambda x: copy(copy(x)))(x))
+
+
+def test_a_kernel_without_a_name_is_told_in_words():
+    first, second = _calls(None)
+    assert schedule_worker.choose([first], "") == 0
+    with pytest.raises(ValueError, match="exactly one of the kernels .*: unnamed, unnamed"):
+        schedule_worker.choose([first, second], "decode")
+    assert [call.name for call in _calls("mine")] == ["mine", "mine"]
 
 
 def test_loops_are_nested(listing):
