@@ -4,7 +4,11 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +95,23 @@ def test_donation_shows_in_the_hlo(empty_cache, donate):
 def test_a_mistake_in_the_function_names_its_place(empty_cache):
     result = lab.compile_for("v5e", lab_programs.broken, ROWS)
     assert not result.ok and "no_such_method" in result.error and "in broken" in result.error
+
+
+def test_an_error_has_a_place_where_rpa_is_installed_too(tmp_path):
+    """Every frame then lies in site-packages; the worker once died of that, on Colab."""
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    (installed / "rpa").symlink_to(Path(lab.__file__).parents[1], target_is_directory=True)
+    order = """if True:
+        from functools import partial
+        from rpa.lab import worker
+        worker.write_answer("a", partial(worker.compile_spec, {}, ()), {"function": "x:y"})
+    """
+    command = [sys.executable, "-c", order]
+    environment = os.environ | {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    answer = json.loads((tmp_path / "a").read_text())
+    assert answer["message"].startswith("KeyError") and "compile_spec" in answer["where"]
 
 
 @needs_libtpu

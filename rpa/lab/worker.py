@@ -74,9 +74,13 @@ def write_answer(answer, work, spec):
     try:
         result = work()
     except Exception as error:
-        # The last line of the caller's own: what JAX did below it says little.
+        # The last line of the caller's own: what JAX did below it says little. Where rpa is
+        # installed, it lies in site-packages, too; its frames are never absent.
         frames = traceback.extract_tb(error.__traceback__)
-        where = [f for f in frames if "site-packages" not in f.filename][-1]
+        package = str(Path(__file__).parents[1])
+        where = [
+            f for f in frames if "site-packages" not in f.filename or f.filename.startswith(package)
+        ][-1]
         result = {
             "message": f"{type(error).__name__}: {error}",
             "where": f"{where.filename}:{where.lineno}, in {where.name}",
