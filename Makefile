@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix peers notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -28,6 +28,7 @@ help:
 	@echo "make notebooks  rebuild and run all notebooks from course/"
 	@echo "make readme     renew the tables and pictures of README.md"
 	@echo "make test-full  slow and exhaustive tests too"
+	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
 	@echo "make peers      install the kernels that rung 7 is compared with"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make format     ruff, fixing what it can"
@@ -61,11 +62,18 @@ test:
 # busy for 9 minutes: 532 s of processor time (2026-11, jax 0.10.2).
 test-full: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
+	$(MAKE) --no-print-directory rehearse
 
 nbtest: env
 	$(BIN)/python -m course.build --check
 	$(BIN)/python tools/update_readme.py --check
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
+
+# The committed notebooks, each alone in an empty folder; its first cell installs the last commit.
+# About 20 minutes a platform on two cores (2026-11). A platform whose Python is not on this machine
+# is skipped, and says so: name it with REHEARSE="--python 3.13=/path/to/python".
+rehearse: env
+	$(BIN)/python tools/rehearse.py $(REHEARSE)
 
 # Rungs 1 to 3 and one batch through every other rung once more, at the oldest jax that is
 # supported: the one Colab's TPU runtime ships. `make matrix` runs all core tests there.
@@ -124,4 +132,4 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) $(NEWEST_VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR_VENV) $(NEWEST_VENV) .rehearsal $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
