@@ -1,19 +1,24 @@
 """`rpa.lab.predict`: a prediction keeps to what bounds it, and moves as its assumptions do."""
 
+import json
 import platform
 
+import numpy as np
 import pytest
 
 from rpa import chips, lab
-from rpa.lab import published
+from rpa.__main__ import main
+from rpa.lab import calibration, peers, published, schedule_cases
 from rpa.lab.commands.predict import describe, table, to_json
 from rpa.lab.predict import Prediction, predict_batch
+from rpa.lab.schedule_run import CannotRun, Execution
 from rpa.ragged import RaggedBatch
 
 needs_libtpu = pytest.mark.skipif(
     lab.compile_versions()["libtpu"] is None,
     reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
 )
+needs_peers = pytest.mark.skipif(peers.absence("v3") is not None, reason=str(peers.absence("v3")))
 
 
 def a_batch(q_lens, kv_lens, page_size=128):
@@ -56,10 +61,50 @@ def test_an_efficiency_is_a_part(efficiency):
 def test_published_timings_are_printed_with_their_error():
     timing = published.TIMINGS[-1]
     clock_hz = chips.chip("tpu7x").clock_hz
-    double = Prediction("v3", "tpu7x", round(2e-6 * timing.time_us * clock_hz), 0.0, 10, 10, 10)
-    assert table([(timing, double)]).splitlines()[1].endswith("+100%")
+    double = Prediction(
+        *("v3", "tpu7x", round(2e-6 * timing.time_us * clock_hz), 0.0, 10, 10, 10),
+        calibrated_us=1.5 * timing.time_us,
+    )
+    assert table([(timing, double)]).splitlines()[1].split()[-3::2] == ["+100%", "+50%"]
     assert to_json(double)["time_us"] == pytest.approx(2 * timing.time_us, rel=1e-3)
     assert "predicted, not measured" in describe(double)
+    assert "fitted to 10 published timings" in describe(double)
+
+
+@needs_libtpu
+@needs_peers
+@pytest.mark.full
+def test_the_calibration_is_the_fit_to_all_timings_and_holds_for_those_left_out(capsys):
+    assert main(["lab", "predict", "--calibrate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert calibration.Calibration(**found["best"]) == calibration.FITTED
+    assert calibration.rms(found["left_out"]) < 0.1
+
+
+def test_a_timing_that_is_left_out_does_not_choose_its_own_fit():
+    published_us, best = np.array([10.0, 10.0, 10.0]), 4
+    predicted = np.full((len(calibration.GRID), 3), 20.0)
+    predicted[best] = 10.0
+    predicted[7] = [12.0, 12.0, 10.0]
+    found = calibration.fit(predicted, published_us)
+    assert found.best == calibration.GRID[best] and not found.errors.any()
+    predicted[best, 0] = 20.0  # without the first timing it is still the best
+    found = calibration.fit(predicted, published_us)
+    assert found.best == calibration.GRID[7]
+    assert found.left_out.tolist() == pytest.approx([1.0, 0.2, 0.0])
+
+
+def test_a_run_that_multiplied_too_little_is_refused():
+    class Halved:
+        kernel, capacity = "v3", {"MATMUL": 2}
+
+        def slots(self, hits):
+            return {"MATMUL": int(hits.sum())}
+
+    peak, run = chips.chip("v5e").mxu_flops_per_cycle, Execution(np.full(10, 2))
+    schedule_cases.check_products(Halved(), run, "v5e", 10 * peak)
+    with pytest.raises(CannotRun, match="this batch needs"):
+        schedule_cases.check_products(Halved(), run, "v5e", 11 * peak)
 
 
 @pytest.mark.parametrize("timing", published.TIMINGS, ids=lambda t: f"{t.kernel}-{t.num_seqs}")

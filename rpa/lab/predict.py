@@ -2,23 +2,28 @@
 
     time = (bundles executed + cycles stalled in waits) / clock
 
-Nothing is fitted. The bundles are those of the compiled kernel, run on the batch's own lengths and
-page table; its copies are put on a queue with HBM's bandwidth in the cycle in which the kernel
-starts them, and a wait stalls until its copy has arrived. So compute and DMA overlap as the kernel
-overlaps them. Two numbers about HBM are assumptions, and arguments: the part of the peak bandwidth
-that copies reach, and their latency. `rpa.lab.published` compares with timings of real TPUs.
+Nothing in it is fitted. The bundles are those of the compiled kernel, run on the batch's own
+lengths and page table; its copies are put on a queue with HBM's bandwidth in the cycle in which the
+kernel starts them, and a wait stalls until its copy has arrived. So compute and DMA overlap as the
+kernel overlaps them. Two numbers about HBM are assumptions, and arguments: the part of the peak
+bandwidth that copies reach, and their latency. `rpa.lab.published` compares with timings of real TPUs, and
+`rpa.lab.calibration` fits the two to them; what follows from that fit is `calibrated_us`.
 
 Not in it: launching the kernel, instruction fetch, and what XLA does before and after it.
 """
 
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
+import numpy as np
+
 from rpa import chips
 from rpa.chips import attention_cost
 from rpa.lab.batches import metadata_of
+from rpa.lab.calibration import FITTED, Calibration
 from rpa.lab.programs import Workload
-from rpa.lab.schedule_cases import compile_kernel
-from rpa.lab.schedule_clock import cycles_with_waits
+from rpa.lab.schedule_cases import check_products, compile_kernel
+from rpa.lab.schedule_run import Execution
 from rpa.ladder import kv_lens_of, q_lens_of
 from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
@@ -35,6 +40,8 @@ class Prediction:
         hbm_bytes: moved by the kernel's own copies; one inside HBM counts twice.
         least_bytes: every array once, without padding (`rpa.chips.attention_cost`).
         flops: of both products, as causal.
+        calibrated_us: microseconds with what was fitted to published timings,
+            `rpa.lab.calibration.FITTED`.
     """
 
     kernel: str
@@ -44,6 +51,7 @@ class Prediction:
     hbm_bytes: int
     least_bytes: int
     flops: int
+    calibrated_us: float | None = None
 
     @property
     def time_us(self) -> float:
@@ -59,6 +67,11 @@ class Prediction:
     def efficiency(self) -> float:
         """Part of the time in which HBM moves the kernel's bytes, if it moves them at its peak."""
         return self.hbm_time_us / self.time_us
+
+    @property
+    def calibrated_efficiency(self) -> float | None:
+        """The same part of the calibrated time."""
+        return None if self.calibrated_us is None else self.hbm_time_us / self.calibrated_us
 
     @property
     def mbu(self) -> float:
@@ -82,6 +95,7 @@ def predict_batch(
     kv_dtype="bfloat16",
     blocks=None,
     options=None,
+    room=None,
     hbm_efficiency=1.0,
     latency_us=0.0,
 ) -> Prediction:
@@ -98,6 +112,9 @@ def predict_batch(
         dtype, kv_dtype: of queries, and of the cache.
         blocks: {"decode": sizes, "mixed": sizes} of the kernel, its own default where missing.
         options: further keyword arguments of the kernel, only what JSON can hold.
+        room: a `Workload`, the sizes that the kernel is compiled for, of which the batch has
+            `max_num_seqs` and `pages_per_seq`; None takes those of the batch. Batches that share a
+            room share a kernel.
         hbm_efficiency: part of the peak bandwidth that copies reach.
         latency_us: from the end of a copy's turn until its wait ends.
 
@@ -109,28 +126,70 @@ def predict_batch(
     if not 0 < hbm_efficiency <= 1:
         raise ValueError(f"hbm_efficiency is {hbm_efficiency}, but is a part of the peak: (0, 1].")
     known = chips.chip(chip)
-    sizes = workload_of(batch, model=model, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype)
-    bytes_per_cycle = known.hbm_bytes_per_s / known.clock_hz * hbm_efficiency
-    bundles, cycles, moved = 0, 0.0, 0
-    for case in cases_of(batch):
-        schedule, program = compile_kernel(
-            kernel, case, known, sizes, blocks=(blocks or {}).get(case), options=options
-        )
-        run = schedule.execute(*program.args[:4], *metadata_of(batch), keep_events=True)
-        bundles += run.bundles
-        cycles += cycles_with_waits(run, bytes_per_cycle, latency_us * 1e-6 * known.clock_hz)
-        moved += sum(
-            size * count * kind.split("_to_").count("hbm")
-            for (kind, _, size), count in run.copies.items()
-        )
-    cost = attention_cost(
-        q_lens_of(batch), kv_lens_of(batch), *sizes.heads, dtype=dtype, kv_dtype=kv_dtype
+    sizes = room or workload_of(
+        batch, model=model, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
     )
+    runs = run_batch(kernel, known, batch, sizes, blocks=blocks, options=options)
+    bundles = sum(run.bundles for run in runs)
+    assumed = Calibration(hbm_efficiency, latency_us).time_us(runs, known) * 1e-6 * known.clock_hz
+    cost = _cost(batch, sizes)
     return Prediction(
-        *(kernel, known.name, bundles, cycles - bundles, moved),
+        *(kernel, known.name, bundles, assumed - bundles, sum(map(_hbm_bytes, runs))),
         least_bytes=cost.hbm_bytes,
         flops=cost.flops,
+        calibrated_us=FITTED.time_us(runs, known),
     )
+
+
+def run_batch(
+    kernel, chip, batch: RaggedBatch, sizes: Workload, *, blocks=None, options=None
+) -> list[Execution]:
+    """Execute the schedules of the kernels that a batch needs, with their events.
+
+    Args:
+        kernel, chip, batch, blocks, options: as in `predict_batch`.
+        sizes: what the kernels are compiled for.
+
+    Raises:
+        As `predict_batch`.
+    """
+    runs = []
+    for case in cases_of(batch):
+        schedule, program = compile_kernel(
+            kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
+        )
+        run = schedule.execute(*program.args[:4], *metadata_of(batch), keep_events=True)
+        check_products(schedule, run, chip, _least_flops(batch, case, sizes, chip, options or {}))
+        runs.append(run)
+    return runs
+
+
+def _hbm_bytes(run):
+    """Bytes of its copies; one inside HBM counts twice."""
+    return sum(
+        size * count * kind.split("_to_").count("hbm")
+        for (kind, _, size), count in run.copies.items()
+    )
+
+
+def _cost(batch, sizes):
+    lengths = q_lens_of(batch), kv_lens_of(batch)
+    return attention_cost(*lengths, *sizes.heads, dtype=sizes.dtype, kv_dtype=sizes.kv_dtype)
+
+
+def _least_flops(batch, case, sizes, chip, options):
+    """FLOP that the kernel of a case cannot do without: with a window, of its last queries only.
+
+    In cycles of bfloat16 products: an MXU may multiply 8-bit values twice as fast.
+    """
+    known, eight_bits = chips.chip(chip), jnp.dtype(sizes.kv_dtype).itemsize == 1
+    slower = known.peak("bfloat16") / known.peak(sizes.kv_dtype) if eight_bits else 1.0
+    num_decode = int(batch.distribution[0])
+    mine = slice(0, num_decode) if case == "decode" else slice(num_decode, None)
+    most = options.get("sliding_window") or np.iinfo(np.int64).max
+    q_lens = np.minimum(q_lens_of(batch)[mine], most)
+    kv_lens = np.where(q_lens > 0, np.minimum(kv_lens_of(batch)[mine], most), 0)
+    return slower * attention_cost(q_lens, kv_lens, *sizes.heads).flops
 
 
 def workload_of(batch: RaggedBatch, **options) -> Workload:

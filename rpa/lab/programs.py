@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
@@ -11,6 +12,7 @@ from rpa.ragged import RaggedBatch
 MODELS = {
     "llama-3-8b": (32, 8, 128),
     "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
+    "llama-3-8b-on-4": (8, 2, 128),
     "smollm2-135m": (9, 3, 64),
     "head-dim-256": (16, 4, 256),
     "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.published
@@ -42,6 +44,12 @@ class Workload:
     @property
     def heads(self):
         return MODELS[self.model]
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """K and V of a token, without what the cache's layout pads."""
+        _, num_kv_heads, head_dim = self.heads
+        return 2 * num_kv_heads * head_dim * jnp.dtype(self.kv_dtype).itemsize
 
     @property
     def pages_per_seq(self) -> int:

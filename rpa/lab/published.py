@@ -7,8 +7,12 @@ shapes and block sizes, compiled here. Whatever the error is, it is printed.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rpa.lab.batches import make_batch
-from rpa.lab.predict import Prediction, predict_batch
+from rpa.lab.calibration import GRID
+from rpa.lab.predict import Prediction, predict_batch, run_batch, workload_of
+from rpa.lab.programs import Workload
 from rpa.ragged import RaggedBatch
 
 PR_3290 = "tpu-inference PR 3290"
@@ -47,6 +51,12 @@ class Timing:
     def batch(self) -> RaggedBatch:
         """The batch, its pages shuffled."""
         return make_batch([(self.q_len, self.kv_len)] * self.num_seqs, self.page_size)
+
+    @property
+    def sizes(self) -> Workload:
+        """What its kernel is compiled for."""
+        sizes = {"model": self.model, "page_size": self.page_size, "kv_dtype": self.kv_dtype}
+        return workload_of(self.batch, **sizes)
 
 
 def _batched(num_seqs, time_us, bkv, batch_size):
@@ -94,13 +104,26 @@ def compare(timings=TIMINGS, **assumptions) -> Iterator[tuple[Timing, Prediction
         As `predict_batch`; also if a peer is absent, in words.
     """
     for timing in timings:
-        prediction = predict_batch(
-            *(timing.kernel, timing.chip, timing.batch),
-            model=timing.model,
-            page_size=timing.page_size,
-            kv_dtype=timing.kv_dtype,
-            blocks=timing.blocks,
-            options=timing.options,
-            **assumptions,
-        )
-        yield timing, prediction
+        yield timing, predict(timing, **assumptions)
+
+
+def predict(timing: Timing, **assumptions) -> Prediction:
+    """The prediction of one published timing."""
+    return predict_batch(
+        *(timing.kernel, timing.chip, timing.batch),
+        room=timing.sizes,
+        blocks=timing.blocks,
+        options=timing.options,
+        **assumptions,
+    )
+
+
+def refit(timings=TIMINGS) -> Iterator[np.ndarray]:
+    """Each timing as every calibration of `rpa.lab.calibration.GRID` predicts it: f64[len(GRID)].
+
+    Raises:
+        As `compare`.
+    """
+    for t in timings:
+        runs = run_batch(t.kernel, t.chip, t.batch, t.sizes, blocks=t.blocks, options=t.options)
+        yield np.array([calibration.time_us(runs, t.chip) for calibration in GRID])

@@ -196,10 +196,8 @@ def measure(
     short = run(what.num_seqs, SHORT)
     chunks = run(what.num_seqs, LONG) - short
     floor, floor_of = chunk_floor(chips.chip(chip), case, sizes)
-    products = schedule.slots(chunks.hits)["MATMUL"] / schedule.capacity["MATMUL"]
-    if floor_of == "MATMUL" and products < floor * what.num_chunks:
-        # Seen with v3 on TPU7x and several long sequences: a loop then ended too early.
-        raise CannotRun("the run multiplied less than the chunks need: it is not understood.")
+    flops = 4 * what.chunk_q * what.chunk_kv * sizes.heads[0] * sizes.heads[2] * what.num_chunks
+    check_products(schedule, chunks, chip, flops)
     per_sequence = step = None
     if case == "decode":
         n = what.num_seqs
@@ -247,6 +245,23 @@ def compile_kernel(
         use_cache=use_cache,
     )
     return schedule, program
+
+
+def check_products(schedule, run, chip, flops):
+    """Refuse a run whose products are fewer than the work needs.
+
+    Seen with v3's mixed kernel on TPU7x and several long sequences: a loop ended too early.
+
+    Raises:
+        rpa.lab.schedule_run.CannotRun: with what was executed, and what is needed.
+    """
+    c = chips.chip(chip)
+    cycles = schedule.slots(run.hits)["MATMUL"] / schedule.capacity["MATMUL"]
+    if cycles * c.mxu_flops_per_cycle < flops:
+        raise CannotRun(
+            f"{schedule.kernel} on {c.name}: the run did {cycles * c.mxu_flops_per_cycle:.3g} FLOP "
+            f"in its products, but this batch needs {flops:.3g}: its schedule is not understood."
+        )
 
 
 def chunk_floor(chip, case, sizes) -> tuple[float, str]:
