@@ -14,9 +14,10 @@ import pytest
 from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
-from rpa.figures import dense, fused, kernel, paging, ragged, tiled
+from rpa.figures import dense, fused, kernel, optimise, paging, ragged, tiled
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
+from rpa.lab.recorded import recorded_step
 from rpa.lab.roofline import Point
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
@@ -88,6 +89,16 @@ EXAMPLES = {
         [2, 1, 3],
         ["A decode", "(idle)", "B chunk"],
     ),
+    "before_after": lambda: optimise.before_after(
+        {step: recorded_step("v5e", step) for step in ("odd stride", "two sequences a turn")}
+    ),
+    "steps_against_hbm": lambda: optimise.steps_against_hbm(
+        {chip: {"as written": 9000, "with a trick": 2200} for chip in ("v5e", "tpu7x")},
+        {"v5e": 3836, "tpu7x": 1247},
+    ),
+    "banks": lambda: optimise.banks([1, 8, 9, 16]),
+    "block_diagonal": optimise.block_diagonal,
+    "two_lanes": lambda: optimise.two_lanes([(0, 2), (2, 4)], [(2, 5), (5, 8)]),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
     ),

@@ -144,7 +144,7 @@ class Step(NamedTuple):
     num_seqs: int = 1
 
 
-STEPS = {
+STEPS: dict[str, Step] = {
     "as written": Step(in_turn, load_by_value, NUM_KV_HEADS),
     "strided loads": Step(in_turn, words=NUM_KV_HEADS),
     "odd stride": Step(in_turn),
@@ -187,6 +187,11 @@ def attend(q, kv, *, step, interpret=False):
     return call(STEPS[step].kernel, q, kv, load=STEPS[step].load, interpret=interpret)
 
 
+def attend_ahead(q, kv, *, num_ahead):
+    """`attend`, compiled, with Q K^T so many heads ahead of P V."""
+    return call(partial(ahead, num_ahead=num_ahead), q, kv)
+
+
 def call(kernel, q, kv, *, load=load_strided, interpret=False):
     """Call such a kernel; in the interpreter, which knows no bitcast, it reads by value."""
     interpret = compat.choose_interpret(interpret)
@@ -196,3 +201,28 @@ def call(kernel, q, kv, *, load=load_strided, interpret=False):
         interpret=interpret,
         name="inner_loop",
     )(q, kv)
+
+
+def every_row(matrix, *, stride, num_rows=512, interpret=False):
+    """Load every `stride`-th row of a matrix and nothing else: what does a load cost?
+
+    Args:
+        matrix: f32[num_rows * stride, 128].
+
+    Returns:
+        f32[num_rows, 128].
+
+    >>> matrix = jnp.arange(16.0)[:, None] * jnp.ones(128)
+    >>> every_row(matrix, stride=2, num_rows=8, interpret=None)[:, 0].tolist()
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+    """
+
+    def kernel(matrix_ref, out_ref):
+        out_ref[...] = matrix_ref[pl.ds(0, num_rows, stride=stride)]
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((num_rows, matrix.shape[1]), matrix.dtype),
+        interpret=compat.choose_interpret(interpret),
+        name="every_row",
+    )(matrix)
