@@ -7,6 +7,7 @@ are read on the host, by `check_values`, where that costs nothing or the caller 
 Every message has three parts: what was given, what was expected, and what to do.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +23,10 @@ def check_arguments(
     *,
     use_causal_mask=True,
     skip_kv_mask=False,
+    sm_scale=1.0,
     sliding_window=None,
     soft_cap=None,
+    out_dtype=None,
     mask_value=None,
     q_scale=None,
     k_scale=None,
@@ -31,7 +34,10 @@ def check_arguments(
     chunk_prefill_size=None,
     attention_sink=None,
 ):
-    """Check shapes, dtypes and plain options of the drop-in function; arrays are not read.
+    """Check shapes, dtypes and plain options of an attention call; arrays are not read.
+
+    It runs before anything is computed or donated, so a call that it refuses leaves the cache as it
+    was. A scale may be traced: then only its shape is checked.
 
     Args: see `rpa.ragged.ref_ragged_paged_attention`.
 
@@ -56,25 +62,39 @@ def check_arguments(
             "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "
             "past kv_len. Set use_causal_mask=False, or leave skip_kv_mask out."
         )
-    for name, value in [("sliding_window", sliding_window), ("soft_cap", soft_cap)]:
-        _check_positive(name, value, "None switches it off")
-    _check_positive("chunk_prefill_size", chunk_prefill_size, "None if the batch has no chunks")
-    for name, value in [("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)]:
-        _check_positive(name, value, "it is what stored values are multiplied with; None for 1")
+    _check_number("sm_scale", sm_scale)
+    _check_length("sliding_window", sliding_window, "None switches it off")
+    _check_length("chunk_prefill_size", chunk_prefill_size, "None if the batch has no chunks")
+    _check_scale("soft_cap", soft_cap, "scores stay below it; None switches it off")
+    _check_scale("q_scale", q_scale, "queries are divided by it; None for 1")
+    _check_scale("k_scale", k_scale, "stored keys are multiplied with it; None for 1")
+    _check_scale("v_scale", v_scale, "stored values are multiplied with it; None for 1")
+    _check_out_dtype(out_dtype)
     if isinstance(mask_value, (int, float)) and not (np.isfinite(mask_value) and mask_value < 0):
         raise ValueError(
             f"mask_value must be a finite negative number, but is {mask_value}: it stands for a "
             "score below all others, and (-inf) - (-inf) is NaN. Leave it out for the default."
         )
-    if attention_sink is not None and attention_sink.shape != (queries.shape[1],):
+    if attention_sink is not None:
+        _check_is_array("attention_sink", attention_sink)
+        if attention_sink.shape != (queries.shape[1],):
+            raise ValueError(
+                f"attention_sink has shape {attention_sink.shape}, but must be "
+                f"({queries.shape[1]},): one number for each query head."
+            )
+
+
+def _check_is_array(name, array):
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         raise ValueError(
-            f"attention_sink has shape {attention_sink.shape}, but must be ({queries.shape[1]},): "
-            "one number for each query head."
+            f"{name} is of type {type(array).__name__}, but must be a NumPy or JAX array: convert "
+            "it with np.asarray, and give it the dtype that the documentation names."
         )
 
 
 def _check_tokens(queries, keys, values):
     for name, array in [("queries", queries), ("keys", keys), ("values", values)]:
+        _check_is_array(name, array)
         if len(array.shape) != 3:
             raise ValueError(
                 f"{name} has shape {array.shape}, but must have three dimensions [num_tokens, "
@@ -84,6 +104,11 @@ def _check_tokens(queries, keys, values):
             raise ValueError(
                 f"{name} has dtype {array.dtype}, but must be floating point: cast it, or "
                 "dequantise it first."
+            )
+        if jnp.dtype(array.dtype).itemsize > 4:
+            raise ValueError(
+                f"{name} has dtype {array.dtype}, but a TPU computes with at most 32 bits: cast it "
+                "to float32."
             )
         if 0 in array.shape[1:]:
             raise ValueError(f"{name} has shape {array.shape}: no dimension of heads may be 0.")
@@ -110,6 +135,7 @@ def _check_tokens(queries, keys, values):
 
 
 def _check_cache(queries, keys, values, kv_cache):
+    _check_is_array("kv_cache", kv_cache)
     if keys.dtype != kv_cache.dtype or values.dtype != kv_cache.dtype:
         raise ValueError(
             f"keys has dtype {keys.dtype}, values {values.dtype} and kv_cache {kv_cache.dtype}: "
@@ -142,6 +168,7 @@ def _check_cache(queries, keys, values, kv_cache):
 def _check_metadata_shapes(batch):
     for name in ("kv_lens", "page_indices", "cu_q_lens", "distribution"):
         array = getattr(batch, name)
+        _check_is_array(name, array)
         if array.dtype != np.int32 or len(array.shape) != 1:
             raise ValueError(
                 f"{name} has dtype {array.dtype} and shape {array.shape}, but must be one row of "
@@ -168,9 +195,54 @@ def _check_metadata_shapes(batch):
         )
 
 
-def _check_positive(name, value, otherwise):
+def _is_number(value):
+    """Whether a value is one number: Python's, NumPy's, or an array without dimensions."""
+    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+
+
+def _check_number(name, value):
+    if not _is_number(value):
+        given = f"has shape {value.shape}" if hasattr(value, "shape") else f"is {value!r}"
+        raise ValueError(f"{name} {given}, but must be one number, for all heads: pass a float.")
+    if isinstance(value, (int, float, np.number)) and not np.isfinite(value):
+        raise ValueError(f"{name} is {value}, but must be finite: look where it was computed.")
+
+
+def _check_scale(name, value, meaning):
+    """A positive number, or None; a traced one has no value yet."""
+    if value is None:
+        return
     if isinstance(value, (int, float, np.number)) and not (value > 0 and np.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, but is {value} ({otherwise}).")
+        raise ValueError(f"{name} must be positive and finite, but is {value} ({meaning}).")
+    _check_number(name, value)
+
+
+def _check_length(name, value, otherwise):
+    """A positive number of tokens, or None; never traced, because blocks and loops depend on it."""
+    if value is None:
+        return
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is a traced value, but must be a Python int: it decides which blocks are "
+            "read. Pass it through static_argnames, or call one function for each of its values."
+        )
+    is_whole = _is_number(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    if not (is_whole and value > 0):
+        raise ValueError(
+            f"{name} must be positive, a whole number of tokens, but is {value!r} ({otherwise})."
+        )
+
+
+def _check_out_dtype(out_dtype):
+    try:
+        is_floating = out_dtype is None or jnp.issubdtype(jnp.dtype(out_dtype), jnp.floating)
+    except TypeError:  # a name that no dtype has
+        is_floating = False
+    if not is_floating:
+        raise ValueError(
+            f"out_dtype is {out_dtype!r}, but must be a floating-point dtype, such as jnp.bfloat16 "
+            "or 'float32'; None is the dtype of queries."
+        )
 
 
 def check_values(
@@ -219,7 +291,8 @@ tokens too, so it must be at least 2.
         live & ((table < 0) | (table >= num_pages)),
         lambda s, p: (
             f"page_indices of sequence {s}, page {p} is {table[s, p]}, but kv_cache has "
-            f"{num_pages} pages: it must be between 0 and {num_pages - 1}."
+            f"{num_pages} pages: it must be between 0 and {num_pages - 1}. Take the pages of a "
+            "sequence from a pool of this size (rpa.PagePool)."
         ),
     )
     if update_kv_cache:
@@ -305,6 +378,11 @@ def _check_ownership(table, live, written, num_pages):
     def message(s, p):
         others = np.argwhere(live & (table == table[s, p])).tolist()
         other, at = next(place for place in others if place != [s, p])
+        if other == s:
+            return (
+                f"page {table[s, p]} receives new tokens of sequence {s}, but is listed as its "
+                f"pages {at} and {p}: a token would overwrite another one. List each page once."
+            )
         return (
             f"page {table[s, p]} receives new tokens of sequence {s} (its page {p}), but page {at} "
             f"of sequence {other} is the same one: a shared page may only be read. Copy it first "
