@@ -38,6 +38,7 @@ from rpa.streamed import (
     KeyBlock,
     Sizes,
     attend_block,
+    check_lanes_are_not_shared,
     check_q_lens,
     choose_block_tokens,
     find_next_live,
@@ -107,7 +108,7 @@ def fused_attention(
 
     Raises:
         ValueError: if a sequence has more than max_q_len new tokens, block_tokens is no multiple
-            of page_size, or queries have another dtype.
+            of page_size, queries have another dtype, or K and V share the lanes of the cache.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([2], [5], [[1]])
@@ -118,6 +119,7 @@ def fused_attention(
     """
     check_query_dtype(queries.dtype)
     check_q_lens(batch, max_q_len)
+    check_lanes_are_not_shared(kv_cache.shape, *keys.shape[1:])
     page_size = kv_cache.shape[1]
     return _fused_attention(
         jnp.asarray(queries),

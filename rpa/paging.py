@@ -15,6 +15,14 @@ K and V of a head are neighbours (combined head `2h` is K, `2h + 1` is V) and `p
 share 32 bits (2 for bfloat16, 4 for float8). Why: a TPU tiles the last two dimensions of an array,
 and a DMA can only cut along untiled ones. Here one token is a slice of an untiled dimension, so a
 single DMA moves all heads of any number of tokens, and one 32-bit lane holds K and V together.
+
+At head_dim 64 half of these lanes are padding. A cache may also be made with `share_lanes=True`,
+the layout of the production kernel for head_dim 64: K of a head in lanes 0 to 63 and its V in lanes
+64 to 127 of the same row, half the bytes:
+
+    kv_cache [num_pages, page_size, ceil(num_kv_heads / packing), packing, 128]
+
+Which of the two a cache has is told by its shape alone, so no function asks for it.
 """
 
 from collections import Counter
@@ -53,18 +61,50 @@ def packing_of(dtype) -> int:
 
 
 def get_kv_cache_shape(
-    total_num_pages, page_size, actual_num_kv_heads, actual_head_dim, kv_dtype
+    total_num_pages,
+    page_size,
+    actual_num_kv_heads,
+    actual_head_dim,
+    kv_dtype,
+    *,
+    share_lanes=False,
 ) -> tuple[int, int, int, int, int]:
     """Shape of the cache array; name and arguments are those of the production kernel.
 
-    Eight KV heads of 128 in bfloat16: 16 combined heads, in 8 rows of packed pairs.
+    Args:
+        share_lanes: whether K and V of a head share their 128 lanes; needs head_dim 64. Where so
+            few heads are stored that this saves nothing (one of bfloat16, two of float8), the
+            shape, and with it the layout, is the one without.
+
+    Raises:
+        ValueError: if lanes shall be shared by heads that leave no room for it.
+
+    Eight KV heads of 128 in bfloat16: 16 combined heads, in 8 rows of packed pairs. The same of 64,
+    with shared lanes: 8 heads in 4 rows.
 
     >>> get_kv_cache_shape(100, 16, 8, 128, jnp.bfloat16)
     (100, 16, 8, 2, 128)
+    >>> get_kv_cache_shape(100, 16, 8, 64, jnp.bfloat16, share_lanes=True)
+    (100, 16, 4, 2, 128)
     """
     packing = packing_of(kv_dtype)
-    rows = cdiv(2 * actual_num_kv_heads, packing)
+    if share_lanes and 2 * actual_head_dim != LANES:
+        raise ValueError(
+            f"share_lanes=True with head_dim {actual_head_dim}: only with {LANES // 2} do K and V "
+            f"of a head fill {LANES} lanes together. Leave share_lanes out."
+        )
+    rows = cdiv(actual_num_kv_heads if share_lanes else 2 * actual_num_kv_heads, packing)
     return (total_num_pages, page_size, rows, packing, cdiv(actual_head_dim, LANES) * LANES)
+
+
+def lanes_are_shared(kv_cache_shape, num_kv_heads, head_dim) -> bool:
+    """Whether K and V of a head share their lanes in a cache of this shape.
+
+    >>> lanes_are_shared((100, 16, 4, 2, 128), 8, 64), lanes_are_shared((100, 16, 8, 2, 128), 8, 64)
+    (True, False)
+    """
+    rows, packing, lanes = kv_cache_shape[-3:]
+    return 2 * head_dim == lanes and rows < cdiv(2 * num_kv_heads, packing)
 
 
 def kv_token_bytes(kv_cache_shape, dtype) -> int:
@@ -76,23 +116,34 @@ def kv_token_bytes(kv_cache_shape, dtype) -> int:
     return int(np.prod(kv_cache_shape[2:])) * jnp.dtype(dtype).itemsize
 
 
-def pack_kv(keys, values):
+def pack_kv(keys, values, *, share_lanes=False):
     """Lay K and V of some tokens out as the cache holds them; all padding is written as zeros.
 
     Args:
         keys, values: [num_tokens, num_kv_heads, head_dim], of one dtype.
+        share_lanes: as of `get_kv_cache_shape`.
 
     Returns:
-        [num_tokens, ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)].
+        [num_tokens, ...], the rest being the last three dimensions of `get_kv_cache_shape`.
 
     >>> keys, values = jnp.ones((1, 2, 64)) * 3, jnp.ones((1, 2, 64)) * 4
     >>> pack_kv(keys, values)[0, :, 0, 0]  # K and V of head 0, K and V of head 1
     Array([3., 4., 3., 4.], dtype=float32)
+    >>> pack_kv(keys, values, share_lanes=True)[0, :, 0, ::64]  # a row is a head
+    Array([[3., 4.],
+           [3., 4.]], dtype=float32)
     """
     num_tokens, num_kv_heads, head_dim = keys.shape
-    _, _, rows, packing, lanes = get_kv_cache_shape(1, 1, num_kv_heads, head_dim, keys.dtype)
-    combined = jnp.stack([keys, values], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)
-    pad_heads, pad_lanes = rows * packing - 2 * num_kv_heads, lanes - head_dim
+    shape = get_kv_cache_shape(
+        num_tokens, 1, num_kv_heads, head_dim, keys.dtype, share_lanes=share_lanes
+    )
+    if lanes_are_shared(shape, num_kv_heads, head_dim):
+        combined = jnp.concatenate([keys, values], axis=2)
+    else:
+        combined = jnp.stack([keys, values], axis=2)
+        combined = combined.reshape(num_tokens, 2 * num_kv_heads, head_dim)
+    _, _, rows, packing, lanes = shape
+    pad_heads, pad_lanes = rows * packing - combined.shape[1], lanes - combined.shape[2]
     combined = jnp.pad(combined, ((0, 0), (0, pad_heads), (0, pad_lanes)))
     return combined.reshape(num_tokens, rows, packing, lanes)
 
@@ -101,7 +152,7 @@ def unpack_kv(packed, num_kv_heads, head_dim):
     """Undo `pack_kv`; any number of leading dimensions, so a page or a whole cache will do.
 
     Args:
-        packed: [..., ceil(2 * num_kv_heads / packing), packing, align(head_dim, 128)].
+        packed: [..., rows, packing, lanes], of either layout.
         num_kv_heads, head_dim: the true sizes, without padding.
 
     Returns:
@@ -112,7 +163,11 @@ def unpack_kv(packed, num_kv_heads, head_dim):
     (10, 16, 8, 128)
     """
     *lead, rows, packing, lanes = packed.shape
-    combined = packed.reshape(*lead, rows * packing, lanes)[..., : 2 * num_kv_heads, :head_dim]
+    combined = packed.reshape(*lead, rows * packing, lanes)
+    if lanes_are_shared(packed.shape, num_kv_heads, head_dim):
+        heads = combined[..., :num_kv_heads, :]
+        return heads[..., :head_dim], heads[..., head_dim:]
+    combined = combined[..., : 2 * num_kv_heads, :head_dim]
     paired = combined.reshape(*lead, num_kv_heads, 2, head_dim)
     return paired[..., 0, :], paired[..., 1, :]
 
@@ -139,7 +194,8 @@ def store_kv(kv_cache, keys, values, pages, slots):
     pages = jnp.where(pages < 0, kv_cache.shape[0], pages)
     # As integers: XLA on a CPU scatters float8 by way of float16, which changes the bits of a NaN
     # that an untouched page may hold.
-    new_bits = _as_bits(pack_kv(keys, values))
+    share_lanes = lanes_are_shared(kv_cache.shape, *keys.shape[1:])
+    new_bits = _as_bits(pack_kv(keys, values, share_lanes=share_lanes))
     stored = _as_bits(kv_cache).at[pages, slots].set(new_bits, mode="drop")
     return jax.lax.bitcast_convert_type(stored, kv_cache.dtype)
 

@@ -261,7 +261,8 @@ def ref_ragged_paged_attention(
         queries: [num_tokens, num_q_heads, head_dim], the new tokens of all sequences in a row.
         keys, values: [num_tokens, num_kv_heads, head_dim], in the dtype of the cache.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
-            align(head_dim, 128)], see `rpa.paging`.
+            align(head_dim, 128)], or with head_dim 64 the shape with `share_lanes=True`, see
+            `rpa.paging`.
         kv_lens, page_indices, cu_q_lens, distribution: int32, see `RaggedBatch`.
         use_causal_mask: False lets a token see all of its sequence; the window still applies.
         update_kv_cache: False ignores keys and values and reads all from the cache, which stays

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.paging import LANES, cdiv, paged_attention
+from rpa.paging import LANES, cdiv, lanes_are_shared, paged_attention
 from rpa.ragged import store_new_tokens
 from rpa.tiled import (
     MASK_VALUE,
@@ -116,7 +116,8 @@ def paged_decode(
         [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
 
     Raises:
-        ValueError: if block_tokens is no multiple of page_size, or queries have another dtype.
+        ValueError: if block_tokens is no multiple of page_size, if queries have another dtype, or
+            if K and V share the lanes of the cache.
 
     >>> paged_decode(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
     ...              jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
@@ -124,6 +125,7 @@ def paged_decode(
     """
     check_query_dtype(queries.dtype)
     num_seqs, _, head_dim = queries.shape
+    check_lanes_are_not_shared(kv_cache.shape, num_kv_heads, head_dim)
     page_size = kv_cache.shape[1]
     sizes = Sizes(
         num_seqs=num_seqs,
@@ -164,6 +166,18 @@ fetched page by page. Leave it out for a default.
             f"{page_size}: a block is fetched page by page. Leave it out for a default."
         )
     return block_tokens
+
+
+def check_lanes_are_not_shared(kv_cache_shape, num_kv_heads, head_dim):
+    """Refuse a cache in which K and V share their lanes: what would be read as V is another K.
+
+    >>> check_lanes_are_not_shared((4, 8, 4, 1, 128), 2, 64)
+    """
+    if lanes_are_shared(kv_cache_shape, num_kv_heads, head_dim):
+        raise ValueError(
+            f"kv_cache has shape {kv_cache_shape}, the one with share_lanes=True: rungs 5 and 6 "
+            "know only the one without. Make it without, or take another rung."
+        )
 
 
 @partial(jax.jit, static_argnames=["sizes", "interpret"])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa.paging import cdiv, get_kv_cache_shape, packing_of
+from rpa.paging import LANES, cdiv, get_kv_cache_shape, packing_of
 
 
 def check_arguments(
@@ -148,13 +148,12 @@ def _check_cache(queries, keys, values, kv_cache):
             "with rpa.get_kv_cache_shape."
         )
     num_pages, page_size = kv_cache.shape[:2]
-    expected = get_kv_cache_shape(
-        num_pages, page_size, keys.shape[1], queries.shape[2], kv_cache.dtype
-    )
-    if kv_cache.shape != expected:
+    expected = _cache_shapes(num_pages, page_size, *keys.shape[1:], kv_cache.dtype)
+    if kv_cache.shape not in expected.values():
+        words = ", or ".join(f"{shape}{why}" for why, shape in expected.items())
         raise ValueError(
             f"kv_cache has shape {kv_cache.shape}, but for {keys.shape[1]} KV heads of "
-            f"{queries.shape[2]} in {kv_cache.dtype} must have {expected}: make it with "
+            f"{keys.shape[2]} in {kv_cache.dtype} must have {words}: make it with "
             "rpa.get_kv_cache_shape."
         )
     if num_pages == 0 or page_size == 0 or page_size % packing_of(kv_cache.dtype):
@@ -163,6 +162,15 @@ def _check_cache(queries, keys, values, kv_cache):
             f"page, and page_size must be a multiple of {packing_of(kv_cache.dtype)} for "
             f"{kv_cache.dtype}."
         )
+
+
+def _cache_shapes(*sizes):
+    """The shapes that a cache may have, each after the words for when."""
+    shapes = {"": get_kv_cache_shape(*sizes)}
+    if 2 * sizes[3] == LANES:
+        words = " with share_lanes=True, where K and V share the lanes"
+        shapes[words] = get_kv_cache_shape(*sizes, share_lanes=True)
+    return shapes
 
 
 def _check_metadata_shapes(batch):

@@ -28,10 +28,16 @@ class Shape:
     max_num_seqs: int = 6
     num_tokens: int = 40
     dtype: str = "float32"
+    share_lanes: bool = False  # the layout of head_dim 64 without padding
 
     @property
     def num_pages(self) -> int:
         return self.max_num_seqs * self.pages_per_seq + 3
+
+    def pack(self, keys, values) -> np.ndarray:
+        """K and V of some tokens as the cache holds them."""
+        arrays = jnp.asarray(keys), jnp.asarray(values)
+        return np.asarray(pack_kv(*arrays, share_lanes=self.share_lanes))
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Case:
     def expected_cache(self) -> np.ndarray:
         """The cache with exactly the new tokens in it, as bits."""
         expected = bits(self.kv_cache).copy()
-        packed = bits(pack_kv(jnp.asarray(self.keys), jnp.asarray(self.values)))
+        packed = bits(self.shape.pack(self.keys, self.values))
         for token, (page, slot) in enumerate(self.new_slots):
             expected[page, slot] = packed[token]
         return expected
@@ -109,9 +115,8 @@ def make_case(shape: Shape, lengths, *, seed=0, share=False, new_tokens_only=Tru
         array[total:] = np.nan  # padding rows must not be read, nor stored
         return array.astype(jnp.dtype(shape.dtype))
 
-    cache_shape = get_kv_cache_shape(
-        shape.num_pages, ps, shape.num_kv_heads, shape.head_dim, jnp.dtype(shape.dtype)
-    )
+    sizes = (shape.num_pages, ps, shape.num_kv_heads, shape.head_dim, jnp.dtype(shape.dtype))
+    cache_shape = get_kv_cache_shape(*sizes, share_lanes=shape.share_lanes)
     queries, keys, values = (
         tokens(n) for n in (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
     )
@@ -128,7 +133,7 @@ def make_case(shape: Shape, lengths, *, seed=0, share=False, new_tokens_only=Tru
     # One fixed number of tokens, whatever is cached: JAX would compile for every other one.
     cache[cached] = _packed(rng, cached.size, shape)[: cached.sum()]
     if not new_tokens_only:
-        packed = np.asarray(pack_kv(jnp.asarray(keys), jnp.asarray(values)))
+        packed = shape.pack(keys, values)
         for token, place in enumerate(new_slots):
             cache[place] = packed[token]
     slots = np.array(new_slots, np.int64).reshape(-1, 2)
@@ -137,8 +142,7 @@ def make_case(shape: Shape, lengths, *, seed=0, share=False, new_tokens_only=Tru
 
 def _packed(rng, num_tokens, shape):
     kv = rng.standard_normal((2, num_tokens, shape.num_kv_heads, shape.head_dim))
-    kv = jnp.asarray(kv.astype(jnp.dtype(shape.dtype)))
-    return np.asarray(pack_kv(kv[0], kv[1]))
+    return shape.pack(*kv.astype(jnp.dtype(shape.dtype)))
 
 
 def _fill_with_garbage(batch, tables, rng):

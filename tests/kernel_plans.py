@@ -7,7 +7,15 @@ from rpa.kernel.plan import Problem
 
 
 def make_problem(
-    heads, head_dim, *, q="bfloat16", kv="bfloat16", out=None, page_size=8, pages_per_seq=2
+    heads,
+    head_dim,
+    *,
+    q="bfloat16",
+    kv="bfloat16",
+    out=None,
+    page_size=8,
+    pages_per_seq=2,
+    shares_lanes=False,
 ):
     """A Problem of 512 tokens and 64 sequences."""
     return Problem(
@@ -21,4 +29,5 @@ def make_problem(
         q_dtype=np.dtype(jnp.dtype(q)),
         kv_dtype=np.dtype(jnp.dtype(kv)),
         out_dtype=np.dtype(jnp.dtype(out or q)),
+        shares_lanes=shares_lanes,
     )

@@ -6,9 +6,16 @@ import jax.numpy as jnp
 from rpa.kernel import ragged_paged_attention
 
 
-def attend(*arrays, **options):
-    """One call, compiled; `options` are those of the public function."""
-    return ragged_paged_attention(*arrays, backend="tpu", **options)
+def attend(queries, keys, values, kv_cache, *metadata, **options):
+    """One call, compiled; `options` are those of the public function.
+
+    An array behind the four of metadata is the attention sinks.
+    """
+    metadata, sinks = metadata[:4], metadata[4:]
+    if sinks:
+        options["attention_sink"] = sinks[0]
+    tokens = (queries, keys, values, kv_cache)
+    return ragged_paged_attention(*tokens, *metadata, backend="tpu", **options)
 
 
 def attend_layers(queries, keys, values, caches, *metadata, **options):

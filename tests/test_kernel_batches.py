@@ -26,6 +26,18 @@ SHAPES = {
         Shape(4, 2, 128, page_size=8, dtype="float8_e5m2"),
         {"q_dtype": "bfloat16", "q_scale": 0.1},
     ),
+    "9/3 of 64, shared lanes, bfloat16, sinks": (
+        Shape(9, 3, 64, page_size=8, dtype="bfloat16", share_lanes=True),
+        {"attention_sink": np.linspace(-2, 2, 9, dtype=np.float32)},
+    ),
+    "8/4 of 64, shared lanes, float8": (
+        Shape(8, 4, 64, page_size=8, dtype="float8_e4m3fn", share_lanes=True),
+        {"q_dtype": "bfloat16", "k_scale": 0.5, "v_scale": 2.0},
+    ),
+    "2/2 of 64, shared lanes, float32, window of 5": (
+        Shape(2, 2, 64, page_size=8, share_lanes=True),
+        {"sliding_window": 5},
+    ),
     "chunks of at most 12": (FLOAT32, {"chunk_prefill_size": 12}),
     "many pages a block": (
         Shape(2, 1, 64, page_size=8, pages_per_seq=16, max_num_seqs=4),
@@ -74,9 +86,13 @@ def test_some_batches_have_no_race():
     check_batches("MQA 2/1, float32", EAGER, range(6))
 
 
+def test_some_batches_with_shared_lanes_have_no_race():
+    check_batches("9/3 of 64, shared lanes, bfloat16, sinks", EAGER, range(4))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_many_batches(name, mode):
-    """8 shapes x 2 modes x 25 = 400 batches, 200 of them different ones."""
+    """11 shapes x 2 modes x 25 = 550 batches, 275 of them different ones."""
     check_batches(name, mode, range(100, 125))

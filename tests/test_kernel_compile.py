@@ -15,11 +15,22 @@ CHIPS = ("v5e", "v6e", "tpu7x")
 BF16, F32, E4M3, E5M2 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
-def arguments(heads, head_dim, page_size, q=BF16, kv=BF16, *, max_kv_len=8192, num_pages=1024):
+def arguments(
+    heads,
+    head_dim,
+    page_size,
+    q=BF16,
+    kv=BF16,
+    *,
+    max_kv_len=8192,
+    num_pages=1024,
+    share_lanes=False,
+):
     """512 tokens of 64 sequences, as shapes."""
     num_q_heads, num_kv_heads = heads
     pages_per_seq = max_kv_len // page_size
-    kv_cache = get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_dim, kv)
+    sizes = (num_pages, page_size, num_kv_heads, head_dim, kv)
+    kv_cache = get_kv_cache_shape(*sizes, share_lanes=share_lanes)
     shapes = [
         ((512, num_q_heads, head_dim), q),
         ((512, num_kv_heads, head_dim), kv),
@@ -30,12 +41,28 @@ def arguments(heads, head_dim, page_size, q=BF16, kv=BF16, *, max_kv_len=8192, n
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
+SINKS = jax.ShapeDtypeStruct((64,), F32)
+
+
 MODELS = {
     "Llama 3 8B, page 16": (arguments((32, 8), 128, 16), {}),
     "Llama 3 8B, page 128": (arguments((32, 8), 128, 128), {}),
     "Llama 3 70B on 8 chips": (arguments((8, 1), 128, 128), {}),
     "SmolLM2": (arguments((9, 3), 64, 16), {}),
     "SmolLM2, float32": (arguments((9, 3), 64, 16, F32, F32), {}),
+    "SmolLM2, shared lanes": (arguments((9, 3), 64, 16, share_lanes=True), {}),
+    "64/8 of 64, shared lanes, sinks, window": (
+        [*arguments((64, 8), 64, 128, share_lanes=True), SINKS],
+        {"sliding_window": 128},
+    ),
+    "64/8 of 64, shared lanes, float8, sinks": (
+        [*arguments((64, 8), 64, 128, kv=E4M3, share_lanes=True), SINKS],
+        {},
+    ),
+    "8/4 of 64, shared lanes, float32": (
+        arguments((8, 4), 64, 16, F32, F32, share_lanes=True),
+        {},
+    ),
     "head_dim 256, e4m3fn": (arguments((16, 4), 256, 64, kv=E4M3), {"q_scale": 0.5}),
     "head_dim 256, e5m2, window, cap": (
         arguments((16, 4), 256, 64, kv=E5M2),
@@ -52,7 +79,11 @@ MODELS = {
     # v3's page table alone would take 16 MiB of the 1 MiB of SMEM.
     "1,048,576 tokens x 64 sequences": (arguments((8, 1), 128, 16, max_kv_len=2**20), {}),
 }
-QUICK = [("v5e", "Llama 3 70B on 8 chips"), ("tpu7x", "1,048,576 tokens x 64 sequences")]
+QUICK = [
+    ("v5e", "Llama 3 70B on 8 chips"),
+    ("v6e", "SmolLM2, shared lanes"),
+    ("tpu7x", "1,048,576 tokens x 64 sequences"),
+]
 """What `make test` compiles; `make test-full` compiles everything for every chip."""
 
 

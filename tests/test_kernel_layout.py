@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from rpa.kernel import layout
 from rpa.kernel.cases import Case
 from rpa.kernel.plan import BlockSizes, Plan
-from rpa.paging import get_kv_cache_shape, pack_kv, packing_of
+from rpa.paging import get_kv_cache_shape, lanes_are_shared, pack_kv, packing_of
 from tests.kernel_plans import make_problem
 
 pytestmark = pytest.mark.core
@@ -108,8 +108,8 @@ class _At:
         return _Words(self.array[slot])
 
 
-def make_plan(heads=(4, 2), head_dim=128, blocks=PREFILL, **dtypes):
-    problem = make_problem(heads, head_dim, **dtypes)
+def make_plan(heads=(4, 2), head_dim=128, blocks=PREFILL, **options):
+    problem = make_problem(heads, head_dim, **options)
     return Plan(problem, Case.MIXED, blocks, interpret=True, is_last=True)
 
 
@@ -169,6 +169,17 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
         np.testing.assert_array_equal(stored_heads, heads.astype(p.out_dtype).astype(np.float32))
 
 
+def kv_buffer(plan, k, v):
+    """A KV buffer with keys and values in slot 1, and NaN wherever no token is copied."""
+    p = plan.problem
+    nan = jnp.dtype(p.kv_dtype).type(np.nan)
+    shape = (2, len(k), plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
+    buffer = np.full(shape, nan, p.kv_dtype)
+    packed = pack_kv(jnp.asarray(k), jnp.asarray(v), share_lanes=p.shares_lanes)
+    buffer[1, :, : p.kv_words] = np.asarray(packed)
+    return buffer
+
+
 @pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", some(DTYPES))
 @pytest.mark.parametrize("name", some(HEADS))
@@ -176,11 +187,7 @@ def test_keys_and_values(name, dtype, blocks):
     plan = make_plan(HEADS[name], kv=dtype, head_dim=80, blocks=blocks)
     p, tokens = plan.problem, blocks.bkv
     k, v = (random_values((tokens, p.num_kv_heads, p.head_dim), dtype, seed) for seed in (1, 2))
-    nan = jnp.dtype(dtype).type(np.nan)
-    buffer = np.full(
-        (2, tokens, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes), nan, p.kv_dtype
-    )
-    buffer[1, :, : p.kv_words] = np.asarray(pack_kv(jnp.asarray(k), jnp.asarray(v)))
+    buffer = kv_buffer(plan, k, v)
     chip = replace(plan, interpret=False)
     for num_valid in (None, 5):
         kept = slice(8, 16 if num_valid is None else 8 + num_valid)
@@ -193,6 +200,40 @@ def test_keys_and_values(name, dtype, blocks):
                 expected = np.zeros((8, plan.heads_per_dot, p.lanes), np.float32)
                 heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
                 expected[: kept.stop - 8, :, : p.head_dim] = given[kept, heads]
+                got = np.asarray(loaded).astype(np.float32)
+                np.testing.assert_array_equal(got, expected.reshape(8, -1))
+
+
+def sharing_pairs():
+    """Heads and dtypes with which a cache of shared lanes is the smaller one."""
+    for name, heads in HEADS.items():
+        for dtype in DTYPES:
+            shape = get_kv_cache_shape(1, 1, heads[1], 64, dtype, share_lanes=True)
+            if lanes_are_shared(shape, heads[1], 64):
+                marks = () if (name, dtype) == SOME else pytest.mark.full
+                yield pytest.param(name, dtype, marks=marks)
+
+
+@pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("name, dtype", sharing_pairs())
+def test_keys_and_values_that_share_lanes(name, dtype, blocks):
+    """One matrix is both: keys in the first half of the lanes of a head, values in the second."""
+    plan = make_plan(HEADS[name], kv=dtype, head_dim=64, blocks=blocks, shares_lanes=True)
+    p, tokens = plan.problem, blocks.bkv
+    k, v = (random_values((tokens, p.num_kv_heads, 64), dtype, seed) for seed in (1, 2))
+    buffer = kv_buffer(plan, k, v)
+    chip = replace(plan, interpret=False)
+    for num_valid in (None, 5):
+        kept = 8 if num_valid is None else num_valid
+        for dot in range(plan.num_dots):
+            args = (1, 8, dot, num_valid)
+            by_value = layout.load_kv(plan, ValueRef(buffer), *args)
+            by_words = layout.load_kv(chip, ChipRef(buffer), *args)
+            heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
+            expected = np.zeros((8, plan.heads_per_dot, 128), np.float32)
+            both = np.concatenate([k, v], axis=2)[8 : 8 + kept, heads]
+            expected[:kept] = both.astype(np.float32)
+            for loaded in (*by_value, *by_words):
                 got = np.asarray(loaded).astype(np.float32)
                 np.testing.assert_array_equal(got, expected.reshape(8, -1))
 
@@ -230,6 +271,13 @@ def test_the_view_of_queries_is_undone():
     seen = layout.view_heads(plan.problem, jnp.asarray(queries))
     assert seen.shape == (512, 6, 2, 128)
     np.testing.assert_array_equal(layout.unview_heads(plan.problem, seen), queries)
+
+
+def test_the_output_of_shared_lanes_is_in_their_second_half():
+    problem = make_plan((4, 2), head_dim=64, shares_lanes=True).problem
+    halves = jnp.where(jnp.arange(128) < 64, jnp.nan, 7.0)
+    output = layout.unview_heads(problem, jnp.broadcast_to(halves, (512, 4, 1, 128)))
+    assert output.shape == (512, 4, 64) and (output == 7).all()
 
 
 def test_the_emulation_is_that_of_the_cache():

@@ -13,7 +13,8 @@ Where the two differ on purpose, and what is therefore not compared (docs/kernel
 - a window with `use_causal_mask=False`: ours keeps the window, the peer's reference drops it (and
   its kernel does not);
 - sequences without new tokens: ours skips them, the peer's reference refuses them;
-- `update_kv_cache=False` and attention sinks: the peer's reference has neither;
+- `update_kv_cache=False` and attention sinks: the peer's reference has neither (the one for
+  head_dim 64, with which shared lanes are compared, has sinks);
 - `out_dtype`: ours is what is asked for, the peer's output array has the dtype of the queries.
 """
 
@@ -60,10 +61,16 @@ class Combination:
     dtype: str
     options: dict = field(default_factory=dict)
     m_block_sizes: tuple = (64, 256, 32, 128)
+    share_lanes: bool = False
 
     @property
     def is_float8(self):
         return self.dtype.startswith("float8")
+
+    @property
+    def rows(self):
+        """Rows of the cache that are heads and no padding, once it is widened to float32."""
+        return self.heads[1] * (1 if self.share_lanes else 2)
 
     def shape(self):
         num_tokens = sum(q_len for q_len, _ in self.lengths)
@@ -75,11 +82,13 @@ class Combination:
             max_num_seqs=len(self.lengths) + 1,
             num_tokens=num_tokens + 3,
             dtype=self.dtype,
+            share_lanes=self.share_lanes,
         )
 
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 SCALES = {"k_scale": 0.5, "v_scale": 0.5}
+SINKS = np.linspace(-2, 2, 9, dtype=np.float32)
 ODD_BLOCKS = (60, 48, 30, 48)
 ONE, SEVENTEEN = random_lengths(1), random_lengths(17)
 QUICK = "complex, 1 sequence, 5/1, head_dim 80"
@@ -108,6 +117,20 @@ COMBINATIONS = {
     "complex, 17 sequences, 3/3, head_dim 240": Combination(SEVENTEEN, (3, 3), 240, "float32"),
     "window 5": Combination(random_lengths(5), (4, 4), 128, "float32", {"sliding_window": 5}),
     "window 128": Combination(random_lengths(5), (4, 4), 128, "float32", {"sliding_window": 128}),
+    "head_dim 64, sinks": Combination(
+        random_lengths(2), (9, 3), 64, "bfloat16", {"attention_sink": SINKS}, share_lanes=True
+    ),
+    "head_dim 64, sinks, window 128": Combination(
+        THREE,
+        (9, 3),
+        64,
+        "float32",
+        {"attention_sink": SINKS, "sliding_window": 128},
+        share_lanes=True,
+    ),
+    "head_dim 64, float8 attention": Combination(
+        THREE, (64, 8), 64, E4M3, SCALES | {"q_scale": 0.5}, share_lanes=True
+    ),
     "soft cap": Combination(random_lengths(2), (16, 2), 128, "float32", {"soft_cap": 50.0}),
 }
 
@@ -128,11 +151,10 @@ def oracle(c: Combination, case, queries):
         sm_scale *= q_scale
     queries, keys, values, kv_cache = map(widened, (queries, *case.arrays[1:]))
     # In four-byte words float8 has room for two heads more than three: float32 has no such padding.
-    kv_cache = kv_cache[:, :, : 2 * c.heads[1]]
+    kv_cache = kv_cache[:, :, : c.rows]
     metadata = map(jnp.asarray, case.metadata)
-    return peers.v3_reference(
-        queries, keys, values, kv_cache, *metadata, sm_scale=sm_scale, **options
-    )
+    reference = peers.hd64_reference if c.share_lanes else peers.v3_reference
+    return reference(queries, keys, values, kv_cache, *metadata, sm_scale=sm_scale, **options)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +172,6 @@ def test_agrees_with_the_peers_reference(name):
     # In float32 both sides round, the oracle as much as the kernel.
     limit = 5e-6 if c.dtype == "float32" else tolerance_of(case, ours.dtype)
     assert dense.relative_error(ours[:rows], truth) < limit
-    cache = np.asarray(widened(cache)[:, :, : 2 * c.heads[1]])
+    cache = np.asarray(widened(cache)[:, :, : c.rows])
     for page, slot in case.new_slots:
         np.testing.assert_array_equal(cache[page, slot], np.asarray(their_cache[page, slot]))

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rpa.dense import oracle
-from rpa.paging import OutOfPages, PageCopy, PagePool, copy_pages, paged_attention
+from rpa.paging import (
+    OutOfPages,
+    PageCopy,
+    PagePool,
+    copy_pages,
+    get_kv_cache_shape,
+    paged_attention,
+)
 
 pytestmark = pytest.mark.core
 
@@ -131,6 +138,11 @@ def test_paged_attention_reads_only_live_tokens(window):
     )
     truth = oracle(q, k, v, sliding_window=window).output
     np.testing.assert_allclose(np.asarray(out), truth, atol=1e-6)
+
+
+def test_lanes_are_shared_only_by_heads_that_fill_them_together():
+    with pytest.raises(ValueError, match="share_lanes=True with head_dim 80: only with 64"):
+        get_kv_cache_shape(1, 8, 2, 80, "float32", share_lanes=True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rpa.compat import JAX_FLOOR, JAX_VERSION
 from rpa.dense import relative_error, scaled_error
-from rpa.paging import get_kv_cache_shape, pack_kv, unpack_kv
+from rpa.paging import get_kv_cache_shape, lanes_are_shared, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch, oracle_ragged, ref_ragged_paged_attention
 from tests.batches import Shape, bits, lengths, make_case
 
@@ -22,6 +22,7 @@ SHAPES = [
     Shape(num_q_heads=6, num_kv_heads=2, head_dim=64, page_size=8),  # GQA, a group of 3
     Shape(num_q_heads=5, num_kv_heads=1, head_dim=80, page_size=3),  # MQA, odd everything
     Shape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=1, pages_per_seq=9),
+    Shape(num_q_heads=9, num_kv_heads=3, head_dim=64, page_size=8, share_lanes=True),
 ]
 FLOAT32_LIMIT = 2e-6
 # The floor repeats what the tested version has shown: a sample is enough there.
@@ -32,7 +33,7 @@ NUM_BATCHES = 130 if JAX_VERSION > JAX_FLOOR else 30
 @settings(max_examples=NUM_BATCHES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_generated_batches(shape, data):
-    """4 x NUM_BATCHES batches: both measures of difference, and every bit of the cache."""
+    """5 x NUM_BATCHES batches: both measures of difference, and every bit of the cache."""
     case = make_case(
         shape,
         data.draw(lengths(shape)),
@@ -87,9 +88,12 @@ def for_oracle(options):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 3])
-def test_narrow_caches_with_scales(dtype, num_kv_heads):
-    shape = Shape(2 * num_kv_heads, num_kv_heads, 64, page_size=8, dtype=dtype)
+@pytest.mark.parametrize(
+    "num_kv_heads, share_lanes", [(1, False), (2, False), (3, False), (3, True)]
+)
+def test_narrow_caches_with_scales(dtype, num_kv_heads, share_lanes):
+    heads = (2 * num_kv_heads, num_kv_heads)
+    shape = Shape(*heads, 64, page_size=8, dtype=dtype, share_lanes=share_lanes)
     case = make_case(shape, MIXED, seed=2)
     scales = dict(q_scale=0.5, k_scale=0.25, v_scale=2.0)
     queries = np.random.default_rng(3).standard_normal(case.queries.shape).astype(np.float32)
@@ -215,6 +219,28 @@ def test_trap21_packing_round_trip_with_zero_padding(dtype, num_kv_heads):
         np.testing.assert_array_equal(bits(got), bits(want))
     assert not bits(packed[..., 80:]).any(), "lanes behind head_dim"
     assert not bits(packed.reshape(7, -1, 128)[:, 2 * num_kv_heads :]).any(), "padding heads"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 5])
+def test_trap21_shared_lanes_round_trip_with_zero_padding(dtype, num_kv_heads):
+    rng = np.random.default_rng(0)
+    keys, values = (
+        jnp.asarray(rng.standard_normal((7, num_kv_heads, 64)), jnp.dtype(dtype)) for _ in range(2)
+    )
+    packed = pack_kv(keys, values, share_lanes=True)
+    shape = get_kv_cache_shape(1, 8, num_kv_heads, 64, packed.dtype, share_lanes=True)
+    assert packed.shape[1:] == shape[2:]
+    for got, want in zip(unpack_kv(packed, num_kv_heads, 64), (keys, values), strict=True):
+        np.testing.assert_array_equal(bits(got), bits(want))
+    if not lanes_are_shared(shape, num_kv_heads, 64):
+        assert shape == get_kv_cache_shape(1, 8, num_kv_heads, 64, packed.dtype)
+        np.testing.assert_array_equal(bits(packed), bits(pack_kv(keys, values)))
+        return
+    rows = bits(packed.reshape(7, -1, 128))
+    np.testing.assert_array_equal(rows[:, :num_kv_heads, :64], bits(keys))
+    np.testing.assert_array_equal(rows[:, :num_kv_heads, 64:], bits(values))
+    assert not rows[:, num_kv_heads:].any(), "padding heads"
 
 
 def test_nothing_is_donated_and_one_compilation_serves_all_metadata():

@@ -26,6 +26,7 @@ PADDED = {
     "5/1, 80": Shape(5, 1, 80, page_size=8, dtype="bfloat16"),
     "3/3, 240": Shape(3, 3, 240, page_size=8, dtype="bfloat16"),
     "9/3, 64": Shape(9, 3, 64, page_size=8, dtype="bfloat16"),
+    "9/3, 64, shared lanes": Shape(9, 3, 64, page_size=8, dtype="bfloat16", share_lanes=True),
     "12/2, 128": Shape(12, 2, 128, page_size=8, dtype="bfloat16"),
 }
 
@@ -196,7 +197,7 @@ def test_14_page_table_needs_no_room_in_smem():
 
 
 @pytest.mark.parametrize(
-    "name", [n if n == "9/3, 64" else pytest.param(n, marks=pytest.mark.full) for n in PADDED]
+    "name", [n if "9/3" in n else pytest.param(n, marks=pytest.mark.full) for n in PADDED]
 )
 @pytest.mark.parametrize("out_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_15_heads_that_need_padding(name, out_dtype):
@@ -284,6 +285,18 @@ def test_21_padding_of_new_tokens_is_zero():
     for page, slot in case.new_slots:
         token = bits(cache)[page, slot].reshape(8, 128)
         assert token[:6, :64].any(axis=1).all() and not token[6:].any() and not token[:, 64:].any()
+
+
+@pytest.mark.full
+def test_21_padding_of_new_tokens_with_shared_lanes_is_zero():
+    """Three float8 heads fill three of four places, K and V all of the lanes."""
+    shape = Shape(3, 3, 64, page_size=8, dtype="float8_e5m2", share_lanes=True)
+    case = make_case(shape, [(1, 9), (5, 20)])
+    _, cache = attend(case, ON_WAIT, q_dtype="bfloat16", **BLOCKS)
+    np.testing.assert_array_equal(bits(cache), case.expected_cache())
+    for page, slot in case.new_slots:
+        heads = bits(cache)[page, slot].reshape(4, 2, 64)
+        assert heads[:3].any(axis=2).all() and not heads[3].any()
 
 
 @pytest.mark.skipif(not compat.deadlocks_can_raise(), reason="this JAX's interpreter would hang")

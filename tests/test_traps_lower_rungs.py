@@ -54,6 +54,18 @@ def test_06_softmax_state_at_length():
 
 
 @every_rung
+def test_15_shared_lanes_are_read_or_refused(rung):
+    """Rungs 5 and 6 would read the K of another head as V."""
+    shape = dataclasses.replace(SMALL, num_kv_heads=2, share_lanes=True)
+    case = make_case(shape, [(1, 9), (1, 4), (1, 18)])
+    if rung == "tiled":
+        check_case(rung, case)
+        return
+    with pytest.raises(ValueError, match="rungs 5 and 6 know only the one without"):
+        RUNGS[rung](*case.arrays, case.batch, sm_scale=0.125)
+
+
+@every_rung
 def test_07_and_08_poison_is_not_read(rung):
     """NaN in every page, tail and padding row that is not owned; garbage behind the page table."""
     case = make_case(SMALL, [(1, 9), (1, 4), (1, 18)])

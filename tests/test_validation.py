@@ -63,7 +63,12 @@ BAD = {
         "keys has dtype float32.*kv_cache bfloat16.*Quantise",
     ),
     "cache of four dimensions": ("kv_cache", lambda a: a[0], {}, "kv_cache.*five dimensions"),
-    "cache of other heads": ("kv_cache", lambda a: a[:, :, :2], {}, "for 2 KV heads.*must have"),
+    "cache of other heads": (
+        "kv_cache",
+        lambda a: a[:, :, :3],
+        {},
+        r"for 2 KV heads.*must have \(19, 8, 4, 1, 128\), or \(19, 8, 2, 1, 128\) with share_lanes",
+    ),
     "cache without pages": ("kv_cache", lambda a: a[:0], {}, "at least one page"),
     "kv_lens of int64": ("kv_lens", lambda a: a.astype(np.int64), {}, "kv_lens has dtype int64"),
     "page table of two dims": (

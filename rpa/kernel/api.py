@@ -11,6 +11,7 @@ from rpa import chips, compat
 from rpa.kernel import blocks, launch
 from rpa.kernel.cases import cases_of
 from rpa.kernel.plan import Plan, Problem
+from rpa.paging import lanes_are_shared
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
 from rpa.validation import check_arguments
 
@@ -66,8 +67,9 @@ def ragged_paged_attention(
             sequences in a row.
         keys, values: [num_tokens, num_kv_heads, head_dim], in the dtype of the cache.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
-            align(head_dim, 128)], float32, bfloat16, float8_e4m3fn or float8_e5m2; see
-            `rpa.get_kv_cache_shape`.
+            align(head_dim, 128)], float32, bfloat16, float8_e4m3fn or float8_e5m2; with head_dim 64
+            also the shape of half the size that `rpa.get_kv_cache_shape` has for
+            `share_lanes=True`.
         kv_lens, page_indices, cu_q_lens, distribution: int32, see `rpa.RaggedBatch`.
         use_causal_mask: False lets a token see all of its sequence; the window still applies.
         update_kv_cache: False ignores keys and values and reads all from the cache, which stays
@@ -212,6 +214,7 @@ def _make_problem(queries, keys, kv_cache, batch, **options):
         head_dim=queries.shape[2],
         num_pages=kv_cache.shape[0],
         page_size=kv_cache.shape[1],
+        shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
         max_num_seqs=batch.max_num_seqs,
         pages_per_seq=batch.pages_per_seq,
         q_dtype=np.dtype(queries.dtype),

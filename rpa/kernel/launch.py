@@ -45,7 +45,7 @@ def run_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, o
         "kv_cache": kv_cache,
     }
     if problem.update_kv_cache:
-        arrays["new_kv"] = pack_kv(keys, values)
+        arrays["new_kv"] = pack_kv(keys, values, share_lanes=problem.shares_lanes)
     for plan in plans:
         arrays["page_table"] = jnp.pad(
             batch.page_indices, (0, plan.table_words - batch.page_indices.size)

@@ -248,32 +248,36 @@ def gather_heads(plan, tile):
 def load_kv(plan, ref, slot, token, dot, num_valid=None):
     """K and V of one dot, each [bkv_c, heads_per_dot * lanes] in the compute dtype.
 
+    Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
+    zero behind head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
+    `unview_heads` takes the second half. No value moves to another lane.
+
     Args:
         ref: the KV buffer [2, bkv, kv_buffer_words, packing, lanes].
         token: first token in the buffer.
         num_valid: tokens from there that hold a key; rows behind are read as zeros. Without it
             stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
     """
-    keys, values = [], []
-    for h in range(plan.heads_per_dot):
-        k, v = _load_head(plan, ref, slot, token, dot * plan.heads_per_dot + h, num_valid)
-        keys.append(k)
-        values.append(v)
-    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+    first = dot * plan.heads_per_dot
+    combined = range(2 * first, 2 * (first + plan.heads_per_dot))
+    if plan.problem.shares_lanes:
+        combined = range(first, first + plan.heads_per_dot)
+    rows = _load_rows(plan, ref, slot, token, combined, num_valid)
+    if plan.problem.shares_lanes:
+        both = jnp.concatenate(rows, axis=1)
+        return both, both
+    return jnp.concatenate(rows[::2], axis=1), jnp.concatenate(rows[1::2], axis=1)
 
 
-def _load_head(plan, ref, slot, token, head, num_valid):
+def _load_rows(plan, ref, slot, token, combined, num_valid):
+    """Combined heads of bkv_c tokens, each [bkv_c, lanes]; those of one word are loaded once."""
     packing, dtype = packing_of(ref.dtype), plan.problem.compute_dtype
-    loaded = {}
-    for combined in (2 * head, 2 * head + 1):
-        word = combined // packing
-        if word not in loaded:
-            rows = _rows_over_tokens(plan, ref, slot, token, plan.blocks.bkv_c, word)
-            loaded[word] = _keep_first(rows, num_valid)
-    return tuple(
-        unpack(loaded[combined // packing], combined % packing, ref.dtype, dtype)
-        for combined in (2 * head, 2 * head + 1)
-    )
+    words = {}
+    for row in combined:
+        if row // packing not in words:
+            args = (plan, ref, slot, token, plan.blocks.bkv_c, row // packing)
+            words[row // packing] = _keep_first(_rows_over_tokens(*args), num_valid)
+    return [unpack(words[row // packing], row % packing, ref.dtype, dtype) for row in combined]
 
 
 def _keep_first(words, num_valid):
@@ -299,10 +303,11 @@ def view_heads(problem, array):
 
 
 def unview_heads(problem, array):
-    """Undo `view_heads`."""
+    """Undo `view_heads`; where K and V share their lanes, the output is in those of V."""
     p = problem
     grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_group, p.lanes)
-    heads = grouped[:, :, : p.group, : p.head_dim]
+    first = p.head_dim if p.shares_lanes else 0
+    heads = grouped[:, :, : p.group, first : first + p.head_dim]
     return heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim)
 
 

@@ -81,6 +81,7 @@ class Problem:
     has_soft_cap: bool = False
     has_q_scale: bool = False
     has_sinks: bool = False
+    shares_lanes: bool = False
     debug_mode: bool = False
 
     @property
@@ -114,7 +115,8 @@ class Problem:
     @property
     def kv_words(self):
         """32-bit rows of one token in the cache."""
-        return cdiv(2 * self.num_kv_heads, packing_of(self.kv_dtype))
+        rows = self.num_kv_heads if self.shares_lanes else 2 * self.num_kv_heads
+        return cdiv(rows, packing_of(self.kv_dtype))
 
     @property
     def compute_dtype(self):

@@ -105,6 +105,12 @@ def v3_reference(*args, **options):
     return _load("v3", _V3).ref_ragged_paged_attention(*args, **_from_json(options))
 
 
+def hd64_reference(*args, **options):
+    """The pure-JAX reference of v3's kernel for head_dim 64, whose cache has shared lanes."""
+    module = _load("v3", _V3 + "_hd64")
+    return module.ref_ragged_paged_attention_hd64(*args, **_from_json(options))
+
+
 def batched(
     queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, **options
 ):

@@ -14,6 +14,7 @@ MODELS = {
     "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
     "llama-3-8b-on-4": (8, 2, 128),
     "smollm2-135m": (9, 3, 64),
+    "gpt-oss": (64, 8, 64),
     "head-dim-256": (16, 4, 256),
     "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.published
     "16q-1kv-256": (16, 1, 256),
@@ -31,6 +32,7 @@ class Workload:
         page_size: tokens of a page.
         num_seqs: sequences.
         q_len, kv_len: new tokens and all tokens of each.
+        share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
     """
 
     model: str = "llama-3-8b"
@@ -40,6 +42,7 @@ class Workload:
     num_seqs: int = 64
     q_len: int = 1
     kv_len: int = 4096
+    share_lanes: bool = False
 
     @property
     def heads(self):
@@ -67,7 +70,11 @@ class Workload:
     def kv_cache(self):
         """Shape of a cache that holds all sequences."""
         shape = get_kv_cache_shape(
-            self.num_seqs * self.pages_per_seq, self.page_size, *self.heads[1:], self.kv_dtype
+            self.num_seqs * self.pages_per_seq,
+            self.page_size,
+            *self.heads[1:],
+            self.kv_dtype,
+            share_lanes=self.share_lanes,
         )
         return jax.ShapeDtypeStruct(shape, self.kv_dtype)
 

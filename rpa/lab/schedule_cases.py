@@ -13,7 +13,6 @@ outside a loop: what longer sequences execute more, by the number of chunks that
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from rpa import chips
@@ -22,6 +21,7 @@ from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.schedule import Schedule, schedule_for
 from rpa.lab.schedule_run import DELAY_SLOTS, Execution
 from rpa.lab.schedule_values import CannotRun
+from rpa.paging import kv_token_bytes
 
 LONG, SHORT = 16_384, 8_192
 """kv_len of the two runs whose difference counts."""
@@ -159,7 +159,15 @@ class Measured:
 
 
 def measure(
-    kernel, case, chip, *, model="llama-3-8b", page_size=128, blocks=None, use_cache=True
+    kernel,
+    case,
+    chip,
+    *,
+    model="llama-3-8b",
+    page_size=128,
+    share_lanes=False,
+    blocks=None,
+    use_cache=True,
 ) -> Measured:
     """Compile a kernel for a chip and count what a chunk of a case costs.
 
@@ -169,6 +177,7 @@ def measure(
         chip: anything that `rpa.chips.chip` knows.
         model: a name in `rpa.lab.programs.MODELS`.
         page_size: tokens of a page.
+        share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
         use_cache: False compiles anew.
 
@@ -183,6 +192,7 @@ def measure(
         num_seqs=what.max_num_seqs,
         q_len=max(1, what.q_len // 4),
         kv_len=LONG,
+        share_lanes=share_lanes,
     )
     schedule, program = compile_kernel(
         kernel, case, chip, sizes, blocks=blocks, use_cache=use_cache
@@ -276,10 +286,9 @@ def chunk_floor(chip, case, sizes) -> tuple[float, str]:
     2494
     """
     what = CASES[case]
-    num_q_heads, num_kv_heads, head_dim = sizes.heads
+    num_q_heads, _, head_dim = sizes.heads
     if case == "decode":
-        lanes = -(-head_dim // chips.LANES) * chips.LANES
-        kv_bytes = 2 * num_kv_heads * lanes * np.dtype(jax.numpy.dtype(sizes.kv_dtype)).itemsize
+        kv_bytes = kv_token_bytes(sizes.kv_cache.shape, sizes.kv_dtype)
         return chip.cycles(what.chunk_kv * kv_bytes / chip.hbm_bytes_per_s), "HBM"
     rows = what.chunk_q * num_q_heads
     deep, wide = -(-head_dim // chip.mxu_size), -(-what.chunk_kv // chip.mxu_size)

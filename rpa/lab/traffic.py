@@ -38,7 +38,10 @@ KINDS = (KV_READ, NEW_KV, CACHE_WRITE, QUERIES, OUTPUTS, PAGE_TABLE, METADATA, O
 
 @dataclass(frozen=True)
 class Layer:
-    """The sizes of one attention layer and its cache; `dtype` is that of queries and output."""
+    """The sizes of one attention layer and its cache; `dtype` is that of queries and output.
+
+    `share_lanes` is whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
+    """
 
     num_q_heads: int
     num_kv_heads: int
@@ -46,6 +49,7 @@ class Layer:
     page_size: int = 16
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
+    share_lanes: bool = False
 
     @classmethod
     def of(cls, model: str, **options) -> "Layer":
@@ -74,7 +78,7 @@ class Layer:
     def cache_shape(self, num_pages):
         """Shape of a cache."""
         sizes = (self.page_size, self.num_kv_heads, self.head_dim, self.kv_dtype)
-        return get_kv_cache_shape(num_pages, *sizes)
+        return get_kv_cache_shape(num_pages, *sizes, share_lanes=self.share_lanes)
 
 
 @dataclass

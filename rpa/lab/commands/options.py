@@ -16,6 +16,10 @@ COMMON = {
     },
     "page_size": {"type": int, "default": 128, "help": DEFAULT},
     "pages": {"choices": PAGES, "default": "shuffled", "help": f"of a sequence; {DEFAULT}"},
+    "share_lanes": {
+        "action": "store_true",
+        "help": "K and V share the lanes of the cache; with head_dim 64",
+    },
     "dtype": {"default": "bfloat16", "help": f"of queries; {DEFAULT}"},
     "kv_dtype": {"default": "bfloat16", "help": f"of the cache; {DEFAULT}"},
     "picture": {"metavar": "FILE.png", "help": "also draw it"},

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="bq,bkv,bq_c,bkv_c",
         help="block sizes; default: the kernel's own",
     )
-    add_options(parser, "model", "page_size")
+    add_options(parser, "model", "page_size", "share_lanes")
     parser.add_argument("--against", choices=list(KERNELS), help="compare with this kernel")
     parser.add_argument("--fresh", action="store_true", help="do not take a kept schedule")
     add_options(parser, "picture", "json", picture={"help": "draw the units' occupancy"})
@@ -62,6 +62,7 @@ def _measure(args, kernel, blocks):
             *(kernel, args.case, args.chip),
             model=args.model,
             page_size=args.page_size,
+            share_lanes=args.share_lanes,
             blocks=blocks,
             use_cache=not args.fresh,
         )

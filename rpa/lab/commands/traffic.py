@@ -13,13 +13,19 @@ from rpa.lab.waiting import waiting
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung, or a peer")
-    names = ("model", "batch", "page_size", "pages", "dtype", "kv_dtype", "chip", "json")
-    add_options(parser, *names, chip={"help": "whose HBM time to say too"})
+    names = ("model", "batch", "page_size", "pages", "share_lanes", "dtype", "kv_dtype")
+    add_options(parser, *names, "chip", "json", chip={"help": "whose HBM time to say too"})
 
 
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if the rung cannot take the batch."""
-    layer = Layer.of(args.model, page_size=args.page_size, dtype=args.dtype, kv_dtype=args.kv_dtype)
+    layer = Layer.of(
+        args.model,
+        page_size=args.page_size,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        share_lanes=args.share_lanes,
+    )
     options = {"chip": args.chip} if args.kernel in ("kernel", "v3") and args.chip else {}
     try:
         with waiting(f"running the transfers of {args.kernel}"):
