@@ -215,7 +215,7 @@ def sharing_pairs():
 
 
 @pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
-@pytest.mark.parametrize("name, dtype", sharing_pairs())
+@pytest.mark.parametrize("name, dtype", list(sharing_pairs()))
 def test_keys_and_values_that_share_lanes(name, dtype, blocks):
     """One matrix is both: keys in the first half of the lanes of a head, values in the second."""
     plan = make_plan(HEADS[name], kv=dtype, head_dim=64, blocks=blocks, shares_lanes=True)
