@@ -4,6 +4,8 @@ References and mistakes are NumPy and plain Python; the learner's kernel of 8.3 
 interpreter and is then compiled for a v5e, see `rpa.check.ablation`.
 """
 
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,10 +194,11 @@ def judge_order(bundles, chip):
     """Refuse a schedule that is too long."""
     if bundles <= MOST_BUNDLES:
         return None
-    return (
+    return textwrap.fill(
         f"Your kernel computes the right numbers, {IN_TURN}: {bundles:,} bundles on a {chip}, and "
         f"{MOST_BUNDLES:,} are enough. P V of a head needs its softmax; Q K^T of the next head "
-        "needs nothing of it. Which of the two do you issue first?"
+        "needs nothing of it. Which of the two do you issue first?",
+        100,
     )
 
 

@@ -1,0 +1,764 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Chapter 8: Optimise, exercises
+#
+# You name what a schedule is bound by, count what a strided load costs, reorder a kernel and have
+# it compiled by the real TPU compiler, put four heads into one product, choose blocks under a VMEM
+# budget, and predict the MBU of a batch. Read the lesson first: `notebooks/08_optimise.ipynb`.
+#
+# Every exercise is a function to fill in and a check to run. A check starts with a case that you
+# can do by hand, stops at the first difference, and says what it recognises.
+#
+# **Time:** about 100 minutes; 8.1 and 8.2 are short. The check of 8.3 compiles your kernel for a
+# v5e and takes some seconds; where no compiler shows its schedule, it says so and takes what was
+# recorded.
+
+# %%
+import jax.numpy as jnp
+import numpy as np
+
+import rpa
+from rpa.figures import show_source
+from rpa.lab import inner_loop
+from rpa.lab.inner_loop import scores, softmax, weighted_values
+from rpa.lab.recorded import recorded, recorded_step
+from rpa.paging import cdiv
+
+# %% [markdown]
+# ## Exercise 8.1: Name the bound
+#
+# A schedule gives you three numbers a unit can be judged by: how many `bundles` there are (one is
+# issued a cycle), how many slots of each unit they use, `slots[unit]`, and how many slots of it a
+# bundle has, `capacity[unit]`. The lab adds the cycles that HBM needs for the bytes of the same
+# work, `hbm_cycles`; copies run beside the computation.
+#
+# Write `name_the_bound(bundles, slots, capacity, hbm_cycles)`. It returns two things:
+#
+# - what binds: `"HBM"` if it needs more cycles than there are bundles; else the unit that uses the
+#   largest part of its slots, if that is 80 % or more; else `"latency"`;
+# - how many cycles the work takes, if everything overlaps that can.
+#
+# `"fill"` and `"spill"` are in the table, too, but are no units: they are loads and stores, and
+# counted there already.
+#
+# By hand: 10 bundles, 9 of 10 MATMUL slots, 12 of 40 VALU slots, HBM needs 4 cycles. MATMUL uses
+# 90 %: `("MATMUL", 10)`.
+#
+# **Teaches:** the bound is a part of what there is, not the largest count; and if nobody is full,
+# everybody waits.
+
+# %% [markdown] tags=["hint"]
+# Two questions, one after the other: is HBM slower than the bundles? If not, which unit is fullest,
+# and is it full enough?
+
+# %% [markdown] tags=["hint"]
+# `slots[unit] / (capacity[unit] * bundles)` is the part of its slots that a unit uses. `max(share,
+# key=share.get)` is the key of the largest value of a dictionary.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# if hbm_cycles > bundles:
+#     return "HBM", hbm_cycles
+# share = {unit: ... for unit, n in slots.items() if unit not in ("fill", "spill")}
+# unit = max(share, key=share.get)
+# return (unit if ... else "latency"), bundles
+# ```
+
+
+# %% tags=["exercise"]
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    """What binds ("HBM", a unit or "latency"), and the cycles that the work takes."""
+    ### BEGIN SOLUTION
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    units = [unit for unit in slots if unit not in ("fill", "spill")]
+    share = {unit: slots[unit] / (capacity[unit] * bundles) for unit in units}
+    unit = max(share, key=share.get)
+    return (unit if share[unit] >= 0.8 else "latency"), bundles
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.1", name_the_bound)
+
+# %% [markdown]
+# Now ask your function about the inner loop of a decode, as the compiler scheduled it: 512 tokens
+# of Llama 3 8B, on a v5e that needs 3,836 cycles of HBM for them, and on a TPU7x that needs 1,247.
+
+# %%
+for chip, hbm_cycles in {"v5e": 3836, "tpu7x": 1247}.items():
+    for step in ("as written", "odd stride", "four heads a product"):
+        one = recorded_step(chip, step)
+        bound, cycles = name_the_bound(one.bundles, one.slots, one.capacity, hbm_cycles)
+        print(f"{chip:6} {step:22} {one.bundles:6,} bundles: {cycles:6,} cycles, {bound}")
+
+# %% [markdown] tags=["explanation"]
+# HBM first, because it runs beside the bundles: the longer of the two is the time, and if that is
+# HBM, no unit matters, however full. Then parts, not counts: 28 VALU slots of 40 are 70 %, 9 MATMUL
+# slots of 10 are 90 %. And under 80 % it is nobody: the bundles are there, their slots are empty,
+# and what fills the time is one result waiting for another. A unit that is full wants less work; a
+# loop bound by latency wants *more*, independent, at the same time.
+
+
+# %% tags=["wrong"] refused="the unit with the most slots is taken"
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    unit = max((u for u in slots if u not in ("fill", "spill")), key=slots.get)
+    full = slots[unit] / (capacity[unit] * bundles) >= 0.8
+    return unit if full else "latency", bundles
+
+
+# %% tags=["wrong"] refused="the fullest unit is named however idle it is"
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    units = [unit for unit in slots if unit not in ("fill", "spill")]
+    return max(units, key=lambda unit: slots[unit] / capacity[unit]), bundles
+
+
+# %% tags=["wrong"] refused="HBM and bundles are added"
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    units = [unit for unit in slots if unit not in ("fill", "spill")]
+    share = {unit: slots[unit] / (capacity[unit] * bundles) for unit in units}
+    unit = max(share, key=share.get)
+    bound = "HBM" if hbm_cycles > bundles else unit if share[unit] >= 0.8 else "latency"
+    return bound, bundles + hbm_cycles
+
+
+# %% tags=["wrong"] refused="a full unit comes before HBM"
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    units = [unit for unit in slots if unit not in ("fill", "spill")]
+    share = {unit: slots[unit] / (capacity[unit] * bundles) for unit in units}
+    unit = max(share, key=share.get)
+    if share[unit] >= 0.8:
+        return unit, max(bundles, hbm_cycles)
+    return "HBM" if hbm_cycles > bundles else "latency", max(bundles, hbm_cycles)
+
+
+# %% [markdown]
+# ## Exercise 8.2: How many loads fill a register?
+#
+# A register has 8 rows. In the KV buffer the rows that belong in it, one head of 8 tokens, do not
+# lie side by side but `stride` rows apart. VMEM lies in banks, row `r` in bank `r % num_banks`, and
+# a load takes at most one row from each bank.
+#
+# Write `loads_per_register(stride, num_banks, rows)`: how many loads bring rows 0, `stride`,
+# `2 * stride`, ... (`rows` of them) into a register?
+#
+# By hand: `stride = 8`, 32 banks, 8 rows. The rows are 0, 8, 16, ..., 56; their banks 0, 8, 16, 24,
+# 0, 8, 16, 24. Two in each bank: 2 loads.
+#
+# **Teaches:** why the KV buffer of rung 7 has one row a token more than it needs.
+
+# %% [markdown] tags=["hint"]
+# Write down the bank of each row. The fullest bank decides.
+
+# %% [markdown] tags=["hint"]
+# `np.bincount(banks)` counts how often each number occurs, `.max()` is the largest count;
+# `int(...)` makes a Python integer of it.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# banks = <row> * np.arange(rows) % <how many>
+# return int(np.bincount(banks).max())
+# ```
+
+
+# %% tags=["exercise"]
+def loads_per_register(stride, num_banks, rows):
+    """Loads that fill a register with rows that lie `stride` apart."""
+    ### BEGIN SOLUTION
+    banks = stride * np.arange(rows) % num_banks
+    return int(np.bincount(banks).max())
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.2", loads_per_register)
+
+# %% [markdown]
+# Is that what VMEM is like? Nobody publishes it. But the compiler knows, and its schedules say how
+# many loads it takes for a register. Compare, with 32 banks:
+
+# %%
+for chip, by_stride in recorded("strides").items():
+    compiler = {int(stride): loads for stride, (loads, _) in by_stride.items()}
+    mine = {stride: loads_per_register(stride, 32, 8) for stride in compiler}
+    print(f"{chip:6} loads by stride: {dict(sorted(compiler.items()))}, "
+          f"as predicted: {mine == compiler}")  # fmt: skip
+
+# %% [markdown] tags=["explanation"]
+# The rows go round the banks in steps of `stride`. An odd step visits every bank before it comes
+# back, whatever power of two their number is, so any odd distance is safe on any chip; an even one
+# may be, as 12 is with 32 banks. That is why rung 7 takes `words | 1` rows a token: 8 KV heads in
+# bfloat16 need 8, and get 9. The row that nobody uses costs an eighth more VMEM and saves half of
+# all loads. (On v6e and TPU7x a distance of 4 or 12 takes one load a register, too, but half as
+# many of them fit a cycle; odd ones are safe there as well.)
+
+
+# %% tags=["wrong"] refused="an even distance takes two loads"
+def loads_per_register(stride, num_banks, rows):
+    return 1 if stride % 2 else 2
+
+
+# %% tags=["wrong"] refused="the banks that are used are counted"
+def loads_per_register(stride, num_banks, rows):
+    return len(np.unique(stride * np.arange(rows) % num_banks))
+
+
+# %% tags=["wrong"] refused="the common divisor of distance and banks is taken"
+def loads_per_register(stride, num_banks, rows):
+    return int(np.gcd(stride, num_banks))
+
+
+# %% tags=["wrong"] refused="all rows but the first in a bank are counted"
+def loads_per_register(stride, num_banks, rows):
+    banks = (stride * np.arange(rows) % num_banks).tolist()
+    return sum(bank in banks[:i] for i, bank in enumerate(banks))
+
+
+# %% [markdown]
+# ## Exercise 8.3: Do not make the matrix unit wait
+#
+# Here is the inner loop of a decode as one would write it: eight heads, one after the other. It is
+# right, and the real compiler makes 2,426 bundles of it on a v5e.
+
+# %%
+show_source(inner_loop.in_turn)
+
+# %% [markdown]
+# P V of a head needs its softmax, which takes some hundred cycles however few the rows are. The MXU
+# takes its work in the order in which it is written. So it waits.
+#
+# Write `attend(q_ref, kv_ref, out_ref, load)`, the same loop in another order: **issue Q K^T of the
+# next head before P V of this one**, so that the MXU has work while the vector unit computes the
+# softmax. One head ahead is enough; more is allowed.
+#
+# - `q_ref` bf16[1, heads, rows, lanes], `out_ref` f32[1, heads, rows, lanes];
+# - `load(kv_ref.at[0], head)` gives K and V of a head, each bf16[tokens, lanes];
+# - `scores(q, k)`, `softmax(s)` -> (weights, their sums), `weighted_values(weights, v)` are those
+#   of the loop above.
+#
+# The check compares the numbers in the interpreter. Then it compiles your kernel for a v5e: at most
+# 1,500 bundles.
+#
+# **Teaches:** the same instructions in another order, in little more than half of the time. And how
+# an optimisation is judged: by the schedule, not by faith.
+
+# %% [markdown] tags=["hint"]
+# Let the loop run one head behind itself: in turn `head` it computes the scores of `head`, then
+# finishes `head - 1`, then the softmax of `head`. What is left to do when the loop ends?
+
+# %% [markdown] tags=["hint"]
+# The loop is unrolled when it is traced, so an ordinary Python variable (or list) can hold what is
+# still to be finished: the head's number, its weights, their sum, its values. All four belong
+# together.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# waiting = None
+# for head in range(q_ref.shape[1]):
+#     k, v = load(kv_ref.at[0], head)
+#     s = scores(q_ref[0, head], k)
+#     if waiting is not None:
+#         <finish it: place, weights, total, values = waiting>
+#     waiting = (head, *softmax(s), v)
+# <and once more>
+# ```
+
+
+# %% tags=["exercise"]
+def attend(q_ref, kv_ref, out_ref, load):
+    """All heads of one KV block, Q K^T one head ahead of P V."""
+    ### BEGIN SOLUTION
+    waiting = []
+    for head in range(q_ref.shape[1] + 1):
+        if head < q_ref.shape[1]:
+            k, v = load(kv_ref.at[0], head)
+            s = scores(q_ref[0, head], k)
+        if waiting:
+            place, weights, total, values = waiting.pop()
+            out_ref[0, place] = weighted_values(weights, values) / total
+        if head < q_ref.shape[1]:
+            waiting.append((head, *softmax(s), v))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.3", attend)
+
+# %% [markdown]
+# Does it help to run further ahead? This is what the compiler said of one to eight heads ahead
+# (recorded; at eight, all scores come before the first P V):
+
+# %%
+for num_ahead, bundles in enumerate(recorded("orders")):
+    print(f"{num_ahead} ahead: {bundles:5,} bundles on a v5e  {'#' * (bundles // 40)}")
+
+# %% [markdown] tags=["explanation"]
+# Nothing was added and nothing taken away; the sums of slots are the same as before. The compiler
+# does not find this order by itself, because the queue of the MXU is something that it may not
+# reorder: products are taken in the order of the program. One ahead hides most of the softmax
+# behind the next product; the second one hides most of what is left; after that the gain is a few
+# per cent, and with more rows a head (a prefill) every head that waits takes registers, and spills
+# eat the gain: rung 7 runs two ahead there, and seven in a decode (`loop.DOTS_AHEAD`,
+# `plan.CHAINS_AHEAD`; three ahead in the mixed kernel of a TPU7x cost 5,240 bundles in place of
+# 4,992, see `docs/ablations.md`).
+
+
+# %% tags=["wrong"] refused="in an order in which the matrix unit waits for every softmax"
+def attend(q_ref, kv_ref, out_ref, load):
+    for head in range(q_ref.shape[1]):
+        k, v = load(kv_ref.at[0], head)
+        weights, total = softmax(scores(q_ref[0, head], k))
+        out_ref[0, head] = weighted_values(weights, v) / total
+
+
+# %% tags=["wrong"] refused="the last head is never finished"
+def attend(q_ref, kv_ref, out_ref, load):
+    waiting = None
+    for head in range(q_ref.shape[1]):
+        k, v = load(kv_ref.at[0], head)
+        s = scores(q_ref[0, head], k)
+        if waiting is not None:
+            place, weights, total, values = waiting
+            out_ref[0, place] = weighted_values(weights, values) / total
+        waiting = (head, *softmax(s), v)
+
+
+# %% tags=["wrong"] refused="weights of one head are multiplied by the values of the next one"
+def attend(q_ref, kv_ref, out_ref, load):
+    waiting = None
+    for head in range(q_ref.shape[1]):
+        k, v = load(kv_ref.at[0], head)
+        s = scores(q_ref[0, head], k)
+        if waiting is not None:
+            place, weights, total = waiting
+            out_ref[0, place] = weighted_values(weights, v) / total
+        waiting = (head, *softmax(s))
+    place, weights, total = waiting
+    out_ref[0, place] = weighted_values(weights, v) / total
+
+
+# %% tags=["wrong"] refused="a head is divided by the sum of the next one's weights"
+def attend(q_ref, kv_ref, out_ref, load):
+    waiting, last = None, q_ref.shape[1] - 1
+    for head in range(q_ref.shape[1]):
+        k, v = load(kv_ref.at[0], head)
+        weights, total = softmax(scores(q_ref[0, head], k))
+        if waiting is not None:
+            out_ref[0, head - 1] = weighted_values(*waiting) / total
+        waiting = (weights, v)
+    out_ref[0, last] = weighted_values(*waiting) / total
+
+
+# %% [markdown]
+# ## Exercise 8.4: Several heads in one product
+#
+# A decode has 4 rows of queries for each KV head: too few to keep anybody busy. Put all heads into
+# **one** product Q K^T and **one** product P V.
+#
+# Write `attend_heads(q, k, v)`:
+#
+# - `q` f32[heads, rows, lanes], `k`, `v` f32[heads, tokens, lanes]; queries are scaled already;
+# - it returns f32[heads, rows, lanes], softmax in powers of two (`jnp.exp2`), as in rung 7;
+# - it uses two plain matrix products. The check counts; a batched one is as many as it has heads.
+#
+# The queries stand on the diagonal of a matrix [heads * rows, heads * lanes] that is zero
+# elsewhere, as in the picture of the lesson, and `inner_loop.block_diagonal(list_of_tiles)` makes
+# it. Keys lie side by side, values too.
+#
+# By hand: two heads of one row and two lanes, q0 = (1, 0), q1 = (0, 2). The matrix is
+# `[[1, 0, 0, 0], [0, 0, 0, 2]]`; a token whose keys are (3, 4) and (5, 6) has them side by side as
+# (3, 4, 5, 6), and gets the scores 3 and 12.
+#
+# **Teaches:** zeros that cost nothing, because the MXU is busy with something else; and which part
+# of a result is meant.
+
+# %% [markdown] tags=["hint"]
+# Row `h * rows + r` belongs to row r of head h. Because of the zeros it sees only the keys of its
+# own head. P V then gives it the values of *all* heads side by side: which of those columns does it
+# want?
+
+# %% [markdown] tags=["hint"]
+# `jnp.concatenate(list(k), axis=1)` lays the keys side by side, [tokens, heads * lanes]. With
+# `out.reshape(heads, rows, heads, lanes)`, the parts that are meant are `[h, :, h]`.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# wide_q = inner_loop.block_diagonal(list(q))
+# s = wide_q @ <keys side by side>.T
+# weights = jnp.exp2(s - <largest of each row>)
+# out = weights @ <values side by side> / <sum of each row>
+# blocks = out.reshape(...)
+# return jnp.stack([blocks[h, :, h] for h in range(heads)])
+# ```
+
+
+# %% tags=["exercise"]
+def attend_heads(q, k, v):
+    """Attention of all heads by two matrix products, f32[heads, rows, lanes]."""
+    heads, rows, lanes = q.shape
+    ### BEGIN SOLUTION
+    wide_q = inner_loop.block_diagonal(list(q))
+    s = wide_q @ jnp.concatenate(list(k), axis=1).T
+    weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    out = weights @ jnp.concatenate(list(v), axis=1) / total
+    blocks = out.reshape(heads, rows, heads, lanes)
+    return jnp.stack([blocks[h, :, h] for h in range(heads)])
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.4", attend_heads)
+
+# %% [markdown]
+# How many heads should share a product? From `docs/ablations.md`, 1,024 tokens on a TPU7x: two
+# heads 1,954 bundles, four 1,706, all eight 1,942. And in the small kernel of exercise 8.3:
+
+# %%
+for step in ("two heads ahead", "four heads a product"):
+    bundles = {chip: recorded_step(chip, step).bundles for chip in ("v5e", "v6e", "tpu7x")}
+    print(f"{step:22} {bundles}")
+
+# %% [markdown] tags=["explanation"]
+# The MXU has to take in all keys and all values as weights, whichever way: that is MATPUSH, and it
+# does not become more. The rows that go through them are few, so zeros among them cost nothing that
+# anybody waits for. What is won is the number of chains: two softmaxes in place of eight, each with
+# 16 rows, that is two full registers a column block in place of one half-empty one. Eight heads in
+# one product are too many: one single chain, with nothing that could overlap it. Off the diagonal
+# the second product computes weights of one head times values of another. Nobody looks at them, but
+# they have to be finite: 0 times a stale NaN of another head would be NaN.
+
+
+# %% tags=["wrong"] refused="every row takes the values of head 0"
+def attend_heads(q, k, v):
+    heads, rows, lanes = q.shape
+    s = inner_loop.block_diagonal(list(q)) @ jnp.concatenate(list(k), axis=1).T
+    weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+    out = weights @ jnp.concatenate(list(v), axis=1) / jnp.sum(weights, axis=1, keepdims=True)
+    return out[:, :lanes].reshape(heads, rows, lanes)
+
+
+# %% tags=["wrong"] refused="the queries stand side by side without zeros between them"
+def attend_heads(q, k, v):
+    heads, rows, lanes = q.shape
+    wide_q = jnp.tile(q.reshape(heads * rows, lanes), (1, heads))
+    s = wide_q @ jnp.concatenate(list(k), axis=1).T
+    weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+    out = weights @ jnp.concatenate(list(v), axis=1) / jnp.sum(weights, axis=1, keepdims=True)
+    blocks = out.reshape(heads, rows, heads, lanes)
+    return jnp.stack([blocks[h, :, h] for h in range(heads)])
+
+
+# %% tags=["wrong"] refused="the keys stand below each other (axis 0)"
+def attend_heads(q, k, v):
+    heads, rows, lanes = q.shape
+    s = q.reshape(heads * rows, lanes) @ k.reshape(-1, lanes).T
+    weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+    out = weights @ v.reshape(-1, lanes) / jnp.sum(weights, axis=1, keepdims=True)
+    return out.reshape(heads, rows, lanes)
+
+
+# %% tags=["wrong"] refused="use a batched product"
+def attend_heads(q, k, v):
+    s = jnp.einsum("hrd,htd->hrt", q, k)
+    weights = jnp.exp2(s - jnp.max(s, axis=2, keepdims=True))
+    out = jnp.einsum("hrt,htd->hrd", weights, v)
+    return out / jnp.sum(weights, axis=2, keepdims=True)
+
+
+# %% tags=["wrong"] refused="expected 2 for all heads together"
+def attend_heads(q, k, v):
+    out = []
+    for head in range(len(q)):
+        s = q[head] @ k[head].T
+        weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
+        out.append(weights @ v[head] / jnp.sum(weights, axis=1, keepdims=True))
+    return jnp.stack(out)
+
+
+# %% [markdown]
+# ## Exercise 8.5: Choose the blocks
+#
+# A chunk of `q_len` new tokens, `kv_len` in all, goes through the mixed kernel in query blocks of
+# `bq` tokens and KV blocks of `bkv`. Larger blocks mean fewer steps and less to read, and more
+# VMEM. This is what a pair (bq, bkv) costs, for Llama 3 8B in bfloat16, in round numbers of a v5e:
+#
+# | VMEM | bytes |
+# |---|---|
+# | KV block, twice | 4,096 a token of `bkv` |
+# | queries, and output, each twice | 8,192 a token of `bq` |
+# | state of the softmax | 49,152 a token of `bq` |
+# | scores and weights of a tile | 24 a pair of tokens, `bq * bkv` |
+#
+# | cycles | |
+# |---|---|
+# | HBM | bytes / 500; every step reads a whole KV block; queries and output once |
+# | products | `bq * bkv / 8` a step |
+# | ends of a step | 300, in which nothing overlaps |
+#
+# HBM and products overlap, the ends come on top. A **step** is one KV block of one query block, and
+# a query block visits the KV blocks up to its own last token: it ends at
+# `kv_len - q_len + min(end, q_len)`, `end` being `bq`, `2 * bq`, ...
+#
+# Write `choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes)`: of the pairs `(bq, bkv)` in
+# `candidates` that fit, the one that takes the fewest cycles, as `(bq, bkv)`; of two alike the one
+# that comes first. One of them always fits.
+#
+# By hand: `q_len` 128 of 1,024, the pairs (128, 512) and (16, 128), 8 MiB. The first needs 15.5
+# MiB, the second 2.3 MiB: `(16, 128)`.
+#
+# **Teaches:** a budget decides what is possible, a model of time what is good. The largest block is
+# rarely the answer.
+
+# %% [markdown] tags=["hint"]
+# Three small sums: the VMEM of a pair, the steps of a pair, and from the steps its cycles. Then
+# filter by the first and take the minimum of the last.
+
+# %% [markdown] tags=["hint"]
+# `min(pairs, key=function)` takes the first of the best. `cdiv(a, b)` divides and rounds up.
+# `range(bq, q_len + bq, bq)` goes over the ends of the query blocks.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# def fits(bq, bkv):
+#     return 2 * (4096 * bkv + 2 * 8192 * bq) + ... <= vmem_budget_bytes
+#
+# def cycles(bq, bkv):
+#     ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+#     steps = sum(cdiv(end, bkv) for end in ends)
+#     hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
+#     return max(<HBM>, <products>) + <ends>
+#
+# return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
+# ```
+
+
+# %% tags=["exercise"]
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    """The pair (bq, bkv) that fits in VMEM and takes the fewest cycles."""
+    ### BEGIN SOLUTION
+
+    def fits(bq, bkv):
+        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
+        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
+
+    def cycles(bq, bkv):
+        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+        steps = sum(cdiv(end, bkv) for end in ends)
+        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
+        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
+
+    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.5", choose_blocks)
+
+# %% [markdown]
+# Turn the budget up and see what changes, for a chunk of 512 of 4,096 tokens:
+
+# %%
+pairs = [(bq, bkv) for bq in (16, 32, 64, 128, 256) for bkv in (128, 256, 512, 1024, 2048)]
+for mib in (3, 6, 12, 16, 24, 48, 96):
+    print(f"{mib:3} MiB: (bq, bkv) = {choose_blocks(pairs, 512, 4096, mib * 2**20)}")
+
+# %% [markdown] tags=["explanation"]
+# Below about 10 MiB the chunk waits for HBM: with few query rows a block, K and V are read so often
+# that the bytes decide, and every MiB goes into `bq`. From 128 rows on the products take longer
+# than the bytes, and more VMEM buys only fewer ends of steps. It buys little, and a large `bkv`
+# loses again what it saves, because on the diagonal and at the end of the sequence whole blocks are
+# read and multiplied for a few tokens. Rung 7 comes to the same answer from the other side:
+# `blocks.default_block_sizes` starts with what is good, and `shrink_to_fit` halves until it fits.
+
+
+# %% tags=["wrong"] refused="VMEM is not asked"
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    def cycles(bq, bkv):
+        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+        steps = sum(cdiv(end, bkv) for end in ends)
+        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
+        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
+
+    return min(candidates, key=lambda pair: cycles(*pair))
+
+
+# %% tags=["wrong"] refused="every buffer is there once"
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    def fits(bq, bkv):
+        buffers = 4096 * bkv + 2 * 8192 * bq
+        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
+
+    def cycles(bq, bkv):
+        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+        steps = sum(cdiv(end, bkv) for end in ends)
+        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
+        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
+
+    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
+
+
+# %% tags=["wrong"] refused="the pair that fills VMEM most is taken"
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    def vmem_bytes(bq, bkv):
+        return 2 * (4096 * bkv + 2 * 8192 * bq) + 49_152 * bq + 24 * bq * bkv
+
+    fitting = [pair for pair in candidates if vmem_bytes(*pair) <= vmem_budget_bytes]
+    return max(fitting, key=lambda pair: vmem_bytes(*pair))
+
+
+# %% tags=["wrong"] refused="every query block reads up to kv_len"
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    def fits(bq, bkv):
+        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
+        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
+
+    def cycles(bq, bkv):
+        steps = cdiv(q_len, bq) * cdiv(kv_len, bkv)
+        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
+        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
+
+    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
+
+
+# %% [markdown]
+# ## Exercise 8.6: Predict MBU
+#
+# A decode kernel fetches KV blocks into two buffers and computes them, one after the other, across
+# the ends of sequences. Copying takes `copy_cycles` a token, computing takes `compute_cycles` a
+# block, however many tokens are in it.
+#
+# - Copies follow each other. A copy can start when the one before has ended **and** its buffer is
+#   free: the block before the last has been computed.
+# - A block is computed when it has arrived and the one before it has been computed.
+# - Blocks hold `block_tokens` tokens, the last one of a sequence what is left.
+#
+# Write `predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles)`: the memory bandwidth
+# utilisation, that is the part of the time, from the first copy to the end of the last computation,
+# in which HBM would have delivered all tokens at its peak.
+#
+# By hand: one sequence of 20 tokens, blocks of 10, 1 cycle a token, 5 a block. Copies end at 10 and
+# 20, computations at 15 and 25. 20 cycles of copying in 25: 0.8.
+#
+# **Teaches:** where the last 20 % of the bandwidth go: the first copy, the last computation, and
+# blocks too short to compute behind.
+
+# %% [markdown] tags=["hint"]
+# Make a list of the tokens of all blocks first. Then walk through it with two clocks: when each
+# copy ends, and when each computation ends.
+
+# %% [markdown] tags=["hint"]
+# `range(0, kv_len, block_tokens)` gives the first tokens of the blocks, `min(block_tokens, kv_len -
+# first)` how many each has. With `copied` and `computed` as lists, `computed[n - 2]` is when the
+# buffer of block n is free again, from n = 2 on.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# tokens = [min(...) for kv_len in kv_lens.tolist() for first in range(0, kv_len, block_tokens)]
+# copied, computed = [0, 0], [0, 0]
+# for size in tokens:
+#     start = max(copied[-1], computed[-2])
+#     copied.append(...)
+#     computed.append(max(copied[-1], computed[-1]) + ...)
+# return sum(tokens) * copy_cycles / computed[-1]
+# ```
+
+
+# %% tags=["exercise"]
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    """The part of the time in which HBM is at its peak, between 0 and 1."""
+    ### BEGIN SOLUTION
+    tokens = [
+        min(block_tokens, kv_len - first)
+        for kv_len in kv_lens.tolist()
+        for first in range(0, kv_len, block_tokens)
+    ]
+    copied, computed = [0, 0], [0, 0]
+    for size in tokens:
+        start = max(copied[-1], computed[-2])
+        copied.append(start + size * copy_cycles)
+        computed.append(max(copied[-1], computed[-1]) + compute_cycles)
+    return sum(tokens) * copy_cycles / computed[-1]
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("8.6", predict_mbu)
+
+# %% [markdown]
+# Now put in numbers of real chips. HBM needs 7.49 cycles a token of Llama 3 8B on a v5e and 2.44 on
+# a TPU7x; a block of 1,024 tokens takes about 1,900 cycles on either (`docs/ablations.md`).
+
+# %%
+for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.items():
+    mbu = {
+        chip: predict_mbu(np.array(kv_lens), 1024, copy_cycles, 1900)
+        for chip, copy_cycles in {"v5e": 7.49, "tpu7x": 2.44}.items()
+    }
+    print(f"{name}: v5e {mbu['v5e']:.0%}, TPU7x {mbu['tpu7x']:.0%} (predicted)")
+
+# %% [markdown] tags=["explanation"]
+# Two clocks and two waits are the whole double buffer. As long as a block is copied more slowly
+# than it is computed, only the first copy and the last computation are lost, and a long batch comes
+# near 1. On a TPU7x a block of 512 tokens arrives in 1,250 cycles and is computed in 1,900: then
+# HBM waits for the core, and MBU is their ratio. The real kernel is better there, because it takes
+# two sequences a turn and only the products that a block needs: it is what made 0.48 of HBM's
+# bandwidth 0.95 (`docs/ablations.md`). The lab's `predict_batch` does what you did, with the
+# executed schedule in place of a constant and every single copy on the queue.
+
+
+# %% tags=["wrong"] refused="copies and computations take turns"
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    blocks = sum(cdiv(kv_len, block_tokens) for kv_len in kv_lens.tolist())
+    copies = int(kv_lens.sum()) * copy_cycles
+    return copies / (copies + blocks * compute_cycles)
+
+
+# %% tags=["wrong"] refused="the longer of all copies and all computations is taken"
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    blocks = sum(cdiv(kv_len, block_tokens) for kv_len in kv_lens.tolist())
+    copies = int(kv_lens.sum()) * copy_cycles
+    return copies / max(copies, blocks * compute_cycles)
+
+
+# %% tags=["wrong"] refused="the copies never wait"
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    copied = computed = 0
+    for kv_len in kv_lens.tolist():
+        for first in range(0, kv_len, block_tokens):
+            copied += min(block_tokens, kv_len - first) * copy_cycles
+            computed = max(copied, computed) + compute_cycles
+    return int(kv_lens.sum()) * copy_cycles / computed
+
+
+# %% tags=["wrong"] refused="the last block of a sequence is copied whole"
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    copied, computed = [0, 0], [0, 0]
+    for kv_len in kv_lens.tolist():
+        for _ in range(0, kv_len, block_tokens):
+            copied.append(max(copied[-1], computed[-2]) + block_tokens * copy_cycles)
+            computed.append(max(copied[-1], computed[-1]) + compute_cycles)
+    return int(kv_lens.sum()) * copy_cycles / computed[-1]
+
+
+# %% tags=["wrong"] refused="the pipeline runs empty between sequences"
+def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    time = 0
+    for kv_len in kv_lens.tolist():
+        copied, computed = [0, 0], [0, 0]
+        for first in range(0, kv_len, block_tokens):
+            size = min(block_tokens, kv_len - first)
+            copied.append(max(copied[-1], computed[-2]) + size * copy_cycles)
+            computed.append(max(copied[-1], computed[-1]) + compute_cycles)
+        time += computed[-1]
+    return int(kv_lens.sum()) * copy_cycles / time
