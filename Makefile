@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-full  slow and exhaustive tests too"
 	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
 	@echo "make peers      install the kernels that rung 7 is compared with"
+	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
@@ -120,6 +121,12 @@ $(NEWEST_VENV)/ready: pyproject.toml
 # --no-deps: only its kernels are used, and they need none of the serving stack it asks for.
 peers: env
 	$(BIN)/python -m pip $(PIP_INSTALL) --no-deps tpu-inference==$(PEER_VERSION)
+
+# Under an hour on two cores from an empty cache; BENCH=--quick under 10 minutes. BENCH takes any
+# option of `python -m rpa lab all`.
+BENCH ?=
+bench: env peers
+	$(BIN)/python -m rpa lab all $(BENCH)
 
 notebooks: env
 	$(BIN)/python -m course.build --execute

@@ -102,24 +102,38 @@ def compare(peer="v3", chips=CHIPS, repeats=1) -> Iterator[Comparison]:
     Raises:
         ValueError: if the compiler is told to dump, which makes it up to 30 times slower.
     """
+    for number, (row, chip) in enumerate((row, chip) for row in ROWS for chip in chips):
+        yield compare_row(row, chip, peer, repeats, number)
+
+
+def compare_row(row, chip, peer="v3", repeats=1, first_turn=0) -> Comparison:
+    """Compile one row for one chip.
+
+    Args:
+        row: a name in ROWS.
+        chip: short name.
+        peer, repeats: as in `compare`.
+        first_turn: who begins: rung 7 if it is even.
+
+    Raises:
+        ValueError: as `compare`.
+    """
     if "dump" in os.environ.get("LIBTPU_INIT_ARGS", ""):
         raise ValueError(
             "LIBTPU_INIT_ARGS asks the compiler for a dump, which would be most of the time "
             "measured here: unset it."
         )
-    present = peers.absence(peer) is None
-    for number, (row, chip) in enumerate((row, chip) for row in ROWS for chip in chips):
-        jobs = {"ours": programs.kernel(ROWS[row])}
-        if present:
-            jobs["theirs"] = peers.PROGRAMS[peer](ROWS[row])
-        runs = {side: [] for side in jobs}
-        for turn in range(number, number + repeats):
-            for side in list(jobs) if turn % 2 == 0 else reversed(jobs):
-                runs[side].append(_compile(jobs[side], chip, BLOCKS, use_cache=False))
-        best = {side: min(results, key=cpu_s) for side, results in runs.items()}
-        # Its time is not compared, only whether it fits.
-        default = _compile(jobs["ours"], chip, {}, use_cache=True)
-        yield Comparison(row, chip, best["ours"], best.get("theirs"), default)
+    jobs = {"ours": programs.kernel(ROWS[row])}
+    if peers.absence(peer) is None:
+        jobs["theirs"] = peers.PROGRAMS[peer](ROWS[row])
+    runs = {side: [] for side in jobs}
+    for turn in range(first_turn, first_turn + repeats):
+        for side in list(jobs) if turn % 2 == 0 else reversed(jobs):
+            runs[side].append(_compile(jobs[side], chip, BLOCKS, use_cache=False))
+    best = {side: min(results, key=cpu_s) for side, results in runs.items()}
+    # Its time is not compared, only whether it fits.
+    default = _compile(jobs["ours"], chip, {}, use_cache=True)
+    return Comparison(row, chip, best["ours"], best.get("theirs"), default)
 
 
 def _compile(program: Program, chip, blocks, *, use_cache) -> CompileResult:

@@ -6,8 +6,8 @@ Nothing in it is fitted. The bundles are those of the compiled kernel, run on th
 lengths and page table; its copies are put on a queue with HBM's bandwidth in the cycle in which the
 kernel starts them, and a wait stalls until its copy has arrived. So compute and DMA overlap as the
 kernel overlaps them. Two numbers about HBM are assumptions, and arguments: the part of the peak
-bandwidth that copies reach, and their latency. `rpa.lab.published` compares with timings of real TPUs, and
-`rpa.lab.calibration` fits the two to them; what follows from that fit is `calibrated_us`.
+bandwidth that copies reach, and their latency. `rpa.lab.published` compares with timings of real
+TPUs, and `rpa.lab.calibration` fits the two to them; what follows from it is `calibrated_us`.
 
 Not in it: launching the kernel, instruction fetch, and what XLA does before and after it.
 """

@@ -8,6 +8,7 @@ import argparse
 import importlib
 
 EXPERIMENTS = {
+    "all": "print every table of the lab: what is claimed about rung 7's speed",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",

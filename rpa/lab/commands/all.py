@@ -1,0 +1,99 @@
+"""`python -m rpa lab all`: every table of the lab from nothing; `make bench` with the peers."""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import jax
+from tqdm import tqdm
+
+from rpa.lab import peers
+from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
+from rpa.lab.compile import compile_versions
+from rpa.lab.schedule_cases import KERNELS
+from rpa.lab.tables import TABLES, Scope, as_markdown, rows_of
+
+LEAVES_OUT = (
+    "--quick leaves out: v5e and v6e; the kernel batched_rpa; blocks other than 1,024 and the "
+    "kernel's own; page 16; v3's mixed kernel; and the tables {}."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the options of the experiment."""
+    parser.add_argument("--table", choices=list(TABLES), action="append", help="default: all")
+    add_options(parser, "chip", chip=SEVERAL_CHIPS | {"choices": list(Scope().chips)})
+    parser.add_argument("--quick", action="store_true", help="under 10 minutes: a part of it")
+    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
+    add_options(parser, "json")
+
+
+def main(args) -> int:
+    """Print the tables; the exit code is 1 if rung 7 has no number somewhere."""
+    # Everything here runs on the host; a TPU that is there stays free.
+    jax.config.update("jax_platforms", "cpu")
+    scope, absent = scope_of(args.chip, args.quick)
+    chosen = args.table or [n for n, table in TABLES.items() if table.in_quick or not args.quick]
+    if not args.json:
+        print(heading(absent, args.quick), flush=True)
+    started, told = time.monotonic(), {}
+    for name, rows in measured(chosen, scope, args.workers):
+        told[name] = {"title": TABLES[name].title, "rows": rows}
+        if not args.json:
+            print(as_text(name, rows), flush=True)
+    minutes = (time.monotonic() - started) / 60
+    if args.json:
+        about = {"scope": dataclasses.asdict(scope), "versions": compile_versions()}
+        print(json.dumps(about | {"absent": absent, "minutes": minutes, "tables": told}))
+    else:
+        print(f"{minutes:.0f} minutes; what was compiled before is kept and was not again.")
+    ours = [row for t in told.values() for row in t["rows"] if row.get("kernel", "rpa") == "rpa"]
+    return int(any("note" in row for row in ours))
+
+
+def scope_of(chips=None, quick=False) -> tuple[Scope, list[str]]:
+    """What is asked for of what is there, and why the other kernels are not."""
+    reasons = {name: peers.absence(name) for name in KERNELS if name != "rpa"}
+    there = [name for name in KERNELS if reasons.get(name) is None]
+    if quick:
+        chips, there = chips or ["tpu7x"], [name for name in there if name != "batched"]
+    scope = Scope(tuple(chips or Scope().chips), tuple(there), quick)
+    return scope, [reason for reason in reasons.values() if reason is not None]
+
+
+def measured(names, scope, workers=2):
+    """Measure tables one after the other, with one progress bar for all.
+
+    Yields:
+        Name and rows.
+    """
+    cells = {name: TABLES[name].cells(scope) for name in names}
+    with tqdm(total=sum(map(len, cells.values())), leave=False, disable=None) as bar:
+        for name, mine in cells.items():
+            bar.set_description_str(name)
+            rows = []
+            for row in rows_of(TABLES[name], mine, workers):
+                rows.append(row)
+                bar.update()
+            yield name, TABLES[name].finish(rows)
+
+
+def heading(absent, quick) -> str:
+    """What stands above the tables."""
+    versions = ", ".join(f"{name} {version}" for name, version in compile_versions().items())
+    lines = [
+        "Predicted: read from the compiler's schedule and the kernels' own copies, without a TPU.",
+        f"With {versions}. Three goals are for v5e / v6e / TPU7x. Bundles are cycles that issue.",
+        *(f"Not compared: {reason}" for reason in absent),
+    ]
+    if quick:
+        left = [name for name, table in TABLES.items() if not table.in_quick]
+        lines.append(LEAVES_OUT.format(", ".join(left)))
+    return "\n".join(lines)
+
+
+def as_text(name, rows) -> str:
+    """A table with its heading."""
+    table = TABLES[name]
+    return f"\n## {name}\n\n{table.title}\n\n{as_markdown(table, rows)}"

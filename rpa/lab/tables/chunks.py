@@ -1,0 +1,163 @@
+"""Bundles a chunk: decode by model and block, a sequence by page size, mixed batches."""
+
+from rpa.lab.schedule_cases import measure
+from rpa.lab.tables.table import Scope, Table, beside, ratio
+
+HEADS = {8: "llama-3-8b", 2: "llama-3-8b-on-4", 1: "llama-3-70b-on-8"}
+"""Models by their KV heads a chip."""
+
+BLOCK = 1024
+"""KV tokens of the block at which kernels are compared."""
+
+SWEPT = {
+    "rpa": (None, BLOCK, 2048, 4096),
+    "v3": (None, BLOCK, 4096),
+    "batched": (None,),
+}
+"""Decode blocks that each kernel is tried at; None is its own default, which the others need not
+contain. `batched` sizes its block by bytes and has no block of 1,024 that is the same."""
+
+
+def _decode_cells(heads):
+    def cells(scope: Scope):
+        return [
+            {"chip": chip, "kv heads": n, "kernel": kernel, "block": block}
+            for n in heads
+            for chip in scope.chips
+            for kernel in scope.kernels
+            for block in SWEPT[kernel]
+            if not (scope.quick and block not in (None, BLOCK))
+        ]
+
+    return cells
+
+
+def _decode(**cell):
+    block = cell["block"]
+    m = measure(
+        *(cell["kernel"], "decode", cell["chip"]),
+        model=HEADS[cell["kv heads"]],
+        blocks=None if block is None else (1, block, 1, block),
+    )
+    return {
+        "bundles": m.bundles_per_chunk,
+        "page issue": m.page_issue_per_chunk,
+        "floor": m.floor,
+        "a sequence": m.per_sequence,
+    }
+
+
+def _finish_decode(rows):
+    """The row at BLOCK and the best row of each kernel, each beside v3's."""
+    kept = []
+    for place in dict.fromkeys((row["kv heads"], row["chip"]) for row in rows):
+        mine = [row for row in rows if (row["kv heads"], row["chip"]) == place]
+        for kernel in dict.fromkeys(row["kernel"] for row in mine):
+            of_kernel = [row for row in mine if row["kernel"] == kernel]
+            kept += [row | {"at": "1,024"} for row in of_kernel if row["block"] == BLOCK]
+            known = [row for row in of_kernel if "bundles" in row]
+            best = min(known, key=lambda row: row["bundles"], default=of_kernel[0])
+            tried = "own" if best["block"] is None else f"{best['block']:,}"
+            kept.append(best | {"at": "best", "best block": tried})
+            kept += [row | {"at": "best"} for row in of_kernel if "note" in row and row != best]
+    of_v3 = beside(kept, ["kv heads", "chip", "at"], "bundles")
+    return [row | {"of v3": of_v3(row)} for row in kept]
+
+
+def _decode_table(name, heads, title, in_quick):
+    columns = {
+        "chip": "", "kv heads": "d", "kernel": "", "at": "", "best block": "",
+        "bundles": ",.0f", "of v3": ".2f", "page issue": ",.0f", "a sequence": ",.0f",
+        "floor": ",.0f",
+    }  # fmt: skip
+    return Table(name, title, columns, _decode_cells(heads), _decode, _finish_decode, in_quick)
+
+
+DECODE = _decode_table(
+    "decode",
+    (8,),
+    "Decode, bundles per 1,024 KV tokens x 8 KV heads (Llama 3 8B, bfloat16, page 128), what "
+    "longer sequences execute more; page issue apart. At a block of 1,024, and each kernel at the "
+    "best of the blocks tried. Floor: HBM. Goal: 0.80 / 0.64 / 0.62 of v3; best 0.80 / 0.70 / "
+    "0.68.",
+    True,
+)
+FEW_HEADS = _decode_table(
+    "few heads",
+    (2, 1),
+    "The same for 2 and 1 KV heads a chip (8 query heads): bundles per 1,024 KV tokens x these.",
+    False,
+)
+
+
+def _step_cells(scope: Scope):
+    pages = (128,) if scope.quick else (128, 16)
+    return [
+        {"chip": chip, "page": page, "kernel": kernel}
+        for chip in scope.chips
+        for page in pages
+        for kernel in scope.kernels
+    ]
+
+
+def _step(*, chip, page, kernel):
+    m = measure(kernel, "decode", chip, page_size=page)
+    return {"cycles": m.step, "HBM": m.floor, "of HBM": m.step / m.floor}
+
+
+def _finish_step(rows):
+    of_v3 = beside(rows, ["chip", "page"], "cycles")
+    return [row | {"of v3": of_v3(row)} for row in rows]
+
+
+STEP = Table(
+    "step",
+    "A whole decode step of one sequence of 1,024 tokens: everything executed for one more of "
+    "them (page issue, block and sequence overheads), own default blocks, over the cycles that HBM "
+    "needs for its KV. Goal on TPU7x: 0.85 at page 128, 1.0 at page 16.",
+    {"chip": "", "page": "d", "kernel": "", "cycles": ",.0f", "of v3": ".2f", "HBM": ",.0f",
+     "of HBM": ".2f"},
+    _step_cells,
+    _step,
+    _finish_step,
+)  # fmt: skip
+
+
+def _mixed_cells(scope: Scope):
+    kernels = [kernel for kernel in scope.kernels if kernel != "batched"]
+    kernels = kernels[:1] if scope.quick else kernels
+    return [{"chip": chip, "kernel": kernel} for chip in scope.chips for kernel in kernels]
+
+
+def _mixed(*, chip, kernel):
+    m = measure(kernel, "mixed", chip)
+    # A kernel with one kind of block masks every one of them.
+    interior = m.bundles_per_chunk if m.interior is None else m.interior
+    return {
+        "interior": interior,
+        "masked": interior if m.masked is None else m.masked,
+        "loop": m.bundles_per_chunk,
+        "floor": m.floor,
+        "floor/interior": m.floor / interior,
+        "masked/interior": ratio(m.masked, m.interior),
+        "spills": m.slots["spill"],
+    }
+
+
+def _finish_mixed(rows):
+    of_v3 = beside(rows, ["chip"], "loop")
+    return [row | {"of v3": of_v3(row)} for row in rows]
+
+
+MIXED = Table(
+    "mixed",
+    "Mixed batches and prefill, bundles per 128 query x 512 KV tokens x 8 KV heads, own default "
+    "blocks. Interior blocks need no mask; v3 masks all. Loop: with what the innermost loop does "
+    "besides. Floor: MATMUL. Goal: floor/interior 95 / 81 / 81 %, masked at most 1.10 of interior.",
+    {"chip": "", "kernel": "", "interior": ",.0f", "masked": ",.0f", "loop": ",.0f",
+     "of v3": ".2f", "floor": ",.0f", "floor/interior": ".0%", "masked/interior": ".2f",
+     "spills": ",.0f"},
+    _mixed_cells,
+    _mixed,
+    _finish_mixed,
+)  # fmt: skip
