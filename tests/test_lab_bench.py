@@ -11,7 +11,9 @@ import pytest
 from rpa import chips, dense, lab
 from rpa.__main__ import main
 from rpa.lab import bench, peers, stopwatch
+from rpa.lab.predict import Prediction
 from rpa.lab.programs import Workload
+from rpa.lab.schedule import NoSchedule
 from rpa.lab.stopwatch import Chain, Timing, time_calls
 from rpa.ladder import LADDER
 from rpa.ragged import oracle_ragged
@@ -92,8 +94,29 @@ def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
     assert list(rows) == [*NAMES, "peer jax"] and found["machine"]["jax"] == jax.__version__
     assert rows["rung 3 ragged"]["timing"]["median_s"] == timing.median_s
     if not ON_A_TPU:
+        assert bench.NO_PREDICTION in printed and found["prediction"] == bench.NO_PREDICTION
         assert rows["rung 7 kernel"]["timing"] is None
         assert "interpreter" in rows["rung 7 kernel"]["note"]
+
+
+def test_a_tpu_has_a_prediction_beside_what_was_measured(monkeypatch):
+    def predict(kernel, chip, batch, **sizes):
+        if kernel == "v3":
+            raise NoSchedule("timeout", "too slow")
+        seen.append((kernel, chip.name, int(batch.num_seqs), sizes["page_size"]))
+        return Prediction(kernel, chip.name, round(5e-6 * chip.clock_hz), 0.0, 9, 9, 9, 6.5)
+
+    seen, batch, v6e = [], bench.batch_of("decode", SMALL), chips.chip("v6e")
+    monkeypatch.setattr(bench, "predict_batch", predict)
+    ours, v3, rung_4 = (
+        bench.with_prediction(bench.Row("decode", name), SMALL, batch, v6e)
+        for name in ("rung 7 kernel", "peer v3", "rung 4 tiled")
+    )
+    assert ours.predicted_us == pytest.approx(5.0) and ours.calibrated_us == 6.5
+    assert seen == [("rpa", "v6e", SMALL.num_seqs, SMALL.page_size)]
+    assert v3.predicted_us is None and v3.note == "no prediction: too slow"
+    assert rung_4 == bench.Row("decode", "rung 4 tiled")
+    assert set(bench.PREDICTED) <= {*NAMES, "peer v3", "peer batched"}
 
 
 def test_an_absent_peer_is_a_row_with_the_reason(monkeypatch):

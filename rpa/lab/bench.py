@@ -16,8 +16,11 @@ from rpa import chips
 from rpa.chips import AttentionCost, attention_cost
 from rpa.lab import peers
 from rpa.lab.batches import make_batch
+from rpa.lab.predict import predict_batch
 from rpa.lab.programs import Workload
 from rpa.lab.roofline import peak_flops_per_s
+from rpa.lab.schedule import NoSchedule
+from rpa.lab.schedule_run import CannotRun
 from rpa.lab.stopwatch import Chain, Timing, time_calls
 from rpa.ladder import LADDER, kv_lens_of, q_lens_of
 from rpa.ragged import RaggedBatch
@@ -64,6 +67,8 @@ class Row:
         mbu: least HBM bytes of the batch (`rpa.chips.attention_cost`: every array once, no padding)
             over the bytes that the HBM could move in the time; None on a device without a peak.
         mfu: FLOP of the batch, as causal, over the peak's in the time, in the dtype of queries.
+        predicted_us, calibrated_us: microseconds that the lab says for this batch on this chip
+            (`rpa.lab.predict`); None where it cannot say.
         note: what else there is to say.
     """
 
@@ -72,16 +77,26 @@ class Row:
     timing: Timing | None = None
     mbu: float | None = None
     mfu: float | None = None
+    predicted_us: float | None = None
+    calibrated_us: float | None = None
     note: str = ""
 
 
-def bench(w: Workload, cases=CASES, peer_packages=()) -> Iterator[Row]:
+PREDICTED = {"rung 7 kernel": "rpa", "peer v3": "v3", "peer batched": "batched"}
+"""What the lab calls the contenders that it can predict."""
+
+NO_PREDICTION = "There is no prediction for a CPU: the lab predicts from the schedule of a TPU."
+
+
+def bench(w: Workload, cases=CASES, peer_packages=(), predict=True) -> Iterator[Row]:
     """Time all rungs, and the peers asked for, on the attached device.
 
     Args:
         w: model, dtypes and sizes; `q_len` is not used, each case has its own.
         cases: of `CASES`.
         peer_packages: of `PEERS`.
+        predict: say on a TPU what the lab predicts, too; compiles each kernel once more, with its
+            schedule written down, which takes minutes the first time.
 
     Yields:
         A Row for each case and kernel, as soon as it is timed.
@@ -106,7 +121,22 @@ def bench(w: Workload, cases=CASES, peer_packages=()) -> Iterator[Row]:
                 yield Row(case, name, note=TOO_LARGE)
                 continue
             row = Row(case, name, timing, note=contender.note)
-            yield row if chip is None else with_utilisation(row, cost, chip, w.dtype)
+            if chip is not None:
+                row = with_utilisation(row, cost, chip, w.dtype)
+                row = with_prediction(row, w, batch, chip) if predict else row
+            yield row
+
+
+def with_prediction(row: Row, w: Workload, batch: RaggedBatch, chip) -> Row:
+    """The row with what the lab predicts, or with a note why it does not."""
+    if row.kernel not in PREDICTED:
+        return row
+    sizes = {"model": w.model, "page_size": w.page_size, "dtype": w.dtype, "kv_dtype": w.kv_dtype}
+    try:
+        predicted = predict_batch(PREDICTED[row.kernel], chip, batch, **sizes)
+    except (NoSchedule, CannotRun) as error:
+        return replace(row, note=f"{row.note} no prediction: {error}".strip())
+    return replace(row, predicted_us=predicted.time_us, calibrated_us=predicted.calibrated_us)
 
 
 def measure(w: Workload, batch: RaggedBatch, contender) -> Timing | None:

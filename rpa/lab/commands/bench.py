@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from rpa import chips
 from rpa.lab import bench
+from rpa.lab.calibration import FITTED
+from rpa.lab.commands.options import add_options
 from rpa.lab.programs import MODELS
 from rpa.ladder import LADDER
 
@@ -21,6 +23,12 @@ CONVENTION = (
     "MBU: least HBM bytes (every array once, no padding) over peak bandwidth x time.\n"
     "MFU: causal FLOP of both products over peak FLOP/s of the queries' dtype x time. "
     "Both per TensorCore."
+)
+
+PREDICTION = (
+    "Predicted, us: from the compiled schedule and its copies, nothing fitted. Calibrated: with\n"
+    f"copies at {FITTED.hbm_efficiency:.0%} of HBM's peak and {FITTED.latency_us:g} us of latency, "
+    "fitted to published timings of a TPU7x."
 )
 
 
@@ -34,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         parser.add_argument(option, type=kind, choices=choices, help=f"default: {each}")
     parser.add_argument("--case", choices=bench.CASES, action="append", help="default: all")
     parser.add_argument("--peer", choices=list(bench.PEERS), action="append", default=[])
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--no-prediction", action="store_true", help="on a TPU, do not predict the same batches"
+    )
+    add_options(parser, "json")
 
 
 def main(args) -> int:
@@ -47,7 +58,7 @@ def main(args) -> int:
     kernels = len(LADDER) + sum(len(bench.PEERS[package]) for package in args.peer)
     rows = []
     with tqdm(total=len(cases) * kernels, leave=False) as bar:
-        for row in bench.bench(workload, cases, args.peer):
+        for row in bench.bench(workload, cases, args.peer, not args.no_prediction):
             rows.append(row)
             bar.set_description_str(f"{row.case}, {row.kernel}")
             bar.update()
@@ -56,6 +67,7 @@ def main(args) -> int:
     else:
         print(f"{machine()['device']}, jax {jax.__version__}. {in_words(workload)}")
         print(CONVENTION)
+        print(PREDICTION if chips.current() else bench.NO_PREDICTION)
         print(table(rows))
     return 0
 
@@ -74,6 +86,7 @@ def as_json(workload, rows) -> dict:
         "machine": machine(),
         "workload": dataclasses.asdict(workload),
         "convention": CONVENTION,
+        "prediction": PREDICTION if chips.current() else bench.NO_PREDICTION,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 
@@ -90,13 +103,14 @@ def in_words(w) -> str:
 def table(rows) -> str:
     """A line for each case and kernel, for people.
 
-    >>> print(table([bench.Row("decode", "rung 4 tiled", note="not here")]))
-    case     kernel              time us  middle half of samples   MBU   MFU
-    decode   rung 4 tiled              -                                      not here
+    >>> absent = bench.Row("decode", "rung 4 tiled", note="not here")
+    >>> print(table([absent]))  # doctest: +NORMALIZE_WHITESPACE
+    case     kernel       time us  middle half of samples   MBU   MFU  predicted calibrated
+    decode   rung 4 tiled       -                                                 not here
     """
     lines = [
         f"{'case':8} {'kernel':16} {'time us':>10}  {'middle half of samples':22} {'MBU':>5} "
-        f"{'MFU':>5}"
+        f"{'MFU':>5} {'predicted':>10} {'calibrated':>10}"
     ]
     for row in rows:
         t = row.timing
@@ -104,9 +118,19 @@ def table(rows) -> str:
         half = "" if t is None else f"{t.low_s * 1e6:,.1f} to {t.high_s * 1e6:,.1f}"
         lines.append(
             f"{row.case:8} {row.kernel:16} {time_us:>10}  {half:22} {percent(row.mbu):>5} "
-            f"{percent(row.mfu):>5}  {row.note}".rstrip()
+            f"{percent(row.mfu):>5} {microseconds(row.predicted_us):>10} "
+            f"{microseconds(row.calibrated_us):>10}  {row.note}".rstrip()
         )
     return "\n".join(lines)
+
+
+def microseconds(time_us) -> str:
+    """A time for people, nothing where there is none.
+
+    >>> microseconds(1234.56), microseconds(None)
+    ('1,234.6', '')
+    """
+    return "" if time_us is None else f"{time_us:,.1f}"
 
 
 def percent(part) -> str:
