@@ -31,6 +31,7 @@ MOST_AHEAD = 8
 PAGE_SIZE = 128
 DECODE_LENGTHS = (4096, 1024, 700, 300, 1500, 2100, 180, 900)
 CHUNK = (512, 4096)
+TILES = {"block_q": 128, "block_kv": 512}
 PREDICTED = {
     "128 of 4,096": [(1, 4096)] * 128,
     "256 of 512": [(1, 512)] * 256,
@@ -60,6 +61,17 @@ def orders():
     return bundles
 
 
+def even_stride_at_the_end():
+    """Bundles of the last step of the inner loop, if a token takes an even number of rows."""
+    step, found = "two sequences a turn", {}
+    for chip in tqdm(CHIPS, desc="even"):
+        q, kv = inner_loop.shapes(step)
+        kv = jax.ShapeDtypeStruct((*kv.shape[:2], inner_loop.NUM_KV_HEADS, *kv.shape[3:]), kv.dtype)
+        schedule = schedule_for(chip, inner_loop.attend, q, kv, kwargs={"step": step})
+        found[chip] = schedule.num_bundles
+    return found
+
+
 def strides():
     """Loads that fill a register with every n-th row, and bundles of 512 rows."""
     found = {}
@@ -82,6 +94,12 @@ def kernels():
             span = occupancy_of(measured.schedule, measured.busiest_span, with_busy=chip == "v5e")
             found.setdefault(chip, {})[case] = numbers | {"units": span}
     return found
+
+
+def tiled():
+    """The units of rung 4 in one block of keys, one KV head, on a v5e."""
+    schedule, span = _tiled_block("v5e", *CHUNK)
+    return occupancy_of(schedule, span)
 
 
 def predictions():
@@ -141,17 +159,23 @@ def _plain_rungs(chip, batch):
 
 def _tiled(chip, batch):
     """Rung 4 gathers the pages, then computes block by block; at best both overlap."""
-    (q_len, kv_len), blocks = CHUNK, {"block_q": 128, "block_kv": 512}
-    sizes = programs.Workload(page_size=PAGE_SIZE, num_seqs=1, q_len=q_len, kv_len=kv_len)
-    program = programs.PROGRAMS["tiled"](sizes)
-    kwargs = program.kwargs | blocks
-    schedule = schedule_for(chip, program.function, *program.args, kwargs=kwargs)
+    q_len, kv_len = CHUNK
     # Its scalar instructions depend on values of the automatic pipeline: count blocks instead.
-    *_, innermost = (s for _, s in schedule.loops.walk() if schedule.describe(s)["slots"]["MATMUL"])
-    num_blocks = (block_map(q_len, kv_len, **blocks) != ".").sum() * sizes.heads[1]
+    _, innermost = _tiled_block(chip, q_len, kv_len)
+    num_blocks = (block_map(q_len, kv_len, **TILES) != ".").sum() * _layer().num_kv_heads
     num_bytes = count("tiled", batch, _layer()).num_bytes
     cycles = max(innermost.num_bundles * num_blocks, num_bytes / _bytes_per_cycle(chip))
     return _point(chip, batch, num_bytes, cycles)
+
+
+def _tiled_block(chip, q_len, kv_len):
+    """The schedule of rung 4 and the span of it that computes a block of keys."""
+    sizes = programs.Workload(page_size=PAGE_SIZE, num_seqs=1, q_len=q_len, kv_len=kv_len)
+    program = programs.PROGRAMS["tiled"](sizes)
+    kwargs = program.kwargs | TILES
+    schedule = schedule_for(chip, program.function, *program.args, kwargs=kwargs)
+    *_, innermost = (s for _, s in schedule.loops.walk() if schedule.describe(s)["slots"]["MATMUL"])
+    return schedule, innermost
 
 
 def _predicted(chip, batch):
@@ -187,7 +211,9 @@ SECTIONS = {
     "inner_loop": inner_loops,
     "orders": orders,
     "strides": strides,
+    "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,
+    "tiled": tiled,
     "predictions": predictions,
     "rungs": rungs,
     "versions": versions,

@@ -1,0 +1,586 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Chapter 8: Optimise
+#
+# **Time:** 60 minutes to read and run, about 100 minutes for the exercises.
+#
+# **You need:** chapters 1, 4, 5 and 7: the roofline, tiles and the online softmax, the double
+# buffer, the rooms of rung 7. No TPU.
+#
+# **You will be able to:** read what a TPU does in each cycle, and say what binds; say why a decode
+# and a prefill want opposite things; take a kernel from 11,318 bundles to 854 in six steps, and
+# give the reason for each; choose block sizes; and predict, in numbers, how much of a chip's
+# bandwidth a batch will use.
+#
+# Chapter 7 ended with a kernel that is right and moves no byte too many. What is left is what
+# happens *between* the copies. The compiler has written all of that down.
+
+# %%
+import jax.numpy as jnp
+import numpy as np
+
+from rpa import chips
+from rpa.figures import optimise as pictures
+from rpa.figures import show_source
+from rpa.figures.roofline import under_roof
+from rpa.kernel import blocks, cases, decode, loop, spare
+from rpa.kernel.plan import Plan, Problem
+from rpa.lab import inner_loop
+from rpa.lab.recorded import Occupancy, compile_step, recorded, recorded_step
+from rpa.lab.roofline import Point
+from rpa.lab.schedule import NoSchedule
+
+CHIPS = ("v5e", "v6e", "tpu7x")
+
+# %% [markdown]
+# ## 1. What does a chip do in a cycle?
+#
+# A TPU core issues one **bundle** a cycle, in order. A bundle has **slots**: so many for the matrix
+# units, so many for vector arithmetic, for loads, for stores. The compiler fills them in advance,
+# so its listing is a timetable. Four bundles by hand, of a core with one MATMUL slot and four VALU
+# slots:
+
+# %%
+by_hand = np.array([[1, 0], [0, 4], [0, 4], [1, 1]])  # [bundle, unit]: slots used
+capacity = np.array([1, 4])  # MATMUL, VALU
+print("share of the slots used:", (by_hand.sum(axis=0) / (capacity * len(by_hand))).tolist())
+
+# %% [markdown]
+# VALU uses 9 of 16 slots, MATMUL 2 of 4, and yet it takes four cycles: in none of them are both
+# busy. Nobody is full; they wait for each other. Three things can bind a loop:
+#
+# - **a unit**: it uses 80 % of its slots or more. Give it less to do;
+# - **latency**: nobody is full, for everybody waits for a result. Give them more that is
+#   independent;
+# - **HBM**, which is not in the listing: copies run beside it, and if they take longer, that is the
+#   time.
+#
+# The whole of rung 7 has thousands of bundles. So take its heart to the bench: **one KV block of
+# 512 tokens in VMEM, one query token**, 8 KV heads and 32 query heads of 128, bfloat16, no copies.
+# As one would write it:
+
+# %%
+show_source(inner_loop.load_by_value)
+show_source(inner_loop.in_turn)
+
+# %% [markdown]
+# The real TPU compiler runs on any Linux machine. It takes seconds for a kernel of this size, so
+# here is one, live, the second version of three that we will read. Everything else in this chapter
+# was recorded in the same way (`tools/record_schedules.py`, an hour on two cores), and where no
+# compiler shows its schedule, as with Colab's jax 0.7.2, this one is taken from the record, too.
+
+
+# %%
+def on_the_bench(chip, step):
+    """A step of the inner loop, compiled now; or as it was recorded."""
+    try:
+        return compile_step(chip, step)
+    except NoSchedule as reason:
+        print("recorded, not compiled:", reason)
+        return recorded_step(chip, step)
+
+
+# %%
+live = on_the_bench("v5e", "odd stride")
+print(f"{live.bundles:,} bundles on a v5e, bound by {live.bound}; as recorded with libtpu", end=" ")
+print(f"{recorded('versions')['libtpu']}: {recorded_step('v5e', 'odd stride').bundles:,}")
+for unit in pictures.SHOWN:
+    print(f"  {unit:8} {live.slots[unit]:6,} slots of {live.capacity[unit]} a bundle: "
+          f"{live.share[unit]:4.0%}")  # fmt: skip
+assert live.bound == "latency"
+
+# %% [markdown]
+# **Takeaway.** Count bundles, then ask who is full. If nobody is, it is latency. The compiler's
+# listing says both, without a TPU. Exercise 8.1.
+
+# %% [markdown]
+# ## 2. What should bind?
+#
+# Before one makes a loop shorter: how short may it be? Three floors under 512 tokens of a decode,
+# by hand for a v5e:
+#
+# - **HBM**: 512 tokens of 4,096 bytes, 547 bytes a cycle: 3,836 cycles.
+# - **MATPUSH**: an MXU multiplies rows with *weights* that it must have taken in before. K and V
+#   are weights here, 2 x 8 heads x 512 x 128 numbers, and a few rows of queries use each of them
+#   once. The compiler's listing has 3,072 such slots, 4 a bundle: 768 cycles.
+# - **MATMUL**: the rows that go through, 1,024 slots, 4 a bundle: 256 cycles.
+
+
+# %%
+def hbm_cycles(chip, num_tokens=512, token_bytes=4096):
+    c = chips.chip(chip)
+    return c.cycles(num_tokens * token_bytes / c.hbm_bytes_per_s)
+
+
+for chip in CHIPS:
+    one = recorded_step(chip, "odd stride")
+    least = {unit: one.slots[unit] / one.capacity[unit] for unit in ("MATPUSH", "MATMUL")}
+    print(f"{chip:6} HBM {hbm_cycles(chip):5,.0f} cycles, MATPUSH {least['MATPUSH']:4.0f}, "
+          f"MATMUL {least['MATMUL']:4.0f}; the loop as it is: {one.bundles:,}")  # fmt: skip
+    assert hbm_cycles(chip) > least["MATPUSH"] > least["MATMUL"]
+
+# %% [markdown]
+# So a decode *should* be bound by HBM, on every chip: its units have work for half of that time or
+# less. It is enough if the bundles are fewer than the cycles of HBM. On a v5e that is easy. On a
+# TPU7x, whose HBM is 4.5 times as fast, 1,247 cycles is all there is.
+#
+# A prefill is the opposite. A tile of 128 query tokens has 512 rows for each KV head; each weight
+# is used 512 times, MATPUSH is nothing, and MATMUL is the floor: 8,192 cycles on a v5e for 128
+# query tokens x 512 keys x 8 heads, 4,096 on the other two, while HBM needs the same 3,836, 2,244
+# and 1,247 as before.
+
+# %%
+for chip in CHIPS:
+    mixed = recorded("kernels")[chip]["mixed"]
+    print(f"{chip:6} prefill: HBM {hbm_cycles(chip):5,.0f} cycles, MATMUL {mixed['floor']:5,.0f}, "
+          f"rung 7 takes {mixed['interior_region']:5,.0f}")  # fmt: skip
+    assert mixed["floor"] > hbm_cycles(chip)
+
+# %% [markdown]
+# All rungs, under the roof of one TPU7x core, which is the hardest to feed. First eight decodes of
+# 180 to 4,096 tokens. Rungs 1 to 3 are plain JAX and have no schedule that we could read: they are
+# drawn as if XLA moved what they gather at peak bandwidth. The kernels are drawn with the time of
+# their executed schedule and its waits:
+
+# %%
+ladder = recorded("rungs")
+names = {"dense": "rung 1", "paging": "rung 2", "ragged": "rung 3", "tiled": "rung 4",
+         "streamed": "rung 5", "fused": "rung 6", "kernel": "rung 7"}  # fmt: skip
+
+
+def points(part):
+    return {names[name]: Point(**point) for name, point in ladder[part].items()}
+
+
+under_roof(ladder["chip"], points("decode"), title="Decodes on a TPU7x (predicted)")
+
+# %% [markdown]
+# Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 7,
+# and they reach a tenth of the roof. That is this chapter in one picture. A chunk of 512 after
+# 3,584 cached tokens, on the other side of the ridge:
+
+# %%
+under_roof(ladder["chip"], points("chunk"), title="A chunk of 512 tokens on a TPU7x (predicted)")
+
+# %% [markdown]
+# **Takeaway.** Decode: fewer bundles than HBM has cycles; the enemies are MATPUSH and latency.
+# Prefill: as few bundles as MATMUL needs; the enemies are the vector unit and spills.
+
+# %% [markdown]
+# ## 3. How do you read one head?
+#
+# The first version has 11,318 bundles on a v5e. What is it full of?
+
+# %%
+written, strided = (recorded_step("v5e", step) for step in ("as written", "strided loads"))
+for unit in ("VALU", "load", "store", "MATMUL"):
+    print(f"{unit:7} {written.slots[unit]:6,} slots; with strided loads {strided.slots[unit]:5,}")
+assert written.slots["MATMUL"] == strided.slots["MATMUL"]
+
+# %% [markdown]
+# The products are the same 1,024 slots. All the rest is `kv_ref[:, head, 0]`, which reads like a
+# slice and is a transpose: the last two dimensions of the block, `[2, 128]`, lie in one register
+# with K and V of a head packed into the same 32-bit words, and the compiler shuffles them apart row
+# by row, and runs out of registers on the way.
+#
+# The block has the layout of the cache, so a token is `words` rows of 128 words of 32 bits, and
+# head h of all tokens is rows `h`, `h + words`, `h + 2 * words` ... of a plain matrix. A TPU can
+# load every n-th row into a register in one instruction. K and V are then the low and the high
+# halves of what was loaded:
+
+# %%
+show_source(inner_loop.load_strided)
+
+# %% [markdown]
+# 11,318 bundles became 2,530. Chapter 6 said why the layout interleaves K and V: one load brings
+# both.
+#
+# **Takeaway.** A slice across a tiled dimension is a shuffle. Look at the array as the words that
+# it is, and load with a stride.
+
+# %% [markdown]
+# ## 4. Why nine rows for eight heads?
+#
+# A register has 8 rows. VMEM lies in banks, and a load takes at most one row from each. Where do
+# the 8 rows lie, if they are 8 rows apart? By hand, with 32 banks: rows 0, 8, 16, 24, 32 ... lie in
+# banks 0, 8, 16, 24, and 0 again. Two in each: two loads, and something that merges them.
+
+# %%
+pictures.banks([1, 8, 9, 16])
+
+# %%
+for stride in (1, 8, 9, 12, 16, 32):
+    loads, bundles = recorded("strides")["v5e"][str(stride)]
+    print(f"every {stride:2} rows: {loads} loads a register, {bundles:3} bundles for 512 rows")
+
+# %% [markdown]
+# These are the compiler's loads, and 32 banks would explain all of them (exercise 8.2 counts). So
+# the buffer of rung 7 has a row a token more than it needs, which nobody reads. Each chip may have
+# its own number of banks; an odd distance meets all of them, whatever power of two they are:
+
+# %%
+show_source(Plan.kv_buffer_words.fget)
+
+# %%
+for chip in CHIPS:
+    even, odd = (recorded_step(chip, step) for step in ("strided loads", "odd stride"))
+    print(f"{chip:6} loads {even.slots['load']:5,} and {odd.slots['load']:4,}, "
+          f"bundles {even.bundles:5,} and {odd.bundles:5,}")  # fmt: skip
+    assert odd.slots["load"] < 0.6 * even.slots["load"]
+
+# %% [markdown]
+# Half of the loads, and only 4 % of the bundles? Nobody waits for loads *yet*. Take the last step
+# of this chapter, with all that comes below, and give it the even distance again:
+
+# %%
+for chip in CHIPS:
+    even = recorded("even_stride_at_the_end")[chip]
+    odd = recorded_step(chip, "two sequences a turn").bundles
+    print(f"{chip:6} at the end of this chapter: {even:5,} bundles even, {odd:5,} odd")
+    assert even > 1.1 * odd
+
+# %% [markdown]
+# An optimisation is worth what it is worth in its company; measure it there.
+#
+# **Takeaway.** Odd strides. An eighth of VMEM that nobody reads saves half of the loads.
+
+# %% [markdown]
+# ## 5. Who waits for whom?
+#
+# Now look at the units, over all bundles. Every row has gaps, and they are all in the same places:
+
+# %%
+pictures.before_after({"One head after the other": recorded_step("v5e", "odd stride")})
+
+# %% [markdown]
+# Eight heads, eight times the same: K goes into the MXU (MATPUSH), four rows go through (MATMUL),
+# the softmax has a maximum, an exponential, a sum, each of which waits for the one before; then V
+# goes in. A chain of dependent work, one head after the other. Nothing forbids that head 1 begins
+# while head 0 is in its softmax, and the compiler may move vector instructions as it likes. But
+# products enter the queue of the MXU in the order of the *program*:
+#
+# - as written: `QK0 PV0 QK1 PV1 QK2 PV2 ...`: PV0 waits for its softmax, and QK1 behind it;
+# - one ahead: `QK0 QK1 PV0 QK2 PV1 QK3 ...`: while softmax 0 is computed, QK1 is in the MXU.
+#
+# Nothing but the order is changed:
+
+# %%
+for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
+    cost = {chip: recorded_step(chip, step).bundles for chip in CHIPS}
+    print(f"{step:20}", ", ".join(f"{chip} {bundles:5,}" for chip, bundles in cost.items()))
+    assert recorded_step("v5e", step).slots["MATMUL"] == live.slots["MATMUL"]
+
+# %% [markdown]
+# In exercise 8.3 you write it, and the compiler of a v5e is your judge. Rung 7 does it with a list
+# of what waits:
+
+# %%
+show_source(loop._attend_tiles)
+
+# %% [markdown]
+# **Takeaway.** The MXU takes products in the order in which you write them. Write Q K^T of the next
+# head before P V of this one.
+
+# %% [markdown]
+# ## 6. What are four rows good for?
+#
+# A decode has 4 query heads a KV head, so 4 rows in registers of 8 (of 16, in bfloat16), and eight
+# chains of them. Put four heads in one product: queries on the diagonal, zeros elsewhere.
+
+# %%
+pictures.block_diagonal(4)
+
+# %% [markdown]
+# By hand, two heads of one row and two lanes: q0 = (1, 0), q1 = (0, 2); a token has the keys (3, 4)
+# and (5, 6):
+
+# %%
+wide_q = inner_loop.block_diagonal([jnp.array([[1, 0]]), jnp.array([[0, 2]])])
+wide_k = jnp.array([[3, 4, 5, 6]])  # both heads of one token, side by side
+print(wide_q.tolist(), "times", wide_k.tolist(), "gives", (wide_q @ wide_k.T).ravel().tolist())
+assert (wide_q @ wide_k.T).ravel().tolist() == [1 * 3 + 0 * 4, 0 * 5 + 2 * 6]
+
+# %% [markdown]
+# Three quarters of the products are with zeros. It does not matter: the MXU is busy *taking in* K
+# and V, and 16 rows go through as fast as 4. What is won: two chains with full registers in place
+# of eight with half-empty ones.
+
+# %%
+for step in ("two heads ahead", "four heads a product"):
+    cost = {chip: recorded_step(chip, step).bundles for chip in CHIPS}
+    print(f"{step:20}", ", ".join(f"{chip} {bundles:5,}" for chip, bundles in cost.items()))
+assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7x")
+
+# %% [markdown]
+# With that a TPU7x is below its HBM time for the first time. Not more heads: with all eight in one
+# product there is a single chain, and nothing overlaps it (1,942 bundles a 1,024 tokens in place of
+# 1,706; two heads: 1,954; `docs/ablations.md`).
+#
+# **Takeaway.** Where the MXU is bound by its weights, rows are free. Fill them with other heads.
+
+# %% [markdown]
+# ## 7. What if one sequence is not enough?
+#
+# Two chains are few; at the start and the end of a block most units idle. A decode batch has other
+# sequences. Rung 7 computes **two at a time**, and the chains of one fill the gaps of the other.
+# Before and after, on the same scale; below, *two* sequences are computed:
+
+# %%
+pictures.before_after(
+    {
+        "One head after the other, one sequence": recorded_step("v5e", "odd stride"),
+        "All six steps, two sequences": recorded_step("v5e", "two sequences a turn"),
+    }
+)
+
+# %% [markdown]
+# MATPUSH is full from the first bundle to the last: the second floor of section 2. From here on
+# only fewer weights would help, and there are none to spare. All steps, beside HBM:
+
+
+# %%
+def per_sequence(chip, step):
+    return recorded_step(chip, step).bundles / inner_loop.STEPS[step].num_seqs
+
+
+bundles = {chip: {step: per_sequence(chip, step) for step in inner_loop.STEPS} for chip in CHIPS}
+pictures.steps_against_hbm(bundles, {chip: hbm_cycles(chip) for chip in CHIPS})
+
+# %%
+for chip in CHIPS:
+    values = list(bundles[chip].values())
+    less = values[0] / values[-1]
+    print(f"{chip:6} {values[0]:6,.0f} bundles to {values[-1]:4,.0f}, {less:4.1f} times fewer; "
+          f"HBM {hbm_cycles(chip):5,.0f} cycles")  # fmt: skip
+    assert values == sorted(values, reverse=True) and values[-1] < hbm_cycles(chip)
+
+# %% [markdown]
+# The price: two sequences of unequal length. The shorter one waits for the longer, so that results
+# do not depend on the company a sequence is in. That is the room `decode` of rung 7:
+
+# %%
+show_source(decode._attend_piece)
+
+# %% [markdown]
+# **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
+# is full, you are done with order, and have to do less.
+
+# %% [markdown]
+# ## 8. What does a prefill wait for?
+#
+# Prefill has rows enough: 512 for each KV head. Here is rung 4, whose occupancy you saw in chapter
+# 4, and the mixed kernel of rung 7, on one scale: 512 rows x 512 keys, of **one** head above, of
+# **eight** below.
+
+# %%
+rung4 = Occupancy(**recorded("tiled"))
+rung7 = Occupancy(**recorded("kernels")["v5e"]["mixed"]["units"])
+pictures.before_after({"Rung 4, one KV head": rung4, "Rung 7, eight KV heads": rung7})
+
+# %%
+per_head = rung7.bundles / 8
+print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 7 {per_head:,.0f}; MATMUL floor 1,024")
+assert per_head < 0.6 * rung4.bundles and rung7.bound == "MATMUL"
+
+# %% [markdown]
+# Three things made the difference. Order, as in section 5: two heads ahead. **Masks off the common
+# path**: rung 4 compares positions in every block, rung 7 only where the diagonal or an end goes
+# through (chapter 7), and what it does there costs:
+
+# %%
+for chip in CHIPS:
+    mixed = recorded("kernels")[chip]["mixed"]
+    inner, masked = mixed["interior_region"], mixed["masked_region"]
+    print(f"{chip:6} without a mask {inner:5,.0f} bundles, with one {masked:5,.0f} "
+          f"({masked / inner - 1:+.0%}); of the floor {mixed['floor'] / inner:.0%}")  # fmt: skip
+    assert mixed["floor"] < inner < masked
+
+# %% [markdown]
+# It once was 18 % more on v6e (6,052 against 5,116), because masks were compared anew for every
+# head: 2.6 instructions a register of scores. Now they are computed once, stored as *limits*, and a
+# score becomes `min(score, limit)`: a load and one instruction.
+#
+# And third, on v6e and TPU7x, **the idle half**. Their MXU is 256 wide, a head is 128: half of it
+# multiplies nothing, while the vector unit is the one that is full. So the idle half does the
+# vector unit's work:
+
+# %%
+show_source(spare.append_ones)
+
+# %% [markdown]
+# Columns of ones beside V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
+# for nothing. By hand: weights (2, 3), values (10, 20) become (10, 1), (20, 1): 80 and 5.
+
+# %%
+p, v = jnp.array([[2.0, 3.0]]), jnp.array([[10.0], [20.0]])
+with_ones = p @ spare.append_ones(v)
+print("P V:", float(with_ones[0, 0]), " sum P:", float(with_ones[0, 1]))
+assert with_ones[0, :2].tolist() == [80.0, 5.0]
+
+# %% [markdown]
+# On v6e, one idea on top of the other, bundles without and with a mask (`docs/ablations.md`): 5,116
+# and 6,052 before; row sums by ones 4,629 and 5,651; masks as limits 4,629 and 5,398; two heads
+# ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945.
+#
+# What did *not* help is worth as much: three heads ahead spills (4,612 to 4,638 on v6e, 4,992 to
+# 5,240 on TPU7x); transposing K by hand is what the compiler does already; a third copy of the code
+# for full masked blocks saves 5 % of those, and compiles longer for everybody.
+#
+# **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
+# they matter, sums and scales where a unit idles.
+
+# %% [markdown]
+# ## 9. How large should the blocks be?
+#
+# Four numbers, (bq, bkv, bq_c, bkv_c): what is fetched together, and what is multiplied together.
+# Larger blocks have fewer ends; they cost VMEM, and short sequences waste what they do not fill.
+# The kernel knows its chip and asks for no tuning:
+
+# %%
+show_source(blocks.default_block_sizes)
+
+# %%
+bf16 = np.dtype(jnp.bfloat16)
+llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
+
+
+def plan_for(case, max_q_len, sizes=None):
+    chosen = sizes or blocks.default_block_sizes(llama, case, max_q_len)
+    return Plan(llama, case, chosen, False, True, max_q_len)
+
+
+for case, max_q_len in cases.cases_of(512):
+    plan = plan_for(case, max_q_len)
+    total = sum(blocks.vmem_bytes(plan).values())
+    print(f"{case.label:8} {plan.blocks}, {total / 2**20:.1f} MiB")
+
+# %% [markdown]
+# Where do the MiB of a mixed kernel go?
+
+# %%
+plan = plan_for(*cases.cases_of(None)[-1])
+for name, size in sorted(blocks.vmem_bytes(plan).items(), key=lambda item: -item[1]):
+    print(f"  {name:10} {size / 2**20:5.2f} MiB")
+
+# %% [markdown]
+# What is too large says so, and what to shrink, before anything is compiled:
+
+# %%
+too_large = blocks.BlockSizes(1024, 8192, 1024, 2048)
+try:
+    blocks.check_fits("m_block_sizes", plan_for(*cases.cases_of(None)[-1], too_large), 64 * 2**20)
+except ValueError as error:
+    print(str(error)[:196], "...")
+
+# %% [markdown]
+# Is larger better, where it fits? A decode at a compute block of 1,024 tokens takes 1,699 bundles a
+# 1,024 tokens on v6e, at 2,048 1,486, at 4,096 1,401: fewer ends. But on TPU7x real lengths (median
+# 665) reach 80 % of the bandwidth with blocks of 1,024, and 71 % with 2,048, because of two
+# sequences the shorter one waits. And no default can know your lengths: that is why the four
+# numbers are arguments.
+#
+# **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 8.5 chooses.
+
+# %% [markdown]
+# ## 10. From bundles to a time
+#
+# Copies run beside bundles, as long as there are two buffers. Three blocks on a TPU7x, 1,024
+# tokens each, 2,494 cycles of HBM, and 1,900 to compute:
+
+
+# %%
+def double_buffer(copy_cycles, compute_cycles, num_blocks):
+    """(start, end) of each copy and of each computation."""
+    copies, computes = [(0, 0)] * 2, [(0, 0)] * 2
+    for _ in range(num_blocks):
+        start = max(copies[-1][1], computes[-2][1])  # a buffer has to be free
+        copies.append((start, start + copy_cycles))
+        start = max(copies[-1][1], computes[-1][1])  # the block has to be there
+        computes.append((start, start + compute_cycles))
+    return copies[2:], computes[2:]
+
+
+copies, computes = double_buffer(2494, 1900, num_blocks=3)
+pictures.two_lanes(copies, computes)
+
+# %% [markdown]
+# HBM never stops; the core waits, and only the last computation has nothing to hide behind. So the
+# **MBU** (memory bandwidth utilisation: the least bytes, at the peak, over the time) is
+# 3 x 2,494 / 9,382 = 80 %, and comes near 100 % for a batch of a hundred. Turn the two numbers
+# round, and HBM waits for the core:
+
+# %%
+for copy_cycles, compute_cycles in [(2494, 1900), (1900, 2494)]:
+    for num_blocks in (3, 100):
+        _, computes = double_buffer(copy_cycles, compute_cycles, num_blocks)
+        mbu = num_blocks * copy_cycles / computes[-1][1]
+        print(f"copy {copy_cycles:,}, compute {compute_cycles:,}, {num_blocks:3} blocks: {mbu:.0%}")
+
+# %% [markdown]
+# The lab does this with everything in it: the kernel's scalar instructions are *executed* with the
+# lengths of your batch, each bundle is counted as often as it is passed, each copy starts in the
+# cycle in which the kernel starts it (`rpa.lab.predict`). Whole batches of Llama 3 8B, one layer:
+
+# %%
+for chip in CHIPS:
+    for name, found in recorded("predictions")[chip].items():
+        used = f"MBU {found['mbu']:4.0%}" if found["mbu"] > 0.4 else f"MFU {found['mfu']:4.0%}"
+        print(f"{chip:6} {name:26} {found['time_us']:8,.0f} us, {used} (predicted)")
+
+# %% [markdown]
+# MFU counts causal FLOPs against the peak of the whole MXU, of which heads of 128 fill half on v6e
+# and TPU7x: 50 % is the roof there. Where the model is wrong, and by how much, is measured against
+# published timings of real TPUs (`python -m rpa lab predict --published`); on a TPU you have your
+# own, with `python -m rpa bench`.
+#
+# **Takeaway.** Time is a pipeline of copies and bundles. Nothing is fitted, so a prediction that is
+# off has a reason that can be found. Exercise 8.6 writes the small version.
+
+# %% [markdown]
+# ## What is still slow
+#
+# Everything predicted, by schedule, as above.
+
+# %%
+for chip in CHIPS:
+    one = recorded("kernels")[chip]["decode"]
+    hbm = hbm_cycles(chip, 1024)
+    print(f"{chip:6} 1,024 tokens of decode: {one['executed_per_chunk']:5,.0f} bundles in a long "
+          f"sequence, {one['step_1024']:5,.0f} as one of its own; HBM {hbm:5,.0f}")  # fmt: skip
+    assert one["executed_per_chunk"] < one["step_1024"] < hbm
+
+# %% [markdown]
+# - **Short sequences on a fast chip.** A sequence costs some 200 bundles besides its tokens, and a
+#   block's ends as much again. From 1,024 tokens on HBM is slower, even on a TPU7x; below that it
+#   is not. A batch of real lengths (median 665 tokens) uses 99 % of the bandwidth of a v5e, 95 % of
+#   a v6e's, and 80 % of a TPU7x's.
+
+# %%
+for chip in CHIPS:
+    per_sequence_bundles = recorded("kernels")[chip]["decode"]["per_sequence"]
+    tokens = per_sequence_bundles / hbm_cycles(chip, 1)
+    print(f"{chip:6} besides its tokens a sequence takes {per_sequence_bundles:3.0f} bundles, in "
+          f"which HBM delivers {tokens:3.0f} tokens")  # fmt: skip
+
+# %% [markdown]
+# - **Small pages.** A copy takes 6.1 bundles to issue, a page of 128 tokens or one of 16. That is
+#   49 a block with pages of 128 and 392 with pages of 16. Pages that lie side by side could be one
+#   copy.
+# - **Windows.** With a sliding window of 128, reading and computing take 1.06 times the least on a
+#   v5e and 1.95 times on a TPU7x: there are not enough tokens to hide anything behind.
+# - **The ends of a block** in a prefill: 100 bundles until the first K is in place, some hundred in
+#   the last softmax, 12 % on v6e and 18 % on a TPU7x.
+# - **And what no schedule holds**: launching, instruction fetch, and how HBM really behaves. That
+#   takes a TPU.
+#
+# **Chapter 9** takes the kernel to where it is used, with windows, sinks, caches in float8 and 256K
+# tokens, and shows what goes wrong there. **Chapter 10** puts the numbers of all rungs and of the
+# peers on one page, and the items above on the list of what is open: the shortest schedule wins.
+#
+# **Before you go on:** the exercises of this chapter are in `exercises/08_optimise.ipynb`.
