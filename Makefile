@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -31,6 +31,7 @@ help:
 	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
 	@echo "make peers      install the kernels that rung 7 is compared with"
 	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
+	@echo "make tune       sweep the block sizes of rung 7, and judge its defaults"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
@@ -127,6 +128,12 @@ peers: env
 BENCH ?=
 bench: env peers
 	$(BIN)/python -m rpa lab all $(BENCH)
+
+# Sweeps the block sizes of rung 7 again, into rpa/data/blocks.json: hours from an empty cache.
+# TUNE="--chip v6e --case decode" sweeps a part of it, TUNE=--check only judges the defaults.
+TUNE ?=
+tune: env
+	$(BIN)/python -m rpa lab tune $(TUNE)
 
 notebooks: env
 	$(BIN)/python -m course.build --execute

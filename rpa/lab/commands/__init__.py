@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",
+    "tune": "sweep rung 7's block sizes, and judge its defaults",
     "traffic": "count the HBM bytes that a rung moves, against the least possible",
 }
 """The module of each experiment in this package, and what it does."""
