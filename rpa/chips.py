@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +24,7 @@ LANES, SUBLANES = 128, 8
 """A vector register holds 8 sublanes x 128 lanes of 32 bits, on every TPU listed here."""
 
 VREG_BYTES = LANES * SUBLANES * 4
+"""Bytes of one vector register."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,17 @@ class Chip:
         cores_per_chip: TensorCores a chip.
         cores_per_device: TensorCores that JAX shows as one device (2 is "megacore").
         clock_hz: cycles a second of the TensorCore.
-        mxu_size: side of the systolic array, in multipliers.
-        num_mxus: matrix units.
+        mxu_size: side of the systolic array of one MXU, the matrix unit, in multipliers.
+        num_mxus: MXUs of the core.
         mxu_rows_per_cycle: bfloat16 rows that enter one MXU a cycle, see `SOURCES`.
-        peak_flops_per_s: per type that the MXU multiplies natively; see `peak`.
-        hbm_bytes: HBM.
+        peak_flops_per_s: FLOP/s for each type that the MXU multiplies natively; see `peak`.
+        hbm_bytes: size of the HBM.
         hbm_bytes_per_s: bytes a second between HBM and the chip.
-        vmem_bytes: VMEM, the scratchpad that the vector and matrix units read.
-        smem_bytes: SMEM, the scalar core's memory.
+        vmem_bytes: size of VMEM, the scratchpad that the vector and matrix units read.
+        smem_bytes: size of SMEM, the scalar core's memory.
         num_vregs: vector registers of `VREG_BYTES`.
-        valu_slots, eup_slots: vector arithmetic and transcendental instructions a cycle.
+        valu_slots, eup_slots: vector arithmetic (VALU) and transcendental (EUP: exp, tanh)
+            instructions a cycle.
         vload_slots, vstore_slots: vector registers loaded from and stored to VMEM a cycle.
     """
 
@@ -293,9 +296,11 @@ def current():
 
     Raises:
         ValueError: when a TPU is attached that rpa has no numbers of.
-    """
-    import jax
 
+    >>> attached = current()
+    >>> (attached is None) == (jax.devices()[0].platform != "tpu")
+    True
+    """
     device = jax.devices()[0]
     return chip(device.device_kind) if device.platform == "tpu" else None
 
@@ -304,6 +309,13 @@ def ridge_flops_per_byte(chip_or_name, dtype="bfloat16"):
     """Return the intensity at which the two roofs meet: FLOP per HBM byte at which both are busy.
 
     Below it a computation waits for memory, above it for the MXU.
+
+    Args:
+        chip_or_name: a `Chip` or its name.
+        dtype: the type that the MXU multiplies.
+
+    Raises:
+        ValueError: for an unknown chip, or a type without a published peak.
 
     >>> round(ridge_flops_per_byte("v5e"))
     240
@@ -317,8 +329,14 @@ def attainable_flops_per_s(chip_or_name, intensity_flops_per_byte, dtype="bfloat
 
     Args:
         chip_or_name: a `Chip` or its name.
-        intensity_flops_per_byte: FLOP per HBM byte, a number or an array.
+        intensity_flops_per_byte: FLOP per HBM byte, a number or an array of any shape.
         dtype: the type that the MXU multiplies.
+
+    Returns:
+        A float, or an f64 array of that shape.
+
+    Raises:
+        ValueError: for an unknown chip, or a type without a published peak.
 
     >>> attainable_flops_per_s("v5e", 1.0) == chip("v5e").hbm_bytes_per_s
     True
@@ -350,6 +368,15 @@ class RooflineTime:
 def roofline_time(chip_or_name, flops, hbm_bytes, dtype="bfloat16"):
     """Return the floors under the time of `flops` FLOP and `hbm_bytes` bytes on one TensorCore.
 
+    Args:
+        chip_or_name: a `Chip` or its name.
+        flops: of the matrix products, a multiply and an add count as two.
+        hbm_bytes: bytes between HBM and the chip.
+        dtype: the type that the MXU multiplies.
+
+    Raises:
+        ValueError: for an unknown chip, or a type without a published peak.
+
     One token that multiplies a 4096 x 4096 bfloat16 matrix reads far more than it computes:
 
     >>> t = roofline_time("v5e", flops=2 * 4096**2, hbm_bytes=2 * 4096**2)
@@ -367,10 +394,14 @@ def mxu_fill(chip_or_name, head_dim):
     does not fill a whole number of MXU sides leaves multipliers idle, so attention cannot pass
     `mxu_fill * peak`, whatever the kernel does.
 
+    Raises:
+        ValueError: for an unknown chip, or a head without elements.
+
     >>> mxu_fill("v5e", 128), mxu_fill("v6e", 128), mxu_fill("v6e", 64)
     (1.0, 0.5, 0.25)
     """
     side = chip(chip_or_name).mxu_size
+    _check_head_dim(head_dim)
     return head_dim / (-(-head_dim // side) * side)
 
 
@@ -445,6 +476,7 @@ def attention_cost(
     """
     q_len, kv_len = np.broadcast_arrays(np.asarray(q_len, np.int64), np.asarray(kv_len, np.int64))
     _check_attention_shape(q_len, kv_len, num_q_heads, num_kv_heads)
+    _check_head_dim(head_dim)
     item_bytes = jnp.dtype(dtype).itemsize
     kv_item_bytes = jnp.dtype(dtype if kv_dtype is None else kv_dtype).itemsize
     pairs = q_len * kv_len
@@ -461,6 +493,14 @@ def attention_cost(
         kv_write_bytes=int(token_kv_bytes * q_len.sum()),
         out_bytes=int(token_q_bytes * q_len.sum()),
     )
+
+
+def _check_head_dim(head_dim):
+    if head_dim < 1:
+        raise ValueError(
+            f"head_dim: given {head_dim}; expected the elements of one head, at least 1, such as "
+            "64 or 128."
+        )
 
 
 def _check_attention_shape(q_len, kv_len, num_q_heads, num_kv_heads):

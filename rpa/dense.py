@@ -41,6 +41,7 @@ def visible(q_positions, kv_positions, *, causal=True, sliding_window=None):
            [0, 0, 1, 1, 1]])
     """
     distance = q_positions[:, None] - kv_positions[None, :]  # [q_len, kv_len]
+    # Without a causal mask everything is seen: all True, in NumPy or JAX as the positions are.
     mask = distance >= 0 if causal else distance == distance
     if sliding_window is not None:
         mask = mask & (distance < sliding_window)
@@ -57,8 +58,9 @@ def masked_softmax(scores, mask, sinks=None):
     Args:
         scores: f32[..., q_len, kv_len].
         mask: bool[q_len, kv_len], True where the query sees the key.
-        sinks: f32[...] or None. A sink adds `exp(sink)` to the denominator: attention that goes
-            to no key at all (gpt-oss; Xiao et al. 2023, arXiv 2309.17453).
+        sinks: f32[...], one number for the rows of each [q_len, kv_len] matrix, or None. A sink
+            adds `exp(sink)` to the denominator: attention that goes to no key at all (gpt-oss;
+            Xiao et al. 2023, arXiv 2309.17453).
 
     Returns:
         f32[..., q_len, kv_len].
@@ -73,7 +75,7 @@ def masked_softmax(scores, mask, sinks=None):
     # (-inf) - (-inf) is NaN, and that is what a row without a visible key would compute.
     row_max = jnp.where(jnp.isfinite(row_max), row_max, 0.0)
     weights = jnp.exp(scores - row_max)
-    row_sum = weights.sum(axis=-1, keepdims=True)
+    row_sum = weights.sum(axis=-1, keepdims=True)  # [..., q_len, 1]
     if sinks is not None:
         row_sum = row_sum + jnp.exp(sinks[..., None, None] - row_max)
     return weights / jnp.where(row_sum > 0, row_sum, 1.0)
@@ -97,8 +99,9 @@ def scores_of(q, k, sm_scale, soft_cap=None):
     >>> scores_of(jnp.ones((1, 2, 4)), jnp.ones((3, 1, 4)), sm_scale=0.5).shape
     (1, 2, 1, 3)
     """
-    q_len, num_q_heads, head_dim = q.shape
+    q_len, _, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    # [q_len, num_kv_heads, group, head_dim]
     grouped = q.astype(jnp.float32).reshape(q_len, num_kv_heads, -1, head_dim)
     # HIGHEST: a TPU otherwise rounds float32 inputs of a matmul to bfloat16.
     scores = jnp.einsum(
@@ -113,7 +116,8 @@ def weighted_values(weights, v):
 
     Args:
         weights: f32[num_kv_heads, group, q_len, kv_len].
-        v: [kv_len, num_kv_heads, head_dim], finite wherever a weight may be anything but absent.
+        v: [kv_len, num_kv_heads, head_dim], finite everywhere: `0 * NaN` is NaN, so a weight of
+            zero does not hide what a stale row holds.
 
     Returns:
         f32[q_len, num_q_heads, head_dim].
@@ -122,7 +126,7 @@ def weighted_values(weights, v):
     Array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
-    out = jnp.einsum(
+    out = jnp.einsum(  # [q_len, num_kv_heads, group, head_dim]
         "hgqk,khd->qhgd", weights, v.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     return out.reshape(out.shape[0], -1, out.shape[-1])
@@ -192,7 +196,9 @@ def attention(q, k, v, *, causal=True, sliding_window=None, soft_cap=None, sm_sc
 
 
 def padded_attention(q, k, v, q_lens, kv_lens, *, sm_scale=None):
-    """A batch the simple way: every sequence padded to the longest one. What rung 3 does away with.
+    """Causal attention of a batch the simple way: every sequence padded to the longest one.
+
+    This is what rung 3 does away with.
 
     Args:
         q: [num_seqs, max_q_len, num_q_heads, head_dim]; rows from q_lens on are padding.
@@ -203,6 +209,8 @@ def padded_attention(q, k, v, q_lens, kv_lens, *, sm_scale=None):
     Returns:
         [num_seqs, max_q_len, num_q_heads, head_dim] in the dtype of q; padding rows are zero.
 
+    Lengths are taken as they are: a q_len above its kv_len gives queries that see no key.
+
     >>> q, kv = jnp.ones((2, 1, 4, 8)), jnp.ones((2, 5, 2, 8))
     >>> padded_attention(q, kv, kv, jnp.array([1, 1]), jnp.array([5, 2])).shape
     (2, 1, 4, 8)
@@ -211,7 +219,7 @@ def padded_attention(q, k, v, q_lens, kv_lens, *, sm_scale=None):
     q_rows = jnp.arange(q.shape[1])
     kv_rows = jnp.arange(k.shape[1])
 
-    def one_sequence(q, k, v, q_len, kv_len):
+    def one_sequence(q, k, v, q_len, kv_len):  # q [max_q_len, ...], k and v [max_kv_len, ...]
         mask = visible(q_rows + kv_len - q_len, kv_rows)
         mask &= (q_rows < q_len)[:, None] & (kv_rows < kv_len)[None, :]
         return attend(q, k, v, mask, sm_scale=sm_scale)
@@ -222,6 +230,10 @@ def padded_attention(q, k, v, q_lens, kv_lens, *, sm_scale=None):
 def check_dense_shapes(q_shape, k_shape, v_shape):
     """Raise a ValueError, in words, if q, k and v of one sequence do not fit together.
 
+    Args:
+        q_shape: (q_len, num_q_heads, head_dim).
+        k_shape, v_shape: (kv_len, num_kv_heads, head_dim).
+
     >>> check_dense_shapes((1, 4, 8), (3, 2, 8), (3, 2, 8))
     """
     if len(q_shape) != 3 or len(k_shape) != 3:
@@ -230,7 +242,10 @@ def check_dense_shapes(q_shape, k_shape, v_shape):
             f"{q_shape} and k has shape {k_shape}. For a batch see padded_attention, or rung 3."
         )
     if k_shape != v_shape:
-        raise ValueError(f"k and v must have the same shape, but are {k_shape} and {v_shape}.")
+        raise ValueError(
+            f"k and v must have the same shape, but are {k_shape} and {v_shape}: every token "
+            "brings one key and one value for each KV head."
+        )
     if q_shape[2] != k_shape[2]:
         raise ValueError(
             f"q has head_dim {q_shape[2]} and k has {k_shape[2]}: they must be equal, a score is "
@@ -264,8 +279,15 @@ def oracle(
 ) -> Truth:
     """Attention of one sequence in NumPy float64, head by head: what everything is compared with.
 
-    Same arguments as `attention` (and `sinks`, f32[num_q_heads]); the inputs are taken as they
-    are, so a bfloat16 input is judged by what it really holds, not by what it was rounded from.
+    The inputs are taken as they are, so a bfloat16 input is judged by what it really holds, not by
+    what it was rounded from.
+
+    Args:
+        q, k, v, causal, sliding_window, soft_cap, sm_scale: see `attention`; nothing is checked.
+        sinks: f32[num_q_heads] or None, see `masked_softmax`.
+
+    Returns:
+        `Truth`; rows that see no key have an output of zero and a scale of 1.
 
     >>> oracle(np.ones((1, 4, 8)), np.ones((3, 2, 8)), np.ones((3, 2, 8))).output.dtype
     dtype('float64')
@@ -299,6 +321,10 @@ def oracle(
 def relative_error(output, truth: Truth) -> float:
     """The first measure of difference: `||output - truth|| / ||truth||` over the whole array.
 
+    Args:
+        output: [q_len, num_q_heads, head_dim], any float dtype.
+        truth: what `oracle` returned.
+
     >>> relative_error(np.ones((1, 1, 2)), Truth(np.ones((1, 1, 2)), np.ones((1, 1))))
     0.0
     """
@@ -312,6 +338,10 @@ def scaled_error(output, truth: Truth) -> float:
     `max|output - truth| / (max(1, max|score|) * max|v|)`: an error of the score is multiplied by
     its size before it reaches the softmax. A relative error by element would mean nothing, since
     an output can be close to zero by cancellation.
+
+    Args:
+        output: [q_len, num_q_heads, head_dim], any float dtype.
+        truth: what `oracle` returned.
 
     >>> scaled_error(np.ones((1, 1, 2)), Truth(np.ones((1, 1, 2)), np.ones((1, 1))))
     0.0
