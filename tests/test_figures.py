@@ -14,7 +14,7 @@ import pytest
 from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
-from rpa.figures import dense, fused, kernel, optimise, paging, ragged, tiled
+from rpa.figures import dense, fused, kernel, optimise, paging, production, ragged, tiled
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.lab.recorded import recorded_step
@@ -101,6 +101,13 @@ EXAMPLES = {
     "two_lanes": lambda: optimise.two_lanes([(0, 2), (2, 4)], [(2, 5), (5, 8)]),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
+    ),
+    "kept_and_read": lambda: production.kept_and_read(
+        {"bfloat16": (2**35, 2**35), "a window in every second layer": (2**35, 2**34)}, 2**33
+    ),
+    "lost_tokens": lambda: production.lost_tokens(11, window=3, bq=2, bkv=4),
+    "error_by_length": lambda: production.error_by_length(
+        [1024, 2048], {"bfloat16": [0.001, 0.5], "float32": [1e-7, 0]}, [("rounding", 0.002)]
     ),
     "online_softmax": lambda: tiled.online_softmax([1, 3, 2, 5], [(2, 3.0, 1.1), (4, 5.0, 1.2)]),
     "tiles": lambda: tiled.tiles({"8 heads of 64": (8, 64), "a row of 200": (1, 200)}),
