@@ -2,7 +2,7 @@
 
 python -m course.build --execute       # build and run all chapters
 python -m course.build --execute 1 2   # build and run chapters 1 and 2
-python -m course.build 1               # text only: quick, leaves notebooks without outputs
+python -m course.build 1               # text only: quick; keeps the outputs of what did not change
 python -m course.build --check         # exit 1 with a list of what is not up to date
 """
 
@@ -32,9 +32,14 @@ def build(sources: list[Source], run: bool) -> None:
     """Write the notebooks of these sources and the tables of all exercises."""
     for source in sources:
         for path, notebook in notebooks_of(source).items():
-            if run and path.parts[0] in EXECUTED:
-                print(f"executing {path}", flush=True)
-                notebook = execute(notebook, ROOT / path.parent)
+            if path.parts[0] in EXECUTED:
+                if run:
+                    print(f"executing {path}", flush=True)
+                    notebook = execute(notebook, ROOT / path.parent)
+                elif _compare(path, notebook) is None:
+                    continue  # it has the outputs of just these cells
+                else:
+                    print(f"{path} has no outputs now: its source changed. Run it with --execute")
             (ROOT / path).parent.mkdir(exist_ok=True)
             (ROOT / path).write_text(to_text(notebook), encoding="utf-8")
 

@@ -338,3 +338,22 @@ def judge(exercise, function) -> str:
     except (CheckFailed, NotStarted) as refused:
         return str(refused)
     return "✓"
+
+
+def test_a_text_build_keeps_outputs_of_unchanged_cells_and_says_which_are_lost(
+    tmp_path, monkeypatch, capsys
+):
+    source = read(tmp_path, LESSON, "ch09_count_lesson.py")
+    ((path, made),) = notebooks_of(source).items()
+    for number, cell in enumerate((c for c in made.cells if c.cell_type == "code"), start=1):
+        cell.execution_count = number
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / path).parent.mkdir()
+    (tmp_path / path).write_text(to_text(made), encoding="utf-8")
+    build.build([source], run=False)
+    assert (tmp_path / path).read_text(encoding="utf-8") == to_text(made)
+    assert capsys.readouterr().out == ""
+    changed = read(tmp_path, LESSON.replace("2 + 1", "1 + 2"), "ch09_count_lesson.py")
+    build.build([changed], run=False)
+    assert "1 + 2" in (tmp_path / path).read_text(encoding="utf-8")
+    assert f"{path} has no outputs now" in capsys.readouterr().out
