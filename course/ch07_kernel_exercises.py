@@ -246,6 +246,32 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
     return seq, 0, 0
 
 
+# %% tags=["wrong"] refused="one query block too many"
+def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
+    kv_end = kv_lens[seq] - q_lens[seq] + min((q_block + 1) * bq, q_lens[seq])
+    if (kv_block + 1) * bkv < kv_end:
+        return seq, q_block, kv_block + 1
+    if (q_block + 1) * bq <= q_lens[seq]:
+        return seq, q_block + 1, 0
+    seq += 1
+    while seq < len(q_lens) and q_lens[seq] == 0:
+        seq += 1
+    return seq, 0, 0
+
+
+# %% tags=["wrong"] refused="a query block ends where it begins"
+def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
+    kv_end = kv_lens[seq] - q_lens[seq] + min(q_block * bq, q_lens[seq])
+    if kv_block + 1 < cdiv(kv_end, bkv):
+        return seq, q_block, kv_block + 1
+    if q_block + 1 < cdiv(q_lens[seq], bq):
+        return seq, q_block + 1, 0
+    seq += 1
+    while seq < len(q_lens) and q_lens[seq] == 0:
+        seq += 1
+    return seq, 0, 0
+
+
 # %% tags=["wrong"] refused="only one idle slot is passed over"
 def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
     kv_end = kv_lens[seq] - q_lens[seq] + min((q_block + 1) * bq, q_lens[seq])
@@ -478,6 +504,17 @@ def find_distribution(q_lens, chunk_prefill_size):
     i = int(np.logical_and.accumulate(q_lens <= 1).sum())
     j = i
     while j < len(q_lens) and q_lens[j] == chunk_prefill_size:
+        j += 1
+    return np.array([i, j, len(q_lens)], np.int32)
+
+
+# %% tags=["wrong"] refused="raises IndexError"
+def find_distribution(q_lens, chunk_prefill_size):
+    i = 0
+    while q_lens[i] <= 1:
+        i += 1
+    j = i
+    while chunk_prefill_size is not None and j < len(q_lens) and q_lens[j] <= chunk_prefill_size:
         j += 1
     return np.array([i, j, len(q_lens)], np.int32)
 

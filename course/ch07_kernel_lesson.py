@@ -170,10 +170,10 @@ steps += [(*step, kind_of(mixed_plan, step)) for step in mixed_steps]
 pictures.batch_walk(steps, cdiv(kv_lens, 16).tolist(), names)
 
 # %% [markdown]
-# The numbers are the order. In a toy most blocks lie on some edge; in a prompt of 4,096 tokens with
-# tiles of 128 by 512, the diagonal goes through 32 of the 144 tiles that are computed (exercise 7.3
-# counts them). The kernel decides it for each tile from four numbers, and has its inner loop twice,
-# with a mask and without:
+# A row is a query block, the numbers are the order. In a toy most blocks lie on some edge; in a
+# prompt of 4,096 tokens with tiles of 128 by 512, the diagonal goes through 32 of the 144 tiles
+# that are computed (exercise 7.3 counts them). The kernel decides it for each tile from four
+# numbers, and has its inner loop twice, with a mask and without:
 
 # %%
 show_source(loop._attend_kv_block)

@@ -3,9 +3,14 @@
 References and mistakes are NumPy and plain Python, and say the same as the kernel by brute force.
 """
 
+import contextlib
+import operator
+from functools import partial
+
+import jax
 import numpy as np
 
-from rpa.check.exercise import Exercise
+from rpa.check.exercise import Exercise, call
 from rpa.dense import oracle
 from rpa.paging import cdiv
 
@@ -103,6 +108,20 @@ def _window_too_long(kv_len, q_len, q_block, bq, sliding_window):
     return _block_keys(kv_len, q_len, q_block, bq, window)
 
 
+@block_keys.mistake(
+    "the window is one key too short: it counts the query's own token, so the first key is "
+    "position - sliding_window + 1 and not the one after it"
+)
+def _window_too_short(kv_len, q_len, q_block, bq, sliding_window):
+    window = None if sliding_window is None else sliding_window - 1
+    return _block_keys(kv_len, q_len, q_block, bq, window)
+
+
+@block_keys.mistake("the window is not thought of: with one, kv_start is not 0")
+def _no_window(kv_len, q_len, q_block, bq, sliding_window):
+    return _block_keys(kv_len, q_len, q_block, bq, None)
+
+
 @block_keys.mistake("kv_start is negative where the window is longer than what there is")
 def _negative(kv_len, q_len, q_block, bq, sliding_window):
     start, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
@@ -115,27 +134,20 @@ def _negative(kv_len, q_len, q_block, bq, sliding_window):
 # 7.2 the next step --------------------------------------------------------------------------------
 
 
-def _all_steps(q_lens, kv_lens, bq, bkv, *, causal=True, whole_blocks_only=False, idle=False):
+def _all_steps(q_lens, kv_lens, bq, bkv):
     """Every (sequence, query block, KV block) of a batch, in order."""
     steps = []
     for s, (q_len, kv_len) in enumerate(zip(q_lens.tolist(), kv_lens.tolist(), strict=True)):
-        if q_len == 0 and idle:
-            steps.append((s, 0, 0))
-        for q in range(q_len // bq if whole_blocks_only else cdiv(q_len, bq)):
-            end = kv_len - q_len + min((q + 1) * bq, q_len) if causal else kv_len
+        for q in range(cdiv(q_len, bq)):
+            end = kv_len - q_len + min((q + 1) * bq, q_len)
             steps += [(s, q, b) for b in range(cdiv(end, bkv))]
     return steps
 
 
-def _after(steps, step, num_seqs):
-    """The step after `step`, or (num_seqs, 0, 0) if it is the last, or does not occur."""
-    later = steps[steps.index(step) + 1 :] if step in steps else []
-    return later[0] if later else (num_seqs, 0, 0)
-
-
 def _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    steps = _all_steps(q_lens, kv_lens, bq, bkv)
-    return _after(steps, (seq, q_block, kv_block), len(q_lens))
+    """Look the step up in the list of all, and take the one behind it."""
+    steps = [*_all_steps(q_lens, kv_lens, bq, bkv), (len(q_lens), 0, 0)]
+    return steps[steps.index((seq, q_block, kv_block)) + 1]
 
 
 def _at(q_lens, kv_lens, step, bq=4, bkv=8):
@@ -145,83 +157,95 @@ def _at(q_lens, kv_lens, step, bq=4, bkv=8):
 
 
 next_step = Exercise("7.2", _next_step, outputs=("seq", "q_block", "kv_block"), convert=np.array)
-next_step.case("the next KV block of a decode", **_at([1, 1], [20, 9], (0, 0, 0)))
-next_step.case("the next sequence", **_at([1, 1], [20, 9], (0, 0, 2)))
-next_step.case("the next query block of a chunk", **_at([6], [10], (0, 0, 0)))
+# Numbers are chosen so that no likely wrong step is the right one in another order.
+next_step.case("the next KV block of a decode", **_at([1, 1, 1], [7, 9, 20], (2, 0, 0)))
+next_step.case("the next sequence", **_at([1, 1, 1], [9, 20, 3], (1, 0, 2)))
+next_step.case("the next query block of a chunk", **_at([14], [30], (0, 1, 2)))
+next_step.case("a query block that needs one KV block more", **_at([8], [21], (0, 0, 1)))
 next_step.case(
     "an early query block, which sees less than there is", **_at([12, 1], [20, 5], (0, 0, 1))
 )
-next_step.case("the last query block, not full, then a decode", **_at([6, 1], [22, 9], (0, 1, 2)))
+next_step.case("a last query block that is not full", **_at([1, 6], [9, 18], (1, 0, 1)))
+next_step.case("after it, a decode", **_at([6, 1], [15, 9], (0, 1, 1)))
+next_step.case("a last query block that is full, then a decode", **_at([8, 1], [16, 9], (0, 1, 1)))
 next_step.case("two idle slots in between", **_at([1, 0, 0, 3], [7, 9, 0, 3], (0, 0, 0)))
 next_step.case("a KV block that ends with a sequence", **_at([1, 1], [16, 3], (0, 0, 1)))
 next_step.case("the last step of the batch", **_at([1, 5], [7, 13], (1, 1, 1)))
 next_step.case("only idle slots are left", **_at([2, 0, 0], [8, 3, 0], (0, 0, 0)))
 
 
-@next_step.mistake(
-    "an idle slot (q_len 0) is visited: it has no query block, and the kernel would wait for a "
-    "copy that nobody starts"
-)
-def _visits_idle(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    steps = _all_steps(q_lens, kv_lens, bq, bkv, idle=True)
-    return _after(steps, (seq, q_block, kv_block), len(q_lens))
+def _block_end(q_len, kv_len, bq, q_block):
+    """Where the keys end that a query block sees."""
+    return kv_len - q_len + min((q_block + 1) * bq, q_len)
 
 
-@next_step.mistake("only one idle slot is passed over; there may be several in a row")
-def _passes_one_idle(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    step = _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    return (min(step[0], seq + 2), 0, 0) if step[0] > seq else step
+def _one_more(a, b):
+    """`cdiv`, but for a whole number of b, where it is one too many."""
+    return a // b + 1
 
 
-@next_step.mistake(
-    "every query block goes on to kv_len: a causal one ends at its own last token, and what comes "
-    "after that it does not see"
-)
-def _goes_on_to_kv_len(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    steps = _all_steps(q_lens, kv_lens, bq, bkv, causal=False)
-    return _after(steps, (seq, q_block, kv_block), len(q_lens))
-
-
-@next_step.mistake("the KV blocks are not begun anew with a new query block")
-def _keeps_kv_block(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    step = _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    return (*step[:2], kv_block + 1) if step[0] == seq and step[1] > q_block else step
-
-
-@next_step.mistake("the query blocks are not begun anew with a new sequence")
-def _keeps_q_block(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    step = _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    return (step[0], q_block + 1, 0) if seq < step[0] < len(q_lens) else step
-
-
-@next_step.mistake(
-    "the sequence ends with the KV blocks of one query block: there may be more query blocks"
-)
-def _one_query_block(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    step = _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    if step[0] == seq and step[1] > q_block:
-        last = [s for s in _all_steps(q_lens, kv_lens, bq, bkv) if s[0] == seq][-1]
-        return _next_step(q_lens, kv_lens, bq, bkv, *last)
-    return step
-
-
-@next_step.mistake("a query block that is not full is left out: q_len / bq is rounded down, not up")
-def _whole_query_blocks(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    steps = _all_steps(q_lens, kv_lens, bq, bkv, whole_blocks_only=True)
-    step = _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    if step[0] == seq and step[1] > q_block and step not in steps:
-        return _one_query_block(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
-    return step
-
-
-@next_step.mistake(
-    "one KV block too many: where the keys end exactly with a block, there is no other one"
-)
-def _one_kv_block_too_many(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
-    end = kv_lens[seq] - q_lens[seq] + min((q_block + 1) * bq, q_lens[seq])
-    if kv_block + 1 <= end // bkv:
+def _odometer(
+    q_lens, kv_lens, bq, bkv, seq, q_block, kv_block, *,
+    end=_block_end, num_kv=cdiv, num_q=cdiv, most_idle=-1, keeps_kv=False, keeps_q=False,
+):  # fmt: skip
+    """The next step as one writes it down, with a screw for each thing that may be forgotten."""
+    q_len, kv_len = int(q_lens[seq]), int(kv_lens[seq])
+    if kv_block + 1 < num_kv(end(q_len, kv_len, bq, q_block), bkv):
         return seq, q_block, kv_block + 1
-    return _next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block)
+    if q_block + 1 < num_q(q_len, bq):
+        return seq, q_block + 1, kv_block if keeps_kv else 0
+    seq, passed = seq + 1, 0
+    while seq < len(q_lens) and q_lens[seq] == 0 and passed != most_idle:
+        seq, passed = seq + 1, passed + 1
+    return seq, q_block if keeps_q else 0, 0
+
+
+def _wrong_step(words, **screws):
+    next_step.mistake(words)(partial(_odometer, **screws))
+
+
+_wrong_step(
+    "an idle slot (q_len 0) is visited: it has no query block, and the kernel would wait for a "
+    "copy that nobody starts",
+    most_idle=0,
+)
+_wrong_step("only one idle slot is passed over; there may be several in a row", most_idle=1)
+_wrong_step(
+    "every query block goes on to kv_len: a causal one ends at its own last token, and what comes "
+    "after that it does not see",
+    end=lambda q_len, kv_len, bq, q_block: kv_len,
+)
+_wrong_step(
+    "the cached prefix is forgotten: the first new token stands at kv_len - q_len, not at 0",
+    end=lambda q_len, kv_len, bq, q_block: min((q_block + 1) * bq, q_len),
+)
+_wrong_step(
+    "the last query block is taken for a full one: it ends with the sequence, so min(..., q_len)",
+    end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + (q_block + 1) * bq,
+)
+_wrong_step(
+    "a query block ends where it begins: block q_block ends with token (q_block + 1) * bq",
+    end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + q_block * bq,
+)
+_wrong_step("the KV blocks are not begun anew with a new query block", keeps_kv=True)
+_wrong_step("the query blocks are not begun anew with a new sequence", keeps_q=True)
+_wrong_step(
+    "the sequence ends with the KV blocks of one query block: there may be more query blocks",
+    num_q=lambda q_len, bq: 1,
+)
+_wrong_step(
+    "a query block that is not full is left out: q_len / bq is rounded down, not up",
+    num_q=operator.floordiv,
+)
+_wrong_step(
+    "there is one query block too many: where q_len ends exactly with a block, no other one "
+    "follows",
+    num_q=_one_more,
+)
+_wrong_step(
+    "there is one KV block too many: where the keys end exactly with a block, no other one follows",
+    num_kv=_one_more,
+)
 
 
 # 7.3 which tiles need a mask ----------------------------------------------------------------------
@@ -255,6 +279,7 @@ tile_kind.case("the diagonal", **_tile(8, 4, 8, 4))
 tile_kind.case("keys long after the queries", **_tile(8, 4, 16, 4))
 tile_kind.case("keys that end with the first query's own", **_tile(7, 4, 4, 4))
 tile_kind.case("keys that begin with the last query's own", **_tile(5, 4, 8, 4))
+tile_kind.case("keys that begin between the first query and the last", **_tile(5, 4, 6, 4))
 tile_kind.case("keys that begin one after the last query", **_tile(4, 4, 8, 4))
 tile_kind.case("a decode", **_tile(9, 1, 8, 4))
 tile_kind.case("before the window", **_tile(40, 4, 0, 8, 16))
@@ -297,9 +322,7 @@ def _skips_by_first(q_position, bq_c, kv_position, bkv_c, sliding_window):
 )
 def _interior_by_last(q_position, bq_c, kv_position, bkv_c, sliding_window):
     kind = _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
-    last_sees = _tile_kind(
-        q_position + bq_c - 1, 1, kv_position, bkv_c, sliding_window
-    )  # fmt: skip
+    last_sees = _tile_kind(q_position + bq_c - 1, 1, kv_position, bkv_c, sliding_window)
     return "interior" if last_sees == "interior" else kind
 
 
@@ -313,6 +336,42 @@ def _not_itself(q_position, bq_c, kv_position, bkv_c, sliding_window):
 def _window_long(q_position, bq_c, kv_position, bkv_c, sliding_window):
     window = None if sliding_window is None else sliding_window + 1
     return _tile_kind(q_position, bq_c, kv_position, bkv_c, window)
+
+
+@tile_kind.mistake(
+    "a tile at distance 0 is skipped: the last query sees the first key if it is its own, so skip "
+    "only where the largest distance is below 0"
+)
+def _skips_own_key(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    if q_position + bq_c - 1 == kv_position:
+        return "skip"
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+
+
+@tile_kind.mistake(
+    "a tile whose largest distance is just the window is taken for interior: a visible pair is "
+    "*less* than sliding_window apart"
+)
+def _interior_at_window(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    if q_position + bq_c - 1 - kv_position == sliding_window:
+        return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window + 1)
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+
+
+@tile_kind.mistake(
+    "a tile is skipped as soon as one pair is outside of the window: it is when the pair with the "
+    "smallest distance is"
+)
+def _skips_by_largest(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    if sliding_window is not None and q_position + bq_c - 1 - kv_position >= sliding_window:
+        return "skip"
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+
+
+@tile_kind.mistake('"interior" and "masked" are swapped: interior tiles are those without a mask')
+def _names_swapped(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    kind = _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+    return {"interior": "masked", "masked": "interior"}.get(kind, kind)
 
 
 # 7.4 the distribution of a batch whose order is fixed ---------------------------------------------
@@ -339,6 +398,8 @@ distribution.case(
 )
 distribution.case("no kernel for chunks", q_lens=ints(1, 4, 4), chunk_prefill_size=None)
 distribution.case("nothing but a prompt", q_lens=ints(9, 1), chunk_prefill_size=4)
+distribution.case("nothing but decodes", q_lens=ints(1, 1, 1), chunk_prefill_size=4)
+distribution.case("nothing but chunks", q_lens=ints(4, 3), chunk_prefill_size=4)
 
 
 @distribution.mistake("the three numbers count; they should say where each range ends")
@@ -382,6 +443,32 @@ def _chunks_without_kernel(q_lens, chunk_prefill_size):
     if chunk_prefill_size is None:
         return ints(_distribution(q_lens, None)[0], len(q_lens), len(q_lens))
     return _distribution(q_lens, chunk_prefill_size)
+
+
+@distribution.mistake(
+    "i counts all decodes, wherever they stand, and the chunks are looked for behind that many: "
+    "only those in front are in the first range, or the decode kernel would compute somebody's "
+    "prompt"
+)
+def _counts_decodes(q_lens, chunk_prefill_size):
+    i = int((q_lens <= 1).sum())
+    rest = _distribution(np.maximum(q_lens[i:], 2), chunk_prefill_size)
+    return ints(i, i + rest[1], len(q_lens))
+
+
+@distribution.mistake("a chunk of just chunk_prefill_size ends the second range: <= and not <")
+def _full_chunk_ends(q_lens, chunk_prefill_size):
+    size = None if chunk_prefill_size is None else chunk_prefill_size - 1
+    return _distribution(q_lens, size)
+
+
+@distribution.mistake(
+    "a decode ends the second range: the kernel for chunks takes whatever is not too long"
+)
+def _decode_ends_chunks(q_lens, chunk_prefill_size):
+    i, j, k = (int(x) for x in _distribution(q_lens, chunk_prefill_size))
+    short = [n for n in range(i, j) if q_lens[n] <= 1]
+    return ints(i, min([j, *short]), k)
 
 
 # 7.5 run it ---------------------------------------------------------------------------------------
@@ -432,12 +519,31 @@ def _step_arguments(q_lens, kv_lens, page_table):
     }
 
 
+@contextlib.contextmanager
+def _compiled_in_haste():
+    """What runs for a moment need not be optimised: that is a quarter of the time of this check."""
+    name, on_tpu = "jax_disable_most_optimizations", jax.default_backend() == "tpu"
+    before = jax.config.values[name]
+    jax.config.update(name, before or not on_tpu)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def drive_step(function, *arguments):
+    """The results of a step by the learner's function, or by a model of it."""
+    with _compiled_in_haste():
+        return call(function, *arguments)
+
+
 serve_step = Exercise(
     "7.5",
     _serve_step,
     outputs=("output", "kv_cache"),
     axes=("token", "head", "lane"),
     convert=np.array,
+    drive=drive_step,
     limit_s=120.0,
 )
 serve_step.case(

@@ -16,7 +16,7 @@ BOXES = {  # name: (left, bottom, width, height, text)
     "o": (4.6, 0.5, 2.6, 0.8, "output blocks, twice"),
     "walk": (8.9, 6.3, 2.8, 0.8, "walk: which step\nis next?"),
     "tile": (8.9, 3.4, 2.8, 1.8, "one tile:\nQ K$^T$, mask if needed,\nexp, P V"),
-    "state": (8.9, 1.4, 2.8, 1.1, "m, l, acc\nof the query block"),
+    "state": (8.9, 1.4, 2.8, 1.1, "softmax state\nof the query block"),
 }
 MEMORIES = {  # title: (left, bottom, width, height)
     "HBM": (0.1, 0.2, 2.7, 7.5),
