@@ -6,6 +6,7 @@ from a `rpa.lab.timeline.Timeline`, in the order of events or on the predicted c
 
 from dataclasses import dataclass
 
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from rpa.figures.style import COLORS, alt, new_figure, style
@@ -300,7 +301,9 @@ def _legend(drawn, chip):
         handles.append(
             Patch(facecolor="white", edgecolor=red, ls="--", lw=2, label="never waited for")
         )
-    return handles
+    # A tick at the beginning of a bar: several stand in one bar where one wait ends several copies.
+    tick = {"marker": "|", "markersize": 12, "markeredgewidth": 1.6, "linestyle": "none"}
+    return [*handles, Line2D([], [], color="black", label="start()", **tick)]
 
 
 def _words(title, drawn, chip, compute_ratio):
