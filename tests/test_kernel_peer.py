@@ -27,7 +27,7 @@ import pytest
 from rpa import dense
 from rpa.lab import peers
 from rpa.paging import cdiv
-from rpa.ragged import quantize
+from rpa.ragged import quantize, ref_ragged_paged_attention
 from tests.batches import Shape, make_case
 from tests.kernel_harness import ON_WAIT
 from tests.kernel_runs import attend, tolerance_of
@@ -173,5 +173,19 @@ def test_agrees_with_the_peers_reference(name):
     limit = 5e-6 if c.dtype == "float32" else tolerance_of(case, ours.dtype)
     assert dense.relative_error(ours[:rows], truth) < limit
     cache = np.asarray(widened(cache)[:, :, : c.rows])
+    for page, slot in case.new_slots:
+        np.testing.assert_array_equal(cache[page, slot], np.asarray(their_cache[page, slot]))
+
+
+def test_rung_3_agrees_with_the_peers_reference_for_shared_lanes():
+    """Their layout is ours: the same cache, bit by bit, and the same output with sinks."""
+    c = COMBINATIONS["head_dim 64, sinks"]
+    case = make_case(c.shape(), c.lengths)
+    options = {"sm_scale": c.head_dim**-0.5, "out_dtype": "float32"} | c.options
+    ours, cache = ref_ragged_paged_attention(*case.arrays, *case.metadata, **options)
+    theirs, their_cache = oracle(c, case, case.queries)
+    truth = dense.Truth(np.asarray(theirs).astype(np.float64), np.ones(theirs.shape[:2]))
+    assert dense.relative_error(ours[: len(theirs)], truth) < 2e-6
+    cache = np.asarray(widened(np.asarray(cache))[:, :, : c.rows])
     for page, slot in case.new_slots:
         np.testing.assert_array_equal(cache[page, slot], np.asarray(their_cache[page, slot]))

@@ -216,7 +216,15 @@ def _stubs():
     package.__path__ = list(spec.submodule_search_locations)
     logger = types.ModuleType("vllm.logger")
     logger.init_logger = logger._VllmLogger = lambda name: mock.Mock(name=name)
-    stubs = {"tpu_inference": package, "vllm": types.ModuleType("vllm"), "vllm.logger": logger}
+    # The kernel for head_dim 64 asks it for the device's name, and it asks for torch.
+    utils = types.ModuleType("tpu_inference.utils")
+    utils.get_device_name = lambda: ""
+    stubs = {
+        "tpu_inference": package,
+        "tpu_inference.utils": utils,
+        "vllm": types.ModuleType("vllm"),
+        "vllm.logger": logger,
+    }
     added = {name: stub for name, stub in stubs.items() if name not in sys.modules}
     sys.modules.update(added)
     try:
