@@ -86,12 +86,13 @@ def test_a_timing_that_is_left_out_does_not_choose_its_own_fit():
     predicted = np.full((len(calibration.GRID), 3), 20.0)
     predicted[best] = 10.0
     predicted[7] = [12.0, 12.0, 10.0]
-    found = calibration.fit(predicted, published_us)
+    found = calibration.fit(predicted, published_us, "aab")
     assert found.best == calibration.GRID[best] and not found.errors.any()
     predicted[best, 0] = 20.0  # without the first timing it is still the best
-    found = calibration.fit(predicted, published_us)
+    found = calibration.fit(predicted, published_us, "aab")
     assert found.best == calibration.GRID[7]
     assert found.left_out.tolist() == pytest.approx([1.0, 0.2, 0.0])
+    assert found.source_left_out.tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
 def test_a_run_that_multiplied_too_little_is_refused():

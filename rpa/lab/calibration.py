@@ -4,10 +4,11 @@ The schedule holds the cycles, but neither how long a copy takes to arrive nor w
 HBM reaches. Two numbers, the same for all kernels and batches, are chosen so that ten published
 timings (`rpa.lab.published.TIMINGS`) are met best: least mean square of log(predicted / published).
 All ten are of one chip, TPU7x, and of other kernels than ours: elsewhere the calibrated value is an
-extrapolation.
+extrapolation. And that it fits does not say why: whatever a kernel waits for once a block, beside
+its bytes, looks like latency here.
 
 `python -m rpa lab predict --calibrate` repeats the fit and prints its error, also that of each
-timing when the other nine alone are fitted.
+timing when the other nine alone are fitted, or the other source alone.
 """
 
 from collections.abc import Sequence
@@ -62,23 +63,27 @@ class Fit:
         best: of all timings.
         errors: of each timing at the best, 0.05 is 5 % too long.
         left_out: of each timing at the best of the others.
+        source_left_out: of each timing at the best of those from other sources, which are of
+            another kernel and at other shapes: what the fit is worth for one that it never saw.
     """
 
     best: Calibration
     errors: np.ndarray
     left_out: np.ndarray
+    source_left_out: np.ndarray
 
 
-def fit(predicted_us, published_us) -> Fit:
+def fit(predicted_us, published_us, sources) -> Fit:
     """Choose from GRID.
 
     Args:
         predicted_us: f64[len(GRID), num_timings], of each timing with each calibration.
         published_us: f64[num_timings].
+        sources: names, of at least two sources.
 
     >>> published = np.array([10.0, 20.0, 40.0])
     >>> predicted = np.stack([published * (1 + 0.01 * i) for i in range(len(GRID))])
-    >>> found = fit(predicted, published)
+    >>> found = fit(predicted, published, ["a", "a", "b"])
     >>> found.best == GRID[0], found.errors.tolist()
     (True, [0.0, 0.0, 0.0])
     """
@@ -87,9 +92,16 @@ def fit(predicted_us, published_us) -> Fit:
     squares = np.log(relative) ** 2
     total = squares.sum(axis=1)
     best = int(total.argmin())
-    without = (total[:, None] - squares).argmin(axis=0)  # of the others, for each timing
-    left_out = relative[without, np.arange(len(published_us))] - 1
-    return Fit(GRID[best], relative[best] - 1, left_out)
+    alone, names = np.eye(len(published_us), dtype=bool), np.array(list(sources))
+    of_source = names[:, None] == names
+    errors = [_errors_without(relative, squares, same) for same in (alone, of_source)]
+    return Fit(GRID[best], relative[best] - 1, *errors)
+
+
+def _errors_without(relative, squares, same):
+    """Errors of each timing t at the best of those that are not `same[t]`."""
+    of_others = squares @ ~same.T  # [len(GRID), num_timings]
+    return relative[of_others.argmin(axis=0), np.arange(len(same))] - 1
 
 
 def rms(errors) -> float:

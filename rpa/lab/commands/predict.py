@@ -72,10 +72,13 @@ def _calibrate(args) -> int:
     if _is_a_peer_absent():
         return 1
     bar = tqdm(published.refit(), total=len(published.TIMINGS), leave=False, disable=None)
-    found = fit(np.stack(list(bar), axis=1), [t.time_us for t in published.TIMINGS])
+    predicted_us = np.stack(list(bar), axis=1)
+    times_us, sources = zip(*((t.time_us, t.source) for t in published.TIMINGS), strict=True)
+    found = fit(predicted_us, times_us, sources)
     if args.json:
         told = {"best": dataclasses.asdict(found.best), "errors": found.errors.tolist()}
-        print(json.dumps(told | {"left_out": found.left_out.tolist()}))
+        told["left_out"] = found.left_out.tolist()
+        print(json.dumps(told | {"source_left_out": found.source_left_out.tolist()}))
     else:
         print(describe_fit(found))
     return 0
@@ -91,10 +94,12 @@ def _is_a_peer_absent() -> bool:
 def describe_fit(found: Fit) -> str:
     """A fit for people.
 
-    >>> print(describe_fit(Fit(FITTED, np.array([0.1, -0.1]), np.array([0.2, 0.0]))))
+    >>> errors = np.array([[0.1, -0.1], [0.2, 0.0], [0.3, 0.3]])
+    >>> print(describe_fit(Fit(FITTED, *errors)))
     fitted to 2 published timings: copies at 95 % of HBM's peak, 1.4 us of latency
       error of each timing:              +10% -10%; RMS 10%
       fitted to the others, of each:     +20%  +0%; RMS 14%
+      fitted to the other source alone:  +30% +30%; RMS 30%
     """
     best, n = found.best, len(found.errors)
 
@@ -108,6 +113,7 @@ def describe_fit(found: Fit) -> str:
             f"{best.latency_us:g} us of latency",
             line("error of each timing:", found.errors),
             line("fitted to the others, of each:", found.left_out),
+            line("fitted to the other source alone:", found.source_left_out),
         ]
     )
 
