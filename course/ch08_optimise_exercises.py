@@ -295,8 +295,8 @@ def attend(q_ref, kv_ref, out_ref, load):
 rpa.check("8.3", attend)
 
 # %% [markdown]
-# Does it help to run further ahead? This is what the compiler said of one to eight heads ahead
-# (recorded; at eight, all scores come before the first P V):
+# Does it help to run further ahead? This is what the compiler said of up to seven heads ahead
+# (recorded; at seven, all scores come before the first P V):
 
 # %%
 for num_ahead, bundles in enumerate(recorded("orders")):

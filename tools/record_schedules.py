@@ -7,36 +7,21 @@ python tools/record_schedules.py inner_loop    # only one section of rpa/data/sc
 import argparse
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from rpa import chips
 from rpa.lab import compile_versions, inner_loop, programs
-from rpa.lab.batches import make_batch
-from rpa.lab.commands.predict import to_json as prediction_json
 from rpa.lab.commands.schedule import to_json as measured_json
-from rpa.lab.predict import predict_batch, workload_of
 from rpa.lab.recorded import compile_step, occupancy_of, recorded_step, write
 from rpa.lab.schedule import schedule_for
 from rpa.lab.schedule_cases import measure
-from rpa.lab.schedule_clock import cycles_with_waits
-from rpa.lab.traffic import Layer, count
-from rpa.ladder import kv_lens_of, q_lens_of
-from rpa.tiled import block_map
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 PICTURED = ("odd stride", "two sequences a turn")
 STRIDES = (1, 2, 4, 6, 7, 8, 9, 10, 12, 16, 17, 24, 32)
-MOST_AHEAD = 8
+MOST_AHEAD = 7
 PAGE_SIZE = 128
-DECODE_LENGTHS = (4096, 1024, 700, 300, 1500, 2100, 180, 900)
 CHUNK = (512, 4096)
 TILES = {"block_q": 128, "block_kv": 512}
-PREDICTED = {
-    "128 of 4,096": [(1, 4096)] * 128,
-    "256 of 512": [(1, 512)] * 256,
-    "a chunk of 2,048 of 4,096": [(2048, 4096)],
-}
 
 
 def inner_loops():
@@ -102,72 +87,6 @@ def tiled():
     return occupancy_of(schedule, span)
 
 
-def predictions():
-    """Whole batches on every chip: predicted, with every copy at peak bandwidth."""
-    return {
-        chip: {
-            name: prediction_json(
-                predict_batch("rpa", chip, make_batch(lengths, PAGE_SIZE), page_size=PAGE_SIZE)
-            )
-            for name, lengths in tqdm(PREDICTED.items(), desc=f"{chip} batches")
-        }
-        for chip in CHIPS
-    }
-
-
-def rungs():
-    """Every rung that can take a batch of decodes, and one chunk, on a TPU7x."""
-    return {"chip": "tpu7x", "decode": _decode_rungs("tpu7x"), "chunk": _chunk_rungs("tpu7x")}
-
-
-def _decode_rungs(chip):
-    batch = make_batch([(1, kv_len) for kv_len in DECODE_LENGTHS], PAGE_SIZE)
-    points = _plain_rungs(chip, batch)
-    sizes = workload_of(batch, page_size=PAGE_SIZE)
-    metadata = jax.tree.map(np.asarray, batch)
-    for name, values in {
-        "streamed": (metadata.kv_lens, metadata.page_indices),
-        "fused": (metadata,),
-    }.items():
-        program = programs.PROGRAMS[name](sizes)
-        schedule = schedule_for(chip, program.function, *program.args, kwargs=program.kwargs)
-        arguments = (*program.args[: len(program.args) - len(values)], *values)
-        run = schedule.execute(*arguments, keep_events=True)
-        points[name] = _point(
-            chip, batch, count(name, batch, _layer()).num_bytes, _clocked(chip, run)
-        )
-    return points | {"kernel": _predicted(chip, batch)}
-
-
-def _chunk_rungs(chip):
-    batch = make_batch([CHUNK], PAGE_SIZE)
-    return _plain_rungs(chip, batch) | {
-        "tiled": _tiled(chip, batch),
-        "kernel": _predicted(chip, batch),
-    }
-
-
-def _plain_rungs(chip, batch):
-    """Rungs 1 to 3 are plain JAX, without a schedule to read: as if XLA moved bytes at the peak."""
-    points = {}
-    for name in ("dense", "paging", "ragged"):
-        num_bytes = count(name, batch, _layer()).num_bytes
-        cycles = num_bytes / _bytes_per_cycle(chip)
-        points[name] = _point(chip, batch, num_bytes, cycles)
-    return points
-
-
-def _tiled(chip, batch):
-    """Rung 4 gathers the pages, then computes block by block; at best both overlap."""
-    q_len, kv_len = CHUNK
-    # Its scalar instructions depend on values of the automatic pipeline: count blocks instead.
-    _, innermost = _tiled_block(chip, q_len, kv_len)
-    num_blocks = (block_map(q_len, kv_len, **TILES) != ".").sum() * _layer().num_kv_heads
-    num_bytes = count("tiled", batch, _layer()).num_bytes
-    cycles = max(innermost.num_bundles * num_blocks, num_bytes / _bytes_per_cycle(chip))
-    return _point(chip, batch, num_bytes, cycles)
-
-
 def _tiled_block(chip, q_len, kv_len):
     """The schedule of rung 4 and the span of it that computes a block of keys."""
     sizes = programs.Workload(page_size=PAGE_SIZE, num_seqs=1, q_len=q_len, kv_len=kv_len)
@@ -176,30 +95,6 @@ def _tiled_block(chip, q_len, kv_len):
     schedule = schedule_for(chip, program.function, *program.args, kwargs=kwargs)
     *_, innermost = (s for _, s in schedule.loops.walk() if schedule.describe(s)["slots"]["MATMUL"])
     return schedule, innermost
-
-
-def _predicted(chip, batch):
-    found = predict_batch("rpa", chip, batch, page_size=PAGE_SIZE)
-    return {"flops": found.flops, "hbm_bytes": found.hbm_bytes, "time_us": found.time_us}
-
-
-def _point(chip, batch, num_bytes, cycles):
-    cost = chips.attention_cost(q_lens_of(batch), kv_lens_of(batch), *programs.MODELS["llama-3-8b"])
-    time_us = cycles / chips.chip(chip).clock_hz * 1e6
-    return {"flops": cost.flops, "hbm_bytes": int(num_bytes), "time_us": time_us}
-
-
-def _clocked(chip, run):
-    return cycles_with_waits(run, _bytes_per_cycle(chip))
-
-
-def _bytes_per_cycle(chip):
-    known = chips.chip(chip)
-    return known.hbm_bytes_per_s / known.clock_hz
-
-
-def _layer():
-    return Layer.of("llama-3-8b", page_size=PAGE_SIZE)
 
 
 def versions():
@@ -214,8 +109,6 @@ SECTIONS = {
     "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,
     "tiled": tiled,
-    "predictions": predictions,
-    "rungs": rungs,
     "versions": versions,
 }
 
