@@ -554,7 +554,8 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
 # `kv_len_ref[0]` tokens of the sequence, and zeros in the rows of `out_ref` behind them.
 #
 # Not a byte more than these tokens is copied: the tail of the last page belongs to nobody, and
-# entries of the table behind the live ones are garbage (9999, or -1). `kv_len` may be 0.
+# entries of the table behind the live ones are garbage (9999, or -1). `kv_len` may be 0. As in 5.3,
+# start all copies, then wait for all.
 #
 # By hand: 13 tokens, pages of 8. Two copies: 8 rows of the first page, 5 rows of the second.
 #
@@ -623,7 +624,7 @@ rpa.check("5.4", collect_tokens)
 # few more scalar instructions than one of a whole page; chapter 8 counts them.
 
 
-# %% tags=["wrong"] refused="all rows of the last page are copied"
+# %% tags=["wrong"] refused="copies rows behind the last token"
 def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
     page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
     out_ref[...] = jnp.zeros_like(out_ref)
@@ -646,10 +647,29 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
     page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
     out_ref[...] = jnp.zeros_like(out_ref)
 
+    def copy(p):
+        rows = out_ref.at[pl.ds(p * page_size, page_size)]
+        return pltpu.make_async_copy(cache_ref.at[page_indices_ref[p]], rows, sem)
+
     @pl.loop(0, kv_len // page_size)
     def _(p):
-        rows = out_ref.at[pl.ds(p * page_size, page_size)]
-        copy = pltpu.make_async_copy(cache_ref.at[page_indices_ref[p]], rows, sem)
+        copy(p).start()
+
+    @pl.loop(0, kv_len // page_size)
+    def _(p):
+        copy(p).wait()
+
+
+# %% tags=["wrong"] refused="waits for each copy before it starts the next one"
+def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
+    page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.loop(0, pl.cdiv(kv_len, page_size))
+    def _(p):
+        size = jnp.minimum(kv_len - p * page_size, page_size)
+        source = cache_ref.at[page_indices_ref[p], pl.ds(0, size)]
+        copy = pltpu.make_async_copy(source, out_ref.at[pl.ds(p * page_size, size)], sem)
         copy.start()
         copy.wait()
 
@@ -934,3 +954,26 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         copy(n, n % 2).wait()
         s = n // blocks_per_seq
         out_ref[pl.ds(s, 1)] += buffers_ref[n % 2].sum(axis=0, keepdims=True)
+
+
+# %% tags=["wrong"] refused="starts the copy x[1, 0:8] -> buffers[0]"
+def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
+    num_blocks, block_tokens = x_ref.shape[0] * blocks_per_seq, buffers_ref.shape[1]
+
+    def copy(n):  # the buffer goes by the block of the sequence: 0, 1, 0 and then 0 again
+        s, b = n // blocks_per_seq, n % blocks_per_seq
+        source = x_ref.at[s, pl.ds(b * block_tokens, block_tokens)]
+        return pltpu.make_async_copy(source, buffers_ref.at[b % 2], sems.at[b % 2])
+
+    out_ref[...] = jnp.zeros_like(out_ref)
+    copy(0).start()
+
+    @pl.loop(0, num_blocks)
+    def _(n):
+        @pl.when(n + 1 < num_blocks)
+        def _():
+            copy(n + 1).start()
+
+        copy(n).wait()
+        s, b = n // blocks_per_seq, n % blocks_per_seq
+        out_ref[pl.ds(s, 1)] += buffers_ref[b % 2].sum(axis=0, keepdims=True)

@@ -73,7 +73,8 @@ print(timeline.table())
 # %% [markdown]
 # `run_copy` holds the `pallas_call` (look it up in `rpa/check/launchers.py`), `interpreted` runs it
 # in the TPU interpreter, and `record_dmas` wrote down what the kernel did, in its order: the number
-# of the event, what happened, how many bytes, on which semaphore.
+# of the event, what happened, how many bytes, on which semaphore. (A line `compute` stands for all
+# loads and stores between two DMA events: here the load 2 and the store 3.)
 #
 # **Takeaway.** Start, wait, use. Between its start and its wait a copy's memory is nobody's.
 

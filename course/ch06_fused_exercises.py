@@ -677,6 +677,49 @@ def write_back_kernel(
         sum_ref[...] += buffers_ref[b % 2]
 
 
+# %% tags=["wrong"] refused="loads and computes by turns"
+def write_back_kernel(
+    page_indices_ref,
+    new_ref,
+    _,
+    sum_ref,
+    cache_ref,
+    buffers_ref,
+    load_sems,
+    store_sems,
+    *,
+    num_blocks,
+):
+    page_size = buffers_ref.shape[1]
+
+    def load(b):
+        rows = new_ref.at[pl.ds(b * page_size, page_size)]
+        return pltpu.make_async_copy(rows, buffers_ref.at[b % 2], load_sems.at[b % 2])
+
+    def store(b):
+        page = cache_ref.at[page_indices_ref[b]]
+        return pltpu.make_async_copy(buffers_ref.at[b % 2], page, store_sems.at[b % 2])
+
+    sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
+
+    @pl.loop(0, num_blocks)
+    def _(b):
+        @pl.when(b > 1)
+        def _():
+            store(b - 2).wait()
+
+        load(b).start()
+        load(b).wait()
+        store(b).start()
+        sum_ref[...] += buffers_ref[b % 2]
+
+    @pl.when(num_blocks > 1)
+    def _():
+        store(num_blocks - 2).wait()
+
+    store(num_blocks - 1).wait()
+
+
 # %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
 def write_back_kernel(
     page_indices_ref,

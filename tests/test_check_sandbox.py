@@ -66,6 +66,14 @@ def prefetches_too_far(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
     copy(2).wait()
 
 
+def copies_what_is_not_there(x_ref, out_ref, buffer_ref, sem):
+    @pl.loop(0, 2)
+    def _(n):
+        copy = pltpu.make_async_copy(x_ref.at[pl.ds(n * ROWS, ROWS)], buffer_ref, sem)
+        copy.start()
+        copy.wait()
+
+
 @pytest.fixture(autouse=True)
 def known_to_nobody(monkeypatch):
     # As in a notebook: no module of this name can be imported in the other process.
@@ -112,3 +120,9 @@ def test_what_cannot_be_sent_is_said_in_words(capsys):
         pack(3)
     sandbox.try_kernel(run_copy, lambda x_ref: outside, X)
     assert "stands inside another function" in capsys.readouterr().out
+
+
+def test_a_copy_from_outside_of_an_array_is_named_with_its_line():
+    with pytest.raises(KernelFault, match="outside of an array") as fault:
+        run(copies_what_is_not_there)
+    assert "`copy.start()`" in str(fault.value) and "x has the shape (8, 128)" in str(fault.value)

@@ -1,23 +1,16 @@
-"""Checks of chapter 5: copies by hand. The learner's kernels run in the sandbox.
-
-References and mistakes are NumPy models of what comes out; what breaks a rule of DMAs without a
-number of its own (a wait that is missing, or never ends) the sandbox finds, see `faults.py`.
-"""
-
-import functools
+"""Checks of chapter 5: copies by hand. The learner's kernels run in the sandbox (`dma.py`)."""
 
 import numpy as np
 
 from rpa.check import faults
-from rpa.check.exercise import Exercise
+from rpa.check.dma import dma_exercise, in_flight
 from rpa.check.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
-from rpa.check.sandbox import in_sandbox
 
 RNG = np.random.default_rng(5)
-LIMIT_S = 10.0
 
 NO_OVERLAP = "copies and computes by turns: no copy is on its way while it computes"
 ONE_BY_ONE = "waits for each copy before it starts the next one"
+TOO_MUCH = "copies rows behind the last token"
 
 
 def normal(*shape):
@@ -30,71 +23,52 @@ def ints(*values):
     return np.array(values, np.int32)
 
 
-def launched_by(launcher):
-    """A `drive`: the learner's kernel goes into its launcher, a NumPy model is simply called."""
-
-    def decorate(drive):
-        @functools.wraps(drive)
-        def use(kernel, *arguments):
-            is_model = kernel.__module__ == __name__
-            return kernel(*arguments) if is_model else launcher(kernel, *arguments)
-
-        return use
-
-    return decorate
-
-
 # What has to overlap ------------------------------------------------------------------------------
 
 
-def judge_overlap(timeline):
+def judge_overlap(timeline, *_):
     """Refuse a kernel that computes while nothing is on its way, but for its last computation."""
-    flying, computed = set(), None
-    starts = {copy.start: copy.number for copy in timeline.copies}
-    filled = {copy.target.buffer for copy in timeline.copies}
-    for event in timeline.events:
-        flying -= set(event.copies)
-        if event.kind == "start":
-            if computed:
-                read = f"{faults.line_of(computed.where)} reads {computed.source.label}"
-                advice = "Start the copy of the next block before you wait for this one."
-                return faults.explain(NO_OVERLAP, [f"{read}, and the HBM is idle.", advice])
-            flying.add(starts[event.order])
-        elif event.kind == "load" and event.source.buffer in filled and not flying:
+    filled, computed = {copy.target.buffer for copy in timeline.copies}, None
+    for event, flying in in_flight(timeline):
+        if event.kind == "start" and computed:
+            read = f"{faults.line_of(computed.where)} reads {computed.source.label}"
+            advice = "Start the copy of the next block before you wait for this one."
+            return faults.explain(NO_OVERLAP, [f"{read}, and the HBM is idle.", advice])
+        if event.kind == "load" and event.source.buffer in filled and not flying:
             computed = event  # right only if no copy is started after it
     return None
 
 
-def judge_together(timeline):
+def judge_together(timeline, *_):
     """Refuse a kernel that has never two copies on their way, though it makes several."""
-    flying, most = set(), 0
-    starts = {copy.start: copy.number for copy in timeline.copies}
-    for event in timeline.events:
-        flying -= set(event.copies)
-        if event.kind == "start":
-            flying.add(starts[event.order])
-            most = max(most, len(flying))
-    if len(timeline.copies) < 2 or most > 1:
+    together = any(event.kind == "start" and flying for event, flying in in_flight(timeline))
+    if len(timeline.copies) < 2 or together:
         return None
     latency = "A copy waits for about a microsecond before its first byte comes: pay that once."
     return faults.explain(ONE_BY_ONE, [latency, "Start all of them, then wait for all."])
 
 
+def judge_tokens(timeline, cache, page_indices, kv_len):
+    """Refuse copies of rows behind kv_len, also where zeros cover them; then pages by turns."""
+    copied = sum(copy.num_bytes for copy in timeline.copies)
+    if copied > kv_len * cache[0, 0].nbytes:
+        lines = [
+            f"{copied // cache[0, 0].nbytes} rows are copied, and there are {kv_len} tokens.",
+            "What lies behind them is not yours: whoever reads it reads what the page's last owner "
+            "left.",
+        ]
+        return faults.explain(TOO_MUCH, lines)
+    return judge_together(timeline)
+
+
 # 5.1 a copy ---------------------------------------------------------------------------------------
 
 
-@launched_by(run_copy)
-def drive_copy(kernel, x):
-    """out f32[rows, 128] of a kernel that doubles x."""
-
-
-copy = Exercise(
+copy = dma_exercise(
     "5.1",
     lambda x: 2 * np.asarray(x),
+    run_copy,
     axes=("row", "lane"),
-    drive=drive_copy,
-    runner=in_sandbox(),
-    limit_s=LIMIT_S,
     faults=(
         faults.READ_TOO_EARLY,
         faults.WAIT_TOO_LATE,
@@ -112,7 +86,10 @@ def _not_doubled(x):
     return np.asarray(x)
 
 
-@copy.mistake("nothing is copied back: the result in HBM is what it was, and here that is NaN")
+@copy.mistake(
+    "nothing is copied back, or what comes back was never filled (source and target swapped?): "
+    "memory that nobody wrote is NaN here"
+)
 def _not_copied_back(x):
     return np.full(x.shape, np.nan, np.float32)
 
@@ -125,22 +102,16 @@ def _twice(x):
 # 5.2 a double buffer ------------------------------------------------------------------------------
 
 
-@launched_by(run_chunks)
-def drive_chunks(kernel, x, chunk_rows):
-    """out f32[chunk_rows, 128] of a kernel that adds up chunks."""
-
-
 def _sum_of(x, chunk_rows, first=0, end=None):
     return np.asarray(x).reshape(-1, chunk_rows, x.shape[1])[first:end].sum(axis=0)
 
 
-chunks = Exercise(
+chunks = dma_exercise(
     "5.2",
     _sum_of,
+    run_chunks,
+    judge=judge_overlap,
     axes=("row", "lane"),
-    drive=drive_chunks,
-    runner=in_sandbox(judge_overlap),
-    limit_s=LIMIT_S,
     faults=(
         faults.READ_TOO_EARLY,
         faults.NOBODY_SIGNALS,
@@ -169,12 +140,21 @@ def _without_first(x, chunk_rows):
     return _sum_of(x, chunk_rows, 1)
 
 
+@chunks.mistake("chunk n begins at row n of x, and not at row n * rows")
+def _overlapping(x, chunk_rows):
+    x, num_chunks = np.asarray(x), len(x) // chunk_rows
+    return sum(x[n : n + chunk_rows] for n in range(num_chunks))
+
+
 @chunks.mistake("only the last chunk is left: each one replaces the sum (`=` for `+=`)")
 def _last_only(x, chunk_rows):
     return _sum_of(x, chunk_rows, -1)
 
 
-@chunks.mistake("out_ref is not zero when the first chunk is added: VMEM begins as anything, NaN")
+@chunks.mistake(
+    "out_ref is not zero when the first chunk is added, or a buffer is added that nothing was "
+    "copied into: VMEM begins as anything, NaN"
+)
 def _not_zeroed(x, chunk_rows):
     return np.full((chunk_rows, x.shape[1]), np.nan, np.float32)
 
@@ -182,22 +162,16 @@ def _not_zeroed(x, chunk_rows):
 # 5.3 pages ----------------------------------------------------------------------------------------
 
 
-@launched_by(run_pages)
-def drive_pages(kernel, cache, page_indices):
-    """out f32[pages * page_size, 128] of a kernel that collects pages."""
-
-
 def _collect(cache, page_indices):
     return np.asarray(cache)[np.asarray(page_indices)].reshape(-1, cache.shape[2])
 
 
-pages = Exercise(
+pages = dma_exercise(
     "5.3",
     _collect,
+    run_pages,
+    judge=judge_together,
     axes=("row", "lane"),
-    drive=drive_pages,
-    runner=in_sandbox(judge_together),
-    limit_s=LIMIT_S,
     faults=(faults.LEFTOVER, faults.NOBODY_SIGNALS, faults.TWO_COPIES, ONE_BY_ONE),
 )
 pages.case(
@@ -229,11 +203,6 @@ def _without_last_page(cache, page_indices):
 # 5.4 a dynamic size -------------------------------------------------------------------------------
 
 
-@launched_by(run_tokens)
-def drive_tokens(kernel, cache, page_indices, kv_len):
-    """out f32[room, 128] of a kernel that collects kv_len tokens."""
-
-
 def _tokens(cache, page_indices, kv_len, copied=None, rest=0.0):
     """The first `copied` tokens of the pages, default kv_len, and `rest` behind them."""
     room = len(page_indices) * cache.shape[1]
@@ -248,14 +217,13 @@ def _pool(num_pages):
     return normal(num_pages, 8, 128)
 
 
-tokens = Exercise(
+tokens = dma_exercise(
     "5.4",
     _tokens,
+    run_tokens,
+    judge=judge_tokens,
     axes=("token", "lane"),
-    drive=drive_tokens,
-    runner=in_sandbox(),
-    limit_s=LIMIT_S,
-    faults=(faults.NOBODY_SIGNALS, faults.WRITTEN_IN_FLIGHT),
+    faults=(faults.NOBODY_SIGNALS, faults.WRITTEN_IN_FLIGHT, TOO_MUCH, ONE_BY_ONE),
 )
 tokens.case("two full pages of two", cache=_pool(3), page_indices=ints(2, 0), kv_len=16)
 tokens.case("13 tokens: a page and five", cache=_pool(3), page_indices=ints(2, 0), kv_len=13)
@@ -266,15 +234,6 @@ tokens.case(
     kv_len=5,
 )
 tokens.case("no token yet", cache=_pool(3), page_indices=ints(-1, -1), kv_len=0)
-
-
-@tokens.mistake(
-    "all rows of the last page are copied: those behind kv_len are not yours, and whoever reads "
-    "them reads what the page's last owner left"
-)
-def _whole_pages(cache, page_indices, kv_len):
-    page_size = cache.shape[1]
-    return _tokens(cache, page_indices, kv_len, -(-kv_len // page_size) * page_size)
 
 
 @tokens.mistake("the last page is left out where it is not full: kv_len // page_size rounds down")
@@ -302,22 +261,16 @@ def _last_size_for_all(cache, page_indices, kv_len):
 # 5.5 three bugs -----------------------------------------------------------------------------------
 
 
-@launched_by(run_sequences)
-def drive_sequences(kernel, x, block_tokens):
-    """out f32[num_seqs, 128] of a kernel that adds up the tokens of each sequence."""
-
-
 def _sums(x, block_tokens):
     return np.asarray(x).sum(axis=1)
 
 
-three_bugs = Exercise(
+three_bugs = dma_exercise(
     "5.5",
     _sums,
+    run_sequences,
+    judge=judge_overlap,
     axes=("sequence", "lane"),
-    drive=drive_sequences,
-    runner=in_sandbox(judge_overlap),
-    limit_s=LIMIT_S,
     tolerance=1e-4,
     faults=(
         faults.TWO_COPIES,
@@ -330,7 +283,7 @@ three_bugs = Exercise(
 )
 three_bugs.case("one sequence, one block", x=normal(1, 8, 128), block_tokens=8)
 three_bugs.case("one sequence, three blocks", x=normal(1, 24, 128), block_tokens=8)
-three_bugs.case("three sequences of two blocks", x=normal(3, 16, 128), block_tokens=8)
+three_bugs.case("two sequences of three blocks", x=normal(2, 24, 128), block_tokens=8)
 
 
 @three_bugs.mistake("the sum goes on over the end of a sequence: it begins at block 0 of each")

@@ -7,9 +7,9 @@ of 6.5 runs in the sandbox, which finds what breaks a rule of DMAs (`faults.py`)
 import numpy as np
 
 from rpa.check import faults
+from rpa.check.dma import dma_exercise, in_flight
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
-from rpa.check.sandbox import in_sandbox
 from rpa.check.write_back import run_write_back
 
 RNG = np.random.default_rng(6)
@@ -133,6 +133,11 @@ def _kv_len_is_prefix(kv_len, q_len, pages, page_size, block_tokens):
     return _addresses(kv_len + np.arange(q_len), pages, page_size, block_tokens)
 
 
+@addresses.mistake("positions are one too large: the first new token stands at kv_len - q_len")
+def _one_too_far(kv_len, q_len, pages, page_size, block_tokens):
+    return _addresses(_new_positions(kv_len, q_len) + 1, pages, page_size, block_tokens)
+
+
 @addresses.mistake(
     "the page is looked up by the row in the block: the entry is counted from the beginning of the "
     "sequence, so blocks before this one are missing"
@@ -196,6 +201,7 @@ def _merge_arguments(q_len, kv_len, block, *, block_tokens=4, start=0, num_token
     from_pages[:num_cached] = positions[:, None] + np.arange(words) / 10
     num_tokens = start + q_len if num_tokens is None else num_tokens
     new_kv = 100.0 + np.arange(num_tokens)[:, None] + np.arange(words) / 10
+    new_kv[start + q_len :] = np.nan  # padding, if it is nobody's; a product with 0 keeps NaN
     return {
         "from_pages": from_pages,
         "new_kv": new_kv.astype(np.float32),
@@ -212,7 +218,7 @@ merge.case("new tokens that begin in this block", **_merge_arguments(3, 7, 1, st
 merge.case("a block of cached tokens only", **_merge_arguments(2, 10, 1))
 merge.case(
     "new tokens that began in the block before, and end in this one",
-    **_merge_arguments(5, 11, 2, start=1, num_tokens=8),
+    **_merge_arguments(5, 11, 2, start=1, num_tokens=7),
 )
 merge.case(
     "a full block in the middle of a prompt", **_merge_arguments(30, 33, 1, block_tokens=8, start=3)
@@ -422,6 +428,38 @@ def _rows_from_new(kv_len, q_len, block, pages, page_size, block_tokens):
     return [(row - found[0][0], page, slot, size) for row, page, slot, size in found]
 
 
+@stores.mistake(
+    "new tokens of the block before are written once more: a block writes those in its own rows, "
+    "from row 0 on"
+)
+def _begin_not_clipped(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = kv_len - q_len - block * block_tokens
+    last = _bounds(kv_len, q_len, block, block_tokens)[1]
+    return _store_runs(first, last, block, pages, page_size, block_tokens)
+
+
+@stores.mistake(
+    "new tokens of the blocks behind are written, too: a block writes those in its own rows, at "
+    "most block_tokens"
+)
+def _end_not_clipped(kv_len, q_len, block, pages, page_size, block_tokens):
+    first = max(kv_len - q_len - block * block_tokens, 0)
+    last = kv_len - block * block_tokens
+    return _store_runs(first, last, block, pages, page_size, block_tokens)
+
+
+@stores.mistake("the page comes first in the tuple: (buffer_row, page, page_row, num_tokens)")
+def _page_first(kv_len, q_len, block, pages, page_size, block_tokens):
+    found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
+    return [(page, row, slot, size) for row, page, slot, size in found]
+
+
+@stores.mistake("the last number is where the rows end; it should say how many there are")
+def _end_for_number(kv_len, q_len, block, pages, page_size, block_tokens):
+    found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
+    return [(row, page, slot, row + size) for row, page, slot, size in found]
+
+
 @stores.mistake("each token is a copy of its own: right, but a page needs only one")
 def _token_by_token(kv_len, q_len, block, pages, page_size, block_tokens):
     found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
@@ -438,32 +476,25 @@ def _last_page_missing(kv_len, q_len, block, pages, page_size, block_tokens):
 # 6.5 the write-back and its waits -----------------------------------------------------------------
 
 BY_TURNS = "writes back and computes by turns: no write-back is on its way while it computes"
+NO_PREFETCH = "loads and computes by turns: no block is on its way in while it computes"
 
 
-def judge_write_back(timeline):
-    """Refuse a kernel that never has a write-back on its way while it reads a block."""
-    flying, overlapped = set(), False
+def judge_write_back(timeline, new_kv, cache, page_indices):
+    """Refuse a kernel that reads its blocks while no copy is on its way in, or none out."""
     filled = {copy.target.buffer for copy in timeline.copies if copy.target.buffer.space == "VMEM"}
-    stores = {copy.start: copy.number for copy in timeline.copies if copy.source.buffer in filled}
-    for event in timeline.events:
-        flying -= set(event.copies)
-        if event.order in stores:
-            flying.add(stores[event.order])
-        elif event.kind == "load" and event.source.buffer in filled:
-            overlapped = overlapped or bool(flying)
-    if overlapped or not stores:
+    outward, inward = False, len(page_indices) < 2 or not filled
+    for event, flying in in_flight(timeline):
+        if event.kind == "load" and event.source.buffer in filled:
+            outward |= any(copy.source.buffer in filled for copy in flying)
+            inward |= any(copy.target.buffer in filled for copy in flying)
+    if not inward:
+        return faults.explain(NO_PREFETCH, ["Start the next load before you wait for this one."])
+    if outward or not any(copy.source.buffer in filled for copy in timeline.copies):
         return None
     advice = (
         "Start the write-back, compute, and wait for it only before the buffer is filled again."
     )
     return faults.explain(BY_TURNS, [advice])
-
-
-def drive_write_back(kernel, new_kv, cache, page_indices):
-    """(sum f32[page_size, 128], cache) of the kernel, or of a NumPy model of it."""
-    if kernel.__module__ == __name__:
-        return kernel(new_kv, cache, page_indices)
-    return run_write_back(kernel, new_kv, cache, page_indices)
 
 
 def _write_back_model(new_kv, cache, page_indices, written=None, added=None):
@@ -490,20 +521,19 @@ def _write_back_arguments(page_indices):
     }
 
 
-write_back_kernel = Exercise(
+write_back_kernel = dma_exercise(
     "6.5",
     _write_back,
+    run_write_back,
+    judge=judge_write_back,
     outputs=("sum", "cache"),
-    drive=drive_write_back,
-    runner=in_sandbox(judge_write_back),
-    limit_s=10.0,
-    tolerance=1e-5,
     faults=(
         faults.LEFTOVER,
         faults.TWO_COPIES,
         faults.WAIT_TOO_LATE,
         faults.NOBODY_SIGNALS,
         BY_TURNS,
+        NO_PREFETCH,
     ),
 )
 write_back_kernel.case("one block", **_write_back_arguments([4]))
@@ -526,7 +556,10 @@ def _sum_replaced(new_kv, cache, page_indices):
     return _write_back_model(new_kv, cache, page_indices, added=slice(-1, None))
 
 
-@write_back_kernel.mistake("the sum is not set to zero first: VMEM begins as anything, here NaN")
+@write_back_kernel.mistake(
+    "the sum is not set to zero first, or the other buffer is added: VMEM begins as anything, here "
+    "NaN"
+)
 def _sum_not_zeroed(new_kv, cache, page_indices):
     total, cache = _write_back(new_kv, cache, page_indices)
     return np.full_like(total, np.nan), cache

@@ -22,6 +22,7 @@ DOUBTFUL = "waits for one of several copies on the same semaphore: any of them m
 WRITTEN_IN_FLIGHT = "writes to memory that a copy is still moving"
 TWO_COPIES = "starts a copy on memory that another copy is still moving"
 LEFTOVER = "starts a copy that nobody waits for"
+OUTSIDE = "copies from or to a place outside of an array"
 RACE = "has a race: what it computes depends on when a copy arrives"
 
 
@@ -39,7 +40,10 @@ def fault_of(timeline: Timeline) -> str | None:
     >>> fault_of(Timeline()) is None
     True
     """
-    return _hangs(timeline) or _collides(timeline) or _never_awaited(timeline)
+    if hangs := _hangs(timeline):
+        # Of a copy that lies outside of its array fewer bytes arrive than are waited for.
+        return outside(timeline) or hangs
+    return _collides(timeline) or _never_awaited(timeline)
 
 
 def _hangs(timeline):
@@ -167,6 +171,8 @@ def _never_awaited(timeline):
         return None
     first = copies[0]
     lines = [f"{line_of(first.where)} starts the copy {_ends(first)} on {first.semaphore}."]
+    if _is_outside(first):
+        lines.append("It lies outside of its array: does the loop start one copy too many?")
     if len(copies) > 1:
         lines.append(f"{len(copies)} copies are left over in all.")
     lines.append(
@@ -174,6 +180,31 @@ def _never_awaited(timeline):
         "after somebody has read what it was to bring."
     )
     return explain(LEFTOVER, lines)
+
+
+def outside(timeline: Timeline) -> str | None:
+    """The first copy of memory that is not there, in words; the interpreter raises where it runs.
+
+    >>> outside(Timeline()) is None
+    True
+    """
+    for copy in timeline.copies:
+        if _is_outside(copy):
+            buffers = (copy.source.buffer, copy.target.buffer)
+            shapes = [f"{b.name} has the shape {b.shape}" for b in buffers]
+            start = f"{line_of(copy.where)} starts the copy {_ends(copy)}"
+            return explain(OUTSIDE, [start, f"{', '.join(shapes)}."])
+    return None
+
+
+def _is_outside(copy: Copy) -> bool:
+    """A record cuts ranges at the end of their array: then both ends differ in size."""
+    ends = (copy.source, copy.target)
+    return copy.source.num_bytes != copy.target.num_bytes or any(
+        isinstance(i, int) and not 0 <= i < size
+        for end in ends
+        for i, size in zip(end.index, end.buffer.shape, strict=True)
+    )
 
 
 def explain(fault, lines, end=""):

@@ -29,12 +29,12 @@ SWITCH = "--xla_backend_optimization_level=0"
 
 
 class Job(NamedTuple):
-    """`drive(function, *arguments)`; `judge(timeline)` says what else is wrong, or None."""
+    """`drive(function, *arguments)`; `judge(timeline, *arguments)` says what else is wrong."""
 
     parcel: Parcel
     drive: Callable
     arguments: list
-    judge: Callable[[Timeline], str | None] | None
+    judge: Callable[..., str | None] | None
 
 
 class Answer(NamedTuple):
@@ -52,8 +52,8 @@ def in_sandbox(judge: Callable | None = None) -> Callable:
     """A runner for `Exercise(runner=...)`: both interpreter modes, in a process of its own.
 
     Args:
-        judge: Timeline -> words about what else is wrong with the copies, or None. It and `drive`
-            have to stand at the top of a module, for they travel by their names.
+        judge: (Timeline, *arguments) -> words about what else is wrong with the copies, or None.
+            It and `drive` have to stand at the top of a module, for they travel by their names.
     """
     return functools.partial(_run, judge=judge)
 

@@ -16,6 +16,7 @@ import io
 import linecache
 import os
 import pickle
+import re
 import sys
 
 import jax
@@ -24,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
 from rpa.check.errors import KernelFault, WrongResult
-from rpa.check.faults import RACE, fault_of
+from rpa.check.faults import RACE, fault_of, outside
 from rpa.check.messages import explain_exception
 from rpa.check.sandbox import Answer, Job
 from rpa.check.shipping import unpack
@@ -38,6 +39,15 @@ class Impatient(Recorder):
         super()._on_dma_wait(**arguments)
         if self.timeline.unfinished_wait:
             raise KernelFault("the kernel hangs")
+
+    def with_names(self, text: str) -> str:
+        """The interpreter's words with names: for a kernel's argument it says (0 0 smem 102)."""
+
+        def name(found):
+            buffer = self._buffers.get(int(found[1]))
+            return buffer.name if buffer else found[0]
+
+        return re.sub(r"\(\d+ \d+ \w+ (\d+)\)", name, text)
 
 
 def run(job: Job) -> Answer:
@@ -56,7 +66,7 @@ def run(job: Job) -> Answer:
     except Exception as error:
         if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):
             return Answer("stub", str(error), printed.getvalue(), None)
-        text = explain_exception(_short(error), function)
+        text = recorder.with_names(explain_exception(_short(error), function))
         return Answer("raised", text, printed.getvalue(), recorder.timeline)
     return Answer("result", result, printed.getvalue(), recorder.timeline)
 
@@ -69,12 +79,13 @@ def _on_wait(job, function, recorder):
     except Exception:
         compat.reset_interpreter()
         # Whatever was raised, a broken rule of DMAs is the better explanation.
-        if fault := recorder.timeline.unfinished_wait and fault_of(recorder.timeline):
+        hangs = recorder.timeline.unfinished_wait and fault_of(recorder.timeline)
+        if fault := hangs or outside(recorder.timeline):
             raise KernelFault(fault) from None
         raise
     if fault := fault_of(recorder.timeline):
         raise KernelFault(fault)
-    if job.judge and (text := job.judge(recorder.timeline)):
+    if job.judge and (text := job.judge(recorder.timeline, *job.arguments)):
         raise KernelFault(text)
     return result
 
