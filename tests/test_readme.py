@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -18,6 +20,26 @@ def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in set(re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", README, re.M)):
         assert re.search(rf"^{''.join(target)}:", makefile, re.M), target
+
+
+def test_the_tables_of_the_lab_are_those_of_make_bench(monkeypatch):
+    """One implementation: what README.md quotes is what the command prints."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import update_readme
+
+    from rpa.lab.commands import all as command
+    from rpa.lab.tables import TABLES
+
+    assert set(update_readme.TABLES) | {"published"} <= set(TABLES)
+    row = {"chip": "v6e", "kernel": "rpa", "of window": 1.1}
+    monkeypatch.setattr(command, "measured", lambda names, scope: [(n, [row]) for n in names])
+    monkeypatch.setattr(command, "scope_of", lambda: (None, []))
+    told = update_readme.lab_tables("sliding window")
+    printed = command.as_text("sliding window", [row])
+    assert told.startswith("#### sliding window\n") and told[2:] == printed.strip()
+    monkeypatch.setattr(command, "scope_of", lambda: (None, ["v3 is absent."]))
+    with pytest.raises(SystemExit, match="v3 is absent"):
+        update_readme.lab_tables("sliding window")
 
 
 def test_every_linked_file_exists():

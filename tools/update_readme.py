@@ -6,7 +6,6 @@ anything) and exits 1 if it is stale.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,9 @@ from rpa._repository import BRANCH, REPOSITORY  # noqa: E402
 
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
+
+TABLES = ("decode", "step", "mixed", "whole batches", "prefill", "mixed batch", "sliding window")
+"""Tables of the lab between `<!-- schedule -->` and its end; the others are in `make bench`."""
 
 
 def chapter_table() -> str:
@@ -59,35 +61,23 @@ def demo_output() -> str:
     return "```\n" + "\n".join(kept).strip() + "\n```"
 
 
-def printed(*command) -> str:
-    """What `python -m rpa` prints, as a block of text."""
-    command = [sys.executable, "-m", "rpa", *command]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    return f"```\n{done.stdout.strip()}\n```"
+def lab_tables(*names) -> str:
+    """Tables of the lab as `python -m rpa lab all` prints them, with their titles.
 
+    Raises:
+        SystemExit: without the peers, whose columns would be empty.
+    """
+    # Not at the top: `--check` needs neither jax nor the lab.
+    import jax
 
-def schedule_table() -> str:
-    """Bundles a chunk of rung 7 beside v3's, both at their own default blocks."""
-    lines = [
-        "| case | chip | floor | v3 | rung 7 | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case in ("decode", "mixed"):
-        for chip in ("v5e", "v6e", "tpu7x"):
-            command = ("lab", "schedule", "--chip", chip, "--case", case, "--against", "v3")
-            found = json.loads(printed(*command, "--json").strip("`\n"))
-            ours, theirs = found["bundles_per_chunk"], found["against"]["bundles_per_chunk"]
-            lines.append(
-                f"| {case} | {chip} | {found['floor']:,.0f} ({found['floor_of']}) "
-                f"| {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |"
-            )
-            if case == "decode":
-                whole, step = found["against"]["step_1024"], found["step_1024"]
-                lines.append(
-                    f"| a whole sequence of 1,024 | {chip} | {found['floor']:,.0f} (HBM) "
-                    f"| {whole:,.0f} | {step:,.0f} | {step / whole:.2f} |"
-                )
-    return "\n".join(lines)
+    from rpa.lab.commands.all import as_text, measured, scope_of
+
+    jax.config.update("jax_platforms", "cpu")  # everything runs on the host
+    scope, absent = scope_of()
+    if absent:
+        raise SystemExit("\n".join(absent))
+    texts = [as_text(name, rows) for name, rows in measured(names, scope)]
+    return "\n".join(texts).replace("\n## ", "\n#### ").strip()
 
 
 def replace_part(text: str, name: str, part: str) -> str:
@@ -109,8 +99,8 @@ def main() -> int:
             print("The chapter table of README.md is stale: run `make readme`.")
         return int(new != text)
     new = replace_part(new, "demo", demo_output())
-    new = replace_part(new, "schedule", schedule_table())
-    new = replace_part(new, "published", printed("lab", "predict", "--published"))
+    new = replace_part(new, "schedule", lab_tables(*TABLES))
+    new = replace_part(new, "published", lab_tables("published"))
     README.write_text(new, "utf-8")
     return 0
 
