@@ -15,8 +15,10 @@ from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
 from rpa.figures import dense, fused, kernel, optimise, paging, production, ragged, tiled
+from rpa.figures import race as race_pictures
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
+from rpa.lab.race import recorded
 from rpa.lab.recorded import recorded_step
 from rpa.lab.roofline import Point
 from rpa.ragged import RaggedBatch
@@ -46,6 +48,7 @@ EXAMPLES = {
     "under_roof of runs in one place": lambda: under_roof(
         "v5e", {f"rung {n}": Point(4e9, 1e9, 1250 + n) for n in range(1, 8)}
     ),
+    "the race": lambda: race_pictures.ladder(recorded()),
     "decode_share": lambda: figures.decode_share(LLAMA3_8B),
     "by_hand": lambda: dense.by_hand(
         np.where(np.tri(3), 1.41, -np.inf), np.tri(3) / 3, np.ones((3, 2))
