@@ -60,3 +60,10 @@ def test_the_command_sweeps_writes_and_judges(monkeypatch, tmp_path, capsys):
     assert refused and "not understood" in refused[0]["refused"]
     assert main(["lab", "tune", "--check"]) == 1
     assert "11 places were not swept." in capsys.readouterr().out
+
+
+def test_the_defaults_are_near_the_best_of_the_sweep_in_the_repository():
+    verdicts = tune.check()
+    assert verdicts, f"{tune.FILE.name} is empty: make tune"
+    far = [(v.place.key, v.default, v.best["at peak"]) for v in verdicts if not v.passed]
+    assert not far, "change rpa/kernel/blocks.py, or sweep again: make tune"

@@ -124,7 +124,8 @@ def predict(place: Place, blocks) -> dict[str, dict[str, float]]:
     for name, lengths in LENGTHS[place.case].items():
         batch = make_batch(lengths, room.page_size, **size)
         p = predict_batch("rpa", place.chip, batch, room=room, blocks={place.case: blocks})
-        times["at peak"][name], times["calibrated"][name] = p.time_us, p.calibrated_us
+        times["at peak"][name] = round(p.time_us, 2)
+        times["calibrated"][name] = round(p.calibrated_us, 2)
     return times
 
 
