@@ -531,10 +531,10 @@ assert max(error for name, error in worst.items() if name.startswith("float32"))
 # %% [markdown]
 # Look at the first line. That is an ordinary test at 256K tokens, and it **passes**: values around
 # zero average to nearly zero, and a wrong mean of them, too. The same state is off by a fifth as
-# soon as the values have a direction, and by nearly half with equal scores; both leave the noise of
-# rounding behind from 32K tokens on. The float32 state stays far below what rounding the output
-# costs anyway, at every length. It takes registers and no HBM; rung 7 has it, at any length and for
-# every dtype of the cache.
+# soon as the values have a direction, and by nearly half with equal scores; one leaves the noise of
+# rounding behind from 32K tokens on, the other from 128K. The float32 state stays far below what
+# rounding the output costs anyway, at every length. It takes registers and no HBM; rung 7 has it,
+# at any length and for every dtype of the cache.
 #
 # *The test.* Values that rise along the sequence. Exercise 9.4 finds them.
 #

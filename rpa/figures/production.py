@@ -154,7 +154,7 @@ def error_by_length(lengths, errors, levels=(), title="Error against context len
             )  # fmt: skip
         for name, level in levels:
             axes.axhline(level, color=COLORS["grey"], linestyle=":", linewidth=1.5)
-            axes.text(lengths[0], 1.15 * level, name, va="bottom", color="#333333")
+            axes.text(lengths[0], 2 * level, name, va="bottom", color="#333333")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
