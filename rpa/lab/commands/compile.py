@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
     what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
     default = Workload()
+    add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):
+        if option.name == "share_lanes":  # a flag: it has no value
+            continue
         parser.add_argument(
             f"--{option.name.replace('_', '-')}",
             type=type(getattr(default, option.name)),

@@ -38,7 +38,7 @@ def main(args) -> int:
     try:
         measured = _measure(args, args.kernel, args.blocks)
         against = _measure(args, args.against, None) if args.against else None
-    except (NoSchedule, CannotRun) as error:
+    except (NoSchedule, CannotRun, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     if args.picture:
