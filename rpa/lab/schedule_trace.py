@@ -107,8 +107,8 @@ class _Walk(NamedTuple):
 
 def _kernel_name(eqn):
     named = eqn.params.get("name_and_src_info")
-    name = named.name if named is not None else eqn.params["name"]
-    return name or "unnamed"  # pallas_call without `name`
+    name = named.name if named is not None else eqn.params.get("name")
+    return name or "unnamed"  # pallas_call without `name`, and all of them in jax 0.7.2
 
 
 def known_operands(call: PallasCall) -> dict[int, Any]:
