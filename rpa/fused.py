@@ -2,7 +2,7 @@
 
 Until now the new tokens were stored first, by another program, and the attention kernel read them
 back from the cache. Two kernels, and the bytes cross the HBM three times. Here the new K and V
-come into the block by a copy of their own, right behind the cached tokens, take part in the
+come into the block by a copy of their own, right after the cached tokens, take part in the
 computation from there, and are written to their pages while the block computes:
 
     block of a sequence   [cached tokens, from their pages][new tokens, from new_kv][stale]
@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat, streamed
 from rpa.paging import cdiv, pack_kv
+from rpa.ragged import check_call
 from rpa.streamed import (
     Event,
     KeyBlock,
@@ -104,11 +105,12 @@ def fused_attention(
 
     Returns:
         output [num_tokens, num_q_heads, head_dim] in the dtype of queries, and the new cache.
-        Under jit, where lengths cannot be checked, queries behind max_q_len come out as NaN.
+        Under jit, where lengths cannot be checked, queries past max_q_len come out as NaN.
 
     Raises:
         ValueError: if a sequence has more than max_q_len new tokens, block_tokens is no multiple
-            of page_size, queries have another dtype, or K and V share the lanes of the cache.
+            of page_size, queries have another dtype, K and V share the lanes of the cache, or the
+            arguments do not fit together, see `rpa.ragged.check_call`.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([2], [5], [[1]])
@@ -117,6 +119,7 @@ def fused_attention(
     >>> cache[1, :, 0, 0, 0]
     Array([0., 0., 0., 1., 1., 0., 0., 0.], dtype=float32)
     """
+    check_call(queries, keys, values, kv_cache, batch)
     check_query_dtype(queries.dtype)
     check_q_lens(batch, max_q_len)
     check_lanes_are_not_shared(kv_cache.shape, *keys.shape[1:])
@@ -146,7 +149,7 @@ def _fused_attention(
         block_tokens=block_tokens,
         num_kv_heads=keys.shape[1],
     )
-    # Rows behind the sequence's last query are somebody else's: computed, and never looked at.
+    # Rows past the sequence's last query are somebody else's: computed, and never looked at.
     folded, unfold = fold_queries(queries, starts, max_q_len, sizes.num_kv_heads)
     out, kv_cache = _call_kernel(
         (kv_lens, q_lens, starts, batch.page_indices, find_next_live(kv_lens), sm_scale),
@@ -170,7 +173,8 @@ def fold_queries(queries, starts, max_q_len, num_kv_heads):
     Args:
         queries: [num_tokens, num_q_heads, head_dim].
         starts: i32[num_seqs], the row of each sequence's first query.
-        max_q_len, num_kv_heads: numbers.
+        max_q_len: rows of queries that each sequence gets.
+        num_kv_heads: divides num_q_heads.
 
     Returns:
         [num_seqs, num_kv_heads, max_q_len * group, align(head_dim, 128)], and the function that
@@ -181,7 +185,7 @@ def fold_queries(queries, starts, max_q_len, num_kv_heads):
     ((2, 2, 6, 128), (2, 3, 4, 64))
     """
     num_seqs = starts.shape[0]
-    gathered = queries[starts[:, None] + jnp.arange(max_q_len)]  # an index behind the end clamps
+    gathered = queries[starts[:, None] + jnp.arange(max_q_len)]  # an index past the end clamps
     folded, unpad = fold_heads(gathered.reshape(-1, *queries.shape[1:]), num_kv_heads)
     _, _, group, lanes = folded.shape
     folded = folded.reshape(num_seqs, max_q_len, num_kv_heads, group, lanes)
@@ -224,7 +228,7 @@ def _call_kernel(scalars, queries, new_kv, kv_cache, *, sizes, group, interpret)
     )(*scalars, queries, *(compat.keep_in_hbm(array, interpret) for array in (new_kv, kv_cache)))
 
 
-def _fused_kernel(
+def _fused_kernel(  # refs without a comment are those of `Refs`
     kv_lens_ref,
     q_lens_ref,
     starts_ref,
@@ -274,7 +278,7 @@ def _fused_kernel(
 
 
 def cached_tokens(kv_len, q_len, block, block_tokens):
-    """Tokens of a block that are in the cache already; the valid ones behind them are new.
+    """Tokens of a block that are in the cache already; the valid ones after them are new.
 
     >>> [int(cached_tokens(21, 6, block, 8)) for block in range(3)]
     [8, 7, 0]
@@ -282,7 +286,7 @@ def cached_tokens(kv_len, q_len, block, block_tokens):
     return jnp.clip(kv_len - q_len - block * block_tokens, 0, block_tokens)
 
 
-def block_tokens_of(refs, sizes, s, block):
+def cached_and_valid(refs, sizes, s, block):
     """How many tokens of a block are cached, and how many exist: new is what is between."""
     kv_len = refs.kv_lens[s]
     num_cached = cached_tokens(kv_len, refs.q_lens[s], block, sizes.block_tokens)
@@ -295,7 +299,7 @@ def causal_mask(refs, sizes, s, block, *, group, rows):
     row, col = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     q_position = refs.kv_lens[s] - refs.q_lens[s] + row // group
     kv_position = block * sizes.block_tokens + col
-    # Also the rows behind the last query are kept from what lies behind kv_len: it is stale.
+    # Also the rows past the last query are kept from what lies past kv_len: it is stale.
     return (kv_position <= q_position) & (kv_position < refs.kv_lens[s])
 
 
@@ -304,7 +308,7 @@ def start_block(refs, sizes, s, block, slot):
 
     @pl.when(s < sizes.num_seqs)
     def _():
-        num_cached, num_valid = block_tokens_of(refs, sizes, s, block)
+        num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
         first_entry = first_table_entry(sizes, s, block)
 
         def start_page(p, _):
@@ -337,7 +341,7 @@ def new_copy(refs, row, slot, buffer_row, rows):
 
 def start_store(refs, sizes, s, block, slot):
     """Start to write the new tokens of a block from the buffer to their pages."""
-    num_cached, num_valid = block_tokens_of(refs, sizes, s, block)
+    num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
     first_entry = first_table_entry(sizes, s, block)
 
     def store_page(p, _):
@@ -348,7 +352,7 @@ def start_store(refs, sizes, s, block, slot):
         page_row = begin - p * sizes.page_size
         store_copy(refs, page, page_row, slot, begin, end - begin).start()
 
-    # Nothing new in this block: the first page would be behind the last, and the loop is empty.
+    # Nothing new in this block: the first page is put past the last, and the loop is empty.
     first_page = jnp.where(num_valid > num_cached, num_cached // sizes.page_size, num_valid)
     jax.lax.fori_loop(first_page, cdiv(num_valid, sizes.page_size), store_page, None)
     refs.stored[slot] = num_valid - num_cached
@@ -376,6 +380,13 @@ def wait_store(refs, slot):
 
 def timeline(q_lens, kv_lens, *, page_size, block_tokens):
     """What the kernel starts, stores, waits for and computes, in its order, as data.
+
+    Args:
+        q_lens, kv_lens: int[num_seqs], new tokens and all tokens of each sequence.
+        page_size, block_tokens: tokens of a page and of a block.
+
+    Returns:
+        A list of `rpa.streamed.Event`, of the kinds "store" and "wait_store" too.
 
     >>> for event in timeline([1, 1], [9, 3], page_size=4, block_tokens=8):
     ...     print(*event)

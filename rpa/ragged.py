@@ -21,7 +21,7 @@ from rpa.paging import cdiv, paged_attention, store_kv, unpack_kv
 from rpa.validation import check_arguments, check_values
 
 Q_BLOCK = 64
-"""Query tokens that the reference takes at a time in sequences with more than one."""
+"""Query tokens that the reference takes at a time, except in the decode range: one."""
 
 
 @partial(
@@ -74,7 +74,8 @@ class RaggedBatch:
             max_num_seqs: room for sequences, default as many as there are. Fix it, and
                 pages_per_seq, so that a jitted function is compiled only once.
             pages_per_seq: room for pages of one sequence, default the most that one has.
-            chunk_prefill_size: sequences of exactly this q_len form the chunked prefill range.
+            chunk_prefill_size: sequences of exactly this q_len form the chunked prefill range; a
+                last chunk, which is shorter, counts as mixed.
 
         Returns:
             The batch (NumPy arrays), and i64[num_seqs], the order: sequence s of the batch is
@@ -113,7 +114,7 @@ class RaggedBatch:
         padded_q_lens[:num_seqs] = q_lens[order]
         padded_kv_lens = np.zeros(max_num_seqs, np.int32)
         padded_kv_lens[:num_seqs] = kv_lens[order]
-        ends = [decode.sum(), decode.sum() + chunk.sum(), num_seqs]
+        ends = [decode.sum(), decode.sum() + chunk.sum(), num_seqs]  # (i, j, k)
         batch = cls(
             kv_lens=padded_kv_lens,
             page_indices=table.reshape(-1),
@@ -124,7 +125,7 @@ class RaggedBatch:
 
     @property
     def num_seqs(self):
-        """How many sequences there are: the last entry of `distribution`."""
+        """How many sequences there are, i32[]: the last entry of `distribution`."""
         return self.distribution[2]
 
     @property
@@ -158,6 +159,7 @@ class RaggedBatch:
         seqs = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
         owned = seqs < self.num_seqs
         seqs = jnp.where(owned, seqs, 0)
+        # The row before a sequence's end is its last token, at position kv_len - 1.
         positions = jnp.asarray(self.kv_lens)[seqs] - ends[seqs] + tokens
         return seqs, jnp.where(owned, positions, 0), owned
 
@@ -224,6 +226,48 @@ def should_validate(batch: RaggedBatch, validate: bool | None) -> bool:
         return bool(validate)
     devices = [d for array in arrays if isinstance(array, jax.Array) for d in array.devices()]
     return all(device.platform == "cpu" for device in devices)
+
+
+def check_call(
+    queries,
+    keys,
+    values,
+    kv_cache,
+    batch: RaggedBatch,
+    *,
+    validate=None,
+    update_kv_cache=True,
+    **options,
+):
+    """Refuse a call whose arguments do not fit together, in words and before anything is written.
+
+    Args:
+        queries, keys, values, kv_cache: see `ref_ragged_paged_attention`.
+        batch: who owns which row, and which page.
+        validate: see `should_validate`.
+        update_kv_cache: False if nothing will be written, so that pages may be shared.
+        **options: of `rpa.validation.check_arguments`.
+
+    Raises:
+        ValueError: naming the argument, what was given, what was expected and what to do.
+
+    >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[4]])
+    >>> new, cache = jnp.ones((1, 1, 64)), jnp.zeros((2, 8, 2, 1, 128))
+    >>> check_call(new, new, new, cache, batch)
+    Traceback (most recent call last):
+        ...
+    ValueError: page_indices of sequence 0, page 0 is 4, but kv_cache has 2 pages: it must be \
+between 0 and 1. Take the pages of a sequence from a pool of this size (rpa.PagePool).
+    """
+    check_arguments(queries, keys, values, kv_cache, batch, **options)
+    if should_validate(batch, validate):
+        batch.validate(
+            num_tokens=queries.shape[0],
+            num_pages=kv_cache.shape[0],
+            page_size=kv_cache.shape[1],
+            chunk_prefill_size=options.get("chunk_prefill_size"),
+            update_kv_cache=update_kv_cache,
+        )
 
 
 def ref_ragged_paged_attention(
@@ -303,12 +347,14 @@ def ref_ragged_paged_attention(
     (4, 4, 64)
     """
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
-    check_arguments(
+    check_call(
         queries,
         keys,
         values,
         kv_cache,
         batch,
+        validate=validate,
+        update_kv_cache=update_kv_cache,
         use_causal_mask=use_causal_mask,
         skip_kv_mask=skip_kv_mask,
         sm_scale=sm_scale,
@@ -322,14 +368,6 @@ def ref_ragged_paged_attention(
         chunk_prefill_size=chunk_prefill_size,
         attention_sink=attention_sink,
     )
-    if should_validate(batch, validate):
-        batch.validate(
-            num_tokens=queries.shape[0],
-            num_pages=kv_cache.shape[0],
-            page_size=kv_cache.shape[1],
-            chunk_prefill_size=chunk_prefill_size,
-            update_kv_cache=update_kv_cache,
-        )
     return _store_and_attend(
         queries,
         keys,
@@ -428,7 +466,7 @@ def store_new_tokens(kv_cache, keys, values, batch: RaggedBatch):
 def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
     """Attention of every sequence of a batch, in blocks of queries, each through its page table.
 
-    The decode sequences are taken one query at a time, the others in blocks of Q_BLOCK. So the
+    The decode range is taken one query at a time, the others in blocks of Q_BLOCK. So the
     work is what the sequences need, not what the longest of them would need: the trip counts of
     both loops are read from the batch.
 
@@ -436,7 +474,8 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
         queries: [num_tokens, num_q_heads, head_dim].
         kv_cache: see `rpa.paging`; the new tokens are in it.
         batch: see `RaggedBatch`.
-        attend_block: `paged_attention` with its options filled in.
+        attend_block: `paged_attention` with its options filled in: (q [q_block, num_q_heads,
+            head_dim], kv_cache, pages i32[pages_per_seq], kv_len, q_start) -> f32[like q].
 
     Returns:
         f32[num_tokens, num_q_heads, head_dim]; rows that no sequence owns are zero.
@@ -451,6 +490,7 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
     kv_lens, cu_q_lens, ends = (
         jnp.asarray(x) for x in (batch.kv_lens, batch.cu_q_lens, batch.distribution)
     )
+    # i32[max_num_seqs, pages_per_seq]
     table = jnp.asarray(batch.page_indices).reshape(-1, batch.pages_per_seq)
     # The last block of a sequence may reach past the last token: give it room, or
     # dynamic_slice would move the block's start to make it fit.
@@ -504,7 +544,7 @@ def oracle_ragged(queries, kv_cache, batch: RaggedBatch, num_kv_heads, **options
         rows = slice(int(batch.cu_q_lens[s]), int(batch.cu_q_lens[s + 1]))
         kv_len = int(batch.kv_lens[s])
         pages = table[s, : cdiv(kv_len, kv_cache.shape[1])]
-        tokens = kv_cache[pages].reshape(-1, *kv_cache.shape[2:])[:kv_len]
+        tokens = kv_cache[pages].reshape(-1, *kv_cache.shape[2:])[:kv_len]  # [kv_len, rows, ...]
         k, v = unpack_kv(tokens, num_kv_heads, head_dim)
         truth.output[rows], truth.scale[rows] = dense.oracle(queries[rows], k, v, **options)
     return truth

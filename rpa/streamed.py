@@ -31,8 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.paging import LANES, cdiv, lanes_are_shared, paged_attention
-from rpa.ragged import store_new_tokens
+from rpa.paging import LANES, cdiv, get_kv_cache_shape, lanes_are_shared, paged_attention
+from rpa.ragged import check_call, store_new_tokens
 from rpa.tiled import (
     MASK_VALUE,
     check_query_dtype,
@@ -48,7 +48,10 @@ BLOCK_TOKENS = 512
 
 
 class Refs(NamedTuple):
-    """What the kernel's functions pass on to each other; `kv_lens` to `next_live` are in SMEM."""
+    """What the kernel's functions pass on to each other; `kv_lens` to `next_live` are in SMEM.
+
+    `rows` and `lanes` are the third and the last dimension of the cache, see `rpa.paging`.
+    """
 
     kv_lens: object  # i32[num_seqs]
     page_indices: object  # i32[num_seqs * pages_per_seq]
@@ -64,13 +67,18 @@ class Sizes(NamedTuple):
 
     num_seqs: int
     pages_per_seq: int
-    page_size: int
+    page_size: int  # tokens
     block_tokens: int
     num_kv_heads: int
 
 
 def reference(queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale=None):
     """What `paged_decode` must compute, one sequence after the other, in plain JAX (rung 2).
+
+    Args: see `paged_decode`.
+
+    Returns:
+        [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
 
     >>> reference(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
     ...           jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
@@ -116,8 +124,9 @@ def paged_decode(
         [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
 
     Raises:
-        ValueError: if block_tokens is no multiple of page_size, if queries have another dtype, or
-            if K and V share the lanes of the cache.
+        ValueError: if block_tokens is no multiple of page_size, if shapes or dtypes do not fit
+            together, or if K and V share the lanes of the cache. Page numbers and lengths are not
+            read: one that is out of range reads what is not there.
 
     >>> paged_decode(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
     ...              jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
@@ -125,7 +134,7 @@ def paged_decode(
     """
     check_query_dtype(queries.dtype)
     num_seqs, _, head_dim = queries.shape
-    check_lanes_are_not_shared(kv_cache.shape, num_kv_heads, head_dim)
+    _check_shapes(queries, kv_cache, kv_lens, page_indices, num_kv_heads)
     page_size = kv_cache.shape[1]
     sizes = Sizes(
         num_seqs=num_seqs,
@@ -145,6 +154,32 @@ def paged_decode(
         sizes=sizes,
         interpret=compat.choose_interpret(interpret),
     )
+
+
+def _check_shapes(queries, kv_cache, kv_lens, page_indices, num_kv_heads):
+    num_seqs, num_q_heads, head_dim = queries.shape
+    if np.shape(kv_lens) != (num_seqs,) or num_seqs == 0:
+        raise ValueError(
+            f"kv_lens has shape {np.shape(kv_lens)}, but queries has {num_seqs} rows: pass one "
+            "query and one length for each sequence, at least one."
+        )
+    if page_indices.ndim != 1 or page_indices.shape[0] % num_seqs:
+        raise ValueError(
+            f"page_indices has shape {page_indices.shape}, but must be one row of pages_per_seq "
+            f"entries for each of the {num_seqs} sequences: flatten the page table."
+        )
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"queries has {num_q_heads} heads, but must have a multiple of num_kv_heads="
+            f"{num_kv_heads}: every KV head serves the same number of query heads."
+        )
+    check_lanes_are_not_shared(kv_cache.shape, num_kv_heads, head_dim)
+    expected = get_kv_cache_shape(*kv_cache.shape[:2], num_kv_heads, head_dim, kv_cache.dtype)
+    if kv_cache.shape != expected:
+        raise ValueError(
+            f"kv_cache has shape {kv_cache.shape}, but for {num_kv_heads} KV heads of {head_dim} "
+            f"in {kv_cache.dtype} must have {expected}: make it with rpa.get_kv_cache_shape."
+        )
 
 
 def choose_block_tokens(block_tokens, page_size, pages_per_seq) -> int:
@@ -223,7 +258,7 @@ def fold_heads(queries, num_kv_heads):
     """
     n, num_q_heads, head_dim = queries.shape
     folded = queries.reshape(n, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
-    # Zeros: the lanes behind head_dim are multiplied with those of the cache, which are zero too.
+    # Zeros: the lanes past head_dim are multiplied with those of the cache, which are zero too.
     pad = cdiv(head_dim, LANES) * LANES - head_dim
     folded = jnp.pad(folded, ((0, 0), (0, 0), (0, 0), (0, pad)))
     return folded, lambda out: out[..., :head_dim].reshape(queries.shape)
@@ -247,7 +282,7 @@ def find_next_live(kv_lens):
     return jax.lax.cummin(here, reverse=True)
 
 
-def _decode_kernel(
+def _decode_kernel(  # refs without a comment are those of `Refs`
     kv_lens_ref,
     page_indices_ref,
     next_live_ref,
@@ -315,7 +350,7 @@ def successor(refs, sizes, s, block):
 
 
 def start_block(refs, sizes, s, block, slot):
-    """Start the copies of all pages of a block into buffer `slot`; none if s is behind the last."""
+    """Start the copies of all pages of a block into buffer `slot`; none if s is past the last."""
 
     @pl.when(s < sizes.num_seqs)
     def _():
@@ -361,10 +396,13 @@ def attend_block(states, q_ref, keys: KeyBlock, sm_scale):
     """Take a block of keys and values into the online softmax of every KV head.
 
     Args:
-        states: a list of SoftmaxState, one a KV head.
+        states: a list of SoftmaxState, one a KV head, of [q rows, lanes].
         q_ref: VMEM [num_kv_heads, q rows, lanes].
         keys: the block.
-        sm_scale: factor on the scores.
+        sm_scale: factor on the scores, f32[].
+
+    Returns:
+        The states with the block taken in.
     """
     new_states = []
     for h, state in enumerate(states):
@@ -391,14 +429,21 @@ class Event(NamedTuple):
 
     kind: str
     seq: int
-    block: int
-    slot: int
-    num_tokens: int
-    num_copies: int
+    block: int  # which block of the sequence
+    slot: int  # which buffer
+    num_tokens: int  # of the block
+    num_copies: int  # copies that it starts, or waits that it takes
 
 
 def timeline(kv_lens, *, page_size, block_tokens):
     """What the kernel starts, waits for and computes, in its order: the picture, as data.
+
+    Args:
+        kv_lens: int[num_seqs], tokens of each sequence; 0 is an idle slot.
+        page_size, block_tokens: tokens of a page and of a block.
+
+    Returns:
+        A list of `Event`; the columns below are its fields.
 
     >>> for event in timeline([9, 0, 3], page_size=4, block_tokens=8):
     ...     print(*event)
@@ -457,7 +502,8 @@ def attention(
         output [num_tokens, num_q_heads, head_dim] and the cache with the new tokens in it.
 
     Raises:
-        ValueError: if a sequence has more than one new token.
+        ValueError: if a sequence has more than one new token, or the arguments do not fit
+            together, see `rpa.ragged.check_call`.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([1, 2], [5, 2], [[1], [0]])
@@ -468,6 +514,7 @@ def attention(
     ValueError: sequence 1 has q_len 2, but this rung takes at most 1 new token a sequence: leave \
 it to another rung.
     """
+    check_call(queries, keys, values, kv_cache, batch, sm_scale=sm_scale)
     check_q_lens(batch, 1)
     return _attention(
         queries,
@@ -522,11 +569,11 @@ def check_q_lens(batch, max_q_len):
     >>> check_q_lens(RaggedBatch.from_lengths([2], [5], [[1]])[0], 2)
     """
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(batch)):
-        return
+        return  # the caller's rows come out as NaN instead, see `attention`
     # NumPy, not jnp: inside somebody's jit a batch may be constants, and jnp would trace them.
     q_lens = np.diff(np.asarray(batch.cu_q_lens)[: int(np.asarray(batch.num_seqs)) + 1])
     for s in np.flatnonzero(q_lens > max_q_len)[:1]:
         raise ValueError(
             f"sequence {s} has q_len {q_lens[s]}, but this rung takes at most {max_q_len} new "
-            "token a sequence: leave it to another rung."
+            f"token{'s' * (max_q_len != 1)} a sequence: leave it to another rung."
         )

@@ -11,9 +11,9 @@ block of step n + 1 while step n computes: the automatic pipeline. Three things 
 
     rows       the `group` query heads that share a KV head become rows of one matrix, so GQA is a
                taller product and not a loop: block_q tokens x group heads = rows.
-    skipping   key blocks behind the last visible key are neither computed (`pl.when`) nor fetched:
+    skipping   key blocks past the last visible key are neither computed (`pl.when`) nor fetched:
                the index map names the block that is already there, and Pallas moves nothing.
-    tails      no length has to be a multiple of a block. What lies behind the end of an array is
+    tails      no length has to be a multiple of a block. What lies past the end of an array is
                whatever the memory held, NaN too, so it is replaced and never multiplied by zero.
 
     key blocks ->    0 1 2 3        q_len 8, kv_len 13, blocks of 4 tokens, causal
@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rpa import compat
 from rpa.dense import check_dense_shapes
 from rpa.paging import cdiv, unpack_kv
-from rpa.ragged import store_new_tokens
+from rpa.ragged import check_call, store_new_tokens
 
 MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 """The score of a masked key. Finite: (-inf) - (-inf) is NaN, and such a row is lost for good."""
@@ -97,7 +97,7 @@ def softmax_step(state: SoftmaxState, scores, values) -> SoftmaxState:
 
 
 def finish(state: SoftmaxState, dtype):
-    """Output of a finished state: [rows, head_dim]; zero in rows that have seen no key.
+    """Output of a finished state, dtype[rows, head_dim]; zero in rows that have seen no key.
 
     >>> finish(empty_state(1, 2), jnp.float32)
     Array([[0., 0.]], dtype=float32)
@@ -106,7 +106,14 @@ def finish(state: SoftmaxState, dtype):
 
 
 def dot(a, b, contract):
-    """Matrix product into float32 over dimension `contract[0]` of a and `contract[1]` of b.
+    """Matrix product of two matrices over dimension `contract[0]` of a and `contract[1]` of b.
+
+    Args:
+        a, b: matrices of one dtype.
+        contract: (1, 1) for a b^T, as in Q K^T; (1, 0) for a b, as in P V.
+
+    Returns:
+        f32[rows of a, the other dimension of b].
 
     >>> dot(jnp.ones((2, 3)), jnp.ones((4, 3)), contract=(1, 1)).shape
     (2, 4)
@@ -116,7 +123,7 @@ def dot(a, b, contract):
         b,
         (((contract[0],), (contract[1],)), ((), ())),
         preferred_element_type=jnp.float32,
-        # Without it a TPU rounds float32 operands to bfloat16, and 6e-7 becomes 3e-3.
+        # Without it a TPU rounds float32 operands to bfloat16, of which 8 bits are left.
         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
     )
 
@@ -142,7 +149,15 @@ cache may stay as it is.
 
 
 def end_kv_block(q_block, q_len, kv_len, *, block_q, block_kv, causal):
-    """One behind the last key block that a query block sees: where its walk over the keys ends.
+    """One past the last key block that a query block sees: where its walk over the keys ends.
+
+    Args:
+        q_block: which block of queries, a number or a traced scalar, like the lengths.
+        q_len, kv_len: tokens; the queries are the last q_len of kv_len.
+        block_q, block_kv: tokens of a block.
+        causal: whether the causal mask is on.
+
+    Two blocks of queries, the last of a sequence of 13; see the picture at the top of the file:
 
     >>> [end_kv_block(i, 8, 13, block_q=4, block_kv=4, causal=True) for i in range(2)]
     [3, 4]
@@ -200,9 +215,9 @@ def flash_attention(
         q: [max_q_len, num_q_heads, head_dim], float32 or bfloat16; the sequence's last tokens.
         k, v: [max_kv_len, num_kv_heads, head_dim] in the dtype of q.
         q_len, kv_len: how many rows of q, and of k and v, are real; numbers or traced scalars.
-            None: all. What lies behind them is not read as a number, and comes out as zeros.
+            None: all. Rows past them may hold anything, also NaN, and come out as zeros.
         sm_scale: factor on the scores, a number or a traced scalar; None is `head_dim ** -0.5`.
-        causal: whether a query is kept from keys behind its own position.
+        causal: whether a query is kept from keys after its own position.
         block_q, block_kv: tokens of a block; they decide VMEM and speed, not the result.
         interpret: None compiles on a TPU and interprets elsewhere, False compiles, parameters of
             the TPU interpreter interpret (see `rpa.compat.interpreter_params`).
@@ -211,13 +226,20 @@ def flash_attention(
         [max_q_len, num_q_heads, head_dim] in the dtype of q.
 
     Raises:
-        ValueError: if the shapes do not fit together, or q has another dtype.
+        ValueError: if shapes or dtypes do not fit together, or a block has no token.
 
     >>> q, kv = jnp.ones((3, 4, 128)), jnp.ones((5, 2, 128))
     >>> flash_attention(q, kv, kv, block_q=8, block_kv=8).shape
     (3, 4, 128)
     """
     check_query_dtype(q.dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q has dtype {q.dtype}, k {k.dtype} and v {v.dtype}: they must be equal, since the "
+            "MXU wants both sides of a product in one dtype. Cast k and v to that of q."
+        )
+    _check_block("block_q", block_q)
+    _check_block("block_kv", block_kv)
     # With lengths of their own, q may have more room than k: only the real rows are compared.
     padded = q_len is not None or kv_len is not None
     q_rows = min(q.shape[0], k.shape[0]) if padded else q.shape[0]
@@ -238,6 +260,14 @@ def flash_attention(
     )
 
 
+def _check_block(name, tokens):
+    if not isinstance(tokens, (int, np.integer)) or tokens < 1:
+        raise ValueError(
+            f"{name} is {tokens!r}, but must be a positive whole number of tokens, best a multiple "
+            "of 8. Leave it out for a default."
+        )
+
+
 @partial(jax.jit, static_argnames=["causal", "block_q", "block_kv", "interpret"])
 def _flash_attention(lens, sm_scale, q, k, v, *, causal, block_q, block_kv, interpret):
     max_q_len, num_q_heads, head_dim = q.shape
@@ -251,6 +281,7 @@ def _flash_attention(lens, sm_scale, q, k, v, *, causal, block_q, block_kv, inte
 
     rows = block_q * group
     blocks = {"block_q": block_q, "block_kv": block_kv, "causal": causal}
+    # None: a dimension that the kernel does not see, because it gets one KV head at a time.
     q_spec = pl.BlockSpec((None, rows, head_dim), lambda h, i, j, lens, scale: (h, i, 0))
     kv_spec = pl.BlockSpec((None, block_kv, head_dim), partial(_kv_block_index, **blocks))
     out = pl.pallas_call(
@@ -278,7 +309,10 @@ def _flash_attention(lens, sm_scale, q, k, v, *, causal, block_q, block_kv, inte
 
 
 def _kv_block_index(h, i, j, lens_ref, scale_ref, **blocks):
-    """Which block of K and V grid step (h, i, j) wants: past the end, the one that it has."""
+    """Which block of K and V grid step (h, i, j) wants, as (head, block of tokens, block of lanes).
+
+    Past the end it is the one that is there already, and Pallas copies nothing.
+    """
     end = end_kv_block(i, lens_ref[0], lens_ref[1], **blocks)
     return h, jnp.clip(j, 0, jnp.maximum(end - 1, 0)), 0
 
@@ -328,13 +362,13 @@ def read_state(state_refs) -> SoftmaxState:
 
 
 def write_state(state_refs, state: SoftmaxState):
-    """Keep the state in VMEM for the next grid step."""
+    """Keep the state in VMEM for the next grid step; `state_refs` as for `read_state`."""
     for ref, part in zip(state_refs, state, strict=True):
         ref[...] = part
 
 
 def zero_tail(values, num_valid):
-    """Replace rows from `num_valid` on by zeros.
+    """Replace rows from `num_valid` on by zeros, in values [keys, head_dim].
 
     Their weights are zero already, but stale memory may hold NaN, and `0 * NaN` is NaN.
 
@@ -351,7 +385,6 @@ def _minimum(a, b):
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
 
-@partial(jax.jit, static_argnames=["block_q", "block_kv", "interpret"])
 def attention(
     queries,
     keys,
@@ -375,12 +408,31 @@ def attention(
     Returns:
         output [num_tokens, num_q_heads, head_dim] and the cache with the new tokens in it.
 
+    Raises:
+        ValueError: if the arguments do not fit together, see `rpa.ragged.check_call`.
+
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([2], [5], [[1]])
     >>> new, cache = jnp.ones((2, 1, 64)), jnp.zeros((2, 8, 2, 1, 128))
     >>> jax.eval_shape(attention, new, new, new, cache, batch)[0].shape
     (2, 1, 64)
     """
+    check_call(queries, keys, values, kv_cache, batch, sm_scale=sm_scale)
+    return _attention(
+        queries,
+        keys,
+        values,
+        kv_cache,
+        batch,
+        sm_scale,
+        block_q=block_q,
+        block_kv=block_kv,
+        interpret=interpret,
+    )
+
+
+@partial(jax.jit, static_argnames=["block_q", "block_kv", "interpret"])
+def _attention(queries, keys, values, kv_cache, batch, sm_scale, *, block_q, block_kv, interpret):
     num_tokens, _, head_dim = queries.shape
     kv_cache = store_new_tokens(kv_cache, keys, values, batch)
     table = jnp.asarray(batch.page_indices).reshape(batch.max_num_seqs, -1)
@@ -391,7 +443,7 @@ def attention(
         # Rows and pages that are not the sequence's own may be anything: the kernel's lengths hide
         # them, and JAX clamps an index that is out of range.
         q = queries[cu_q_lens[s] + jnp.arange(num_tokens)]
-        k, v = unpack_kv(kv_cache[table[s]], keys.shape[1], head_dim)
+        k, v = unpack_kv(kv_cache[table[s]], keys.shape[1], head_dim)  # [pages, page_size, ...]
         return flash_attention(
             q,
             k.reshape(-1, *keys.shape[1:]).astype(q.dtype),
@@ -404,6 +456,7 @@ def attention(
             interpret=interpret,
         )
 
+    # [max_num_seqs, num_tokens, num_q_heads, head_dim]
     output = jax.lax.map(one_sequence, jnp.arange(batch.max_num_seqs))
     seqs, _, owned = batch.token_positions(num_tokens)
     mine = output[seqs, jnp.arange(num_tokens) - cu_q_lens[seqs]]
