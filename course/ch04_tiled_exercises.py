@@ -260,6 +260,30 @@ def row_sums(x, block_rows, block_columns):
     )(x)
 
 
+# %% tags=["wrong"] refused="Your function has no kernel"
+def row_sums(x, block_rows, block_columns):
+    return x.sum(axis=1, keepdims=True)
+
+
+# %% tags=["wrong"] refused="asks for block (1, 0) of x_ref"
+def row_sums(x, block_rows, block_columns):
+    def kernel(x_ref, out_ref):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            out_ref[...] = jnp.zeros_like(out_ref)
+
+        out_ref[...] += x_ref[...].sum(axis=1, keepdims=True)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(x.shape[0] // block_rows, x.shape[1] // block_columns),
+        in_specs=[pl.BlockSpec((block_rows, block_columns), lambda i, j: (j, i))],
+        out_specs=pl.BlockSpec((block_rows, 1), lambda i, j: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], 1), x.dtype),
+        interpret=choose_interpret(None),
+    )(x)
+
+
 # %% tags=["wrong"] refused="the zeros are written in the very first step only"
 def row_sums(x, block_rows, block_columns):
     def kernel(x_ref, out_ref):

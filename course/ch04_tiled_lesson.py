@@ -331,8 +331,9 @@ print(f"computed: {(kinds != '.').sum()} of {kinds.size}, with a mask that matte
 assert copied[True] <= (kinds != ".").sum() < copied[False]
 
 # %% [markdown]
-# In a long prefill that is almost half of all work. Only the blocks along the diagonal need a mask
-# at all; this kernel masks every block, which is simple and costs vector instructions. Rung 7 does
+# Here it is 12 blocks of 80, because most of the keys are cached. In a long fresh prompt it comes
+# to almost half of all work: exercise 4.5 counts. Only the blocks along the diagonal need a mask at
+# all; this kernel masks every block, which is simple and costs vector instructions. Rung 7 does
 # not.
 #
 # **Takeaway.** Causality is skipped by blocks and masked by positions. A skipped step costs a grid
@@ -410,7 +411,9 @@ notes_bytes = 4 * 32 * 512 * 4096 * 4  # scores and weights, each written and re
 more_bytes = {"floor": 0, "rung 3": notes_bytes, "rung 4": 3 * cost.kv_read_bytes}  # 4 q blocks
 for name, extra_bytes in more_bytes.items():
     time_ = chips.roofline_time("v5e", cost.flops, cost.hbm_bytes + extra_bytes)
-    print(f"{name:7} {1e6 * time_.time_s:6.0f} us on a v5e, waits for {time_.bound} (predicted)")
+    hbm_mb = (cost.hbm_bytes + extra_bytes) / 1e6
+    print(f"{name:7} {hbm_mb:5.0f} MB, {1e6 * time_.time_s:5.0f} us on a v5e, waits for "
+          f"{time_.bound} (predicted)")  # fmt: skip
 assert time_.bound == "compute"
 
 # %% [markdown]
@@ -445,10 +448,11 @@ picture
 
 # %% [markdown]
 # A full row is a unit with work in every cycle. The matrix unit (top) is in use for little more
-# than half of the time. First it multiplies Q and K and nobody else has anything to do; then it
-# waits for maxima, exponentials and masks (VALU, EUP, XLU), because the second product needs their
-# results. And much of the loads and stores is *spills*: 512 rows of scores do not fit 64 registers.
-# None of that is in a roofline. It is latency and order, and chapter 8 is about nothing else.
+# than half of the time. At first it multiplies Q and K without a pause, and the exponentials (EUP)
+# have not begun; from the middle on it pauses again and again, and waits for maxima, exponentials
+# and masks (VALU, EUP, XLU), because the second product needs their results. And much of the loads
+# and stores is *spills*: 512 rows of scores do not fit 64 registers. None of that is in a roofline.
+# It is latency and order, and chapter 8 is about nothing else.
 #
 # **Takeaway.** A roofline says what must be waited for. The schedule says what is.
 

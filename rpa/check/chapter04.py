@@ -4,8 +4,13 @@ References and mistakes are NumPy. The learner's kernels run in this process, in
 or on the TPU: the automatic pipeline has no waits, so nothing here can hang.
 """
 
+import logging
+import re
+
+import jax
 import numpy as np
 
+from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.launchers import run_flash
 from rpa.paging import cdiv
@@ -77,6 +82,38 @@ def _padded_in_total(shape, item_bytes):
     return cdiv(_unpadded(shape, item_bytes), 4096) * 4096
 
 
+@vmem_bytes.mistake("tiles are counted in numbers and not in bytes: item_bytes is left out")
+def _numbers(shape, item_bytes):
+    return _padded_bytes(shape, item_bytes) // item_bytes
+
+
+@vmem_bytes.mistake("rounding goes down: a tile that is begun is a tile")
+def _rounded_down(shape, item_bytes):
+    *untiled, rows, columns = shape
+    sublanes = 8 * (4 // item_bytes)
+    whole = (rows // sublanes * sublanes, columns // 128 * 128)
+    return int(np.prod((*untiled, *whole))) * item_bytes
+
+
+@vmem_bytes.mistake("dimensions before the last two are left out: each of their entries has tiles")
+def _untiled_left_out(shape, item_bytes):
+    return _padded_bytes(shape[-2:], item_bytes)
+
+
+@vmem_bytes.mistake(
+    "all dimensions but the last are joined before they are filled up: each entry of the "
+    "dimensions in front has tiles of its own"
+)
+def _joined(shape, item_bytes):
+    return _padded_bytes((int(np.prod(shape[:-1])), shape[-1]), item_bytes)
+
+
+@vmem_bytes.mistake("rows are filled up to 128 and lanes to 8: it is the other way round")
+def _sides_swapped(shape, item_bytes):
+    *untiled, rows, columns = shape
+    return _padded_bytes((*untiled, columns, rows), item_bytes)
+
+
 # 4.2 a first kernel -------------------------------------------------------------------------------
 
 
@@ -90,7 +127,38 @@ def _blocks(x, block_rows, block_columns):
     return x.reshape(len(x), -1, block_columns).sum(axis=2)
 
 
-row_sums = Exercise("4.2", _row_sums, axes=("row", "column"))
+OUT_OF_BOUNDS = re.compile(r'Out-of-bounds block index (.*?) for .*?"(\w+)" in iteration (.*?) on')
+"""What the interpreter says, among the lines of its own files, about a block that is not there."""
+
+
+def run_blocks(function, x, block_rows, block_columns):
+    """The learner's sums; they have to come from a kernel, and from blocks that x has."""
+    if function.__module__ == __name__:
+        return function(x, block_rows, block_columns)
+    program = jax.make_jaxpr(lambda x: function(x, block_rows, block_columns))(x)
+    if "pallas_call" not in str(program):
+        raise WrongResult(
+            "your function has no kernel: the sums have to come from pl.pallas_call, which sees "
+            "one block of x at a time"
+        )
+    log = logging.getLogger("jax._src.callback")  # prints what is raised, with all of JAX's lines
+    log.disabled = True
+    try:
+        return jax.block_until_ready(function(x, block_rows, block_columns))
+    except jax.errors.JaxRuntimeError as error:
+        found = OUT_OF_BOUNDS.search(str(error))
+        if not found:
+            raise
+        raise WrongResult(
+            f"step {found[3]} of your grid asks for block {found[1]} of {found[2]}, which has no "
+            "such block. An index map counts blocks, not elements; the grid is (rows of blocks, "
+            "columns of blocks), and its steps are (i, j)"
+        ) from None
+    finally:
+        log.disabled = False
+
+
+row_sums = Exercise("4.2", _row_sums, axes=("row", "column"), drive=run_blocks)
 row_sums.case(
     "one block",
     x=np.arange(8 * 128, dtype=np.float32).reshape(8, 128) % 5,
@@ -166,17 +234,20 @@ def _columns(x, block_rows, block_columns):
 # 4.3 online softmax -------------------------------------------------------------------------------
 
 
-def _online_step(row_max, row_sum, acc, scores, values, *, old=None, new=None):
-    """The step in float64, with a screw for each factor: of what was kept, of the new weights."""
+def _online_step(
+    row_max, row_sum, acc, scores, values, *, largest=None, old=None, new=None
+):  # fmt: skip
+    """The step in float64, with a screw for the maximum and each factor, of old and new weights."""
     row_max, row_sum, acc, scores, values = (
         np.asarray(x, np.float64) for x in (row_max, row_sum, acc, scores, values)
     )
-    largest = np.maximum(row_max, scores.max(1, keepdims=True))
+    top = np.maximum(row_max, scores.max(1, keepdims=True))
+    top = top if largest is None else largest(row_max, scores)
     with np.errstate(over="ignore", invalid="ignore"):
-        rescale = np.exp(row_max - largest) if old is None else old(row_max, largest)
-        weights = np.exp(scores - largest) if new is None else new(scores, row_max, largest)
+        rescale = np.exp(row_max - top) if old is None else old(row_max, top)
+        weights = np.exp(scores - top) if new is None else new(scores, row_max, top)
         outputs = (
-            largest,
+            top,
             rescale * row_sum + weights.sum(1, keepdims=True),
             rescale * acc + weights @ values,
         )
@@ -259,15 +330,10 @@ def _inverse_factor(row_max, row_sum, acc, scores, values):
 
 @online_step.mistake("row_max is the maximum of this block only, and forgets the blocks before it")
 def _block_maximum(row_max, row_sum, acc, scores, values):
-    row_max, row_sum, acc, scores, values = (
-        np.asarray(x, np.float64) for x in (row_max, row_sum, acc, scores, values)
-    )
-    largest = scores.max(1, keepdims=True)
-    with np.errstate(over="ignore", invalid="ignore"):
-        rescale, weights = np.exp(row_max - largest), np.exp(scores - largest)
-        total = rescale * row_sum + weights.sum(1, keepdims=True)
-        outputs = (largest, total, rescale * acc + weights @ values)
-        return tuple(x.astype(np.float32) for x in outputs)
+    def of_block(row_max, scores):
+        return scores.max(1, keepdims=True)
+
+    return _online_step(row_max, row_sum, acc, scores, values, largest=of_block)
 
 
 @online_step.mistake("the new weights are taken against the old maximum, exp(scores - row_max)")
@@ -289,6 +355,14 @@ def _forgets(row_max, row_sum, acc, scores, values):
     right = _online_step(row_max, row_sum, acc, scores, values)
     alone = _online_step(row_max, row_sum, acc, scores, values, old=lambda old, new: 0.0)
     return right[0], *alone[1:]
+
+
+@online_step.mistake("one maximum is taken for all rows: each row has its own (axis=1)")
+def _one_maximum(row_max, row_sum, acc, scores, values):
+    def of_all(row_max, scores):
+        return np.maximum(row_max, scores.max())
+
+    return _online_step(row_max, row_sum, acc, scores, values, largest=of_all)
 
 
 # 4.4 a flash attention kernel ---------------------------------------------------------------------
@@ -357,7 +431,10 @@ def _written_first(q, k, v, block_q, block_kv):
     return _attend(q, k, v, keys=slice(block_kv))
 
 
-@flash.mistake("the state is never emptied: scratch memory begins as anything, and here as NaN")
+@flash.mistake(
+    "the state is never emptied or the output never written: VMEM begins as anything, and here as "
+    "NaN. Empty the state at block 0 of the keys, write at block pl.num_programs(1) - 1"
+)
 def _never_emptied(q, k, v, block_q, block_kv):
     return np.full(q.shape, np.nan, np.float32)
 
@@ -385,6 +462,35 @@ def _emptied_once(q, k, v, block_q, block_kv):
 def _tail_kept(q, k, v, block_q, block_kv):
     output = _attend(q, k, v)
     return output if len(k) % block_kv == 0 else np.full_like(output, np.nan)
+
+
+@flash.mistake("scores are divided by head_dim and not by its root")
+def _scaled_too_much(q, k, v, block_q, block_kv):
+    return _attend(q, k, v, scale=1 / q.shape[1])
+
+
+@flash.mistake("the state that softmax_step returns is not kept: write_state puts it back")
+def _state_not_kept(q, k, v, block_q, block_kv):
+    return np.zeros(q.shape, np.float32)
+
+
+@flash.mistake(
+    "program_id(0) is taken for the block of keys: axis 0 of the grid counts the blocks of queries"
+)
+def _wrong_axis(q, k, v, block_q, block_kv):
+    if len(q) == block_q and len(k) == block_kv:
+        return _attend(q, k, v)
+    return np.full(q.shape, np.nan, np.float32)
+
+
+@flash.mistake("hidden scores are set to 0, which still has the weight exp(0): MASK_VALUE has none")
+def _hidden_are_zero(q, k, v, block_q, block_kv):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    hidden = -len(k) % block_kv
+    scores = np.pad(q @ k.T * q.shape[1] ** -0.5, ((0, 0), (0, hidden)))
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    return (weights[:, : len(k)] @ v).astype(np.float32)
 
 
 # 4.5 which blocks to skip -------------------------------------------------------------------------
@@ -416,6 +522,7 @@ def _shape(q_block, q_len, kv_len, block_q, block_kv):
 
 
 key_blocks = Exercise("4.5", _key_blocks, outputs=("whole", "end"), tolerance=0.0)
+key_blocks.case("eighteen queries, nothing cached: the first nine", **_shape(0, 18, 18, 9, 4))
 key_blocks.case("eight queries, nothing cached: the first four", **_shape(0, 8, 8, 4, 4))
 key_blocks.case("the same, the last four", **_shape(1, 8, 8, 4, 4))
 key_blocks.case("five cached tokens in front", **_shape(0, 8, 13, 4, 4))
@@ -475,6 +582,40 @@ def _skips_nothing(q_block, q_len, kv_len, block_q, block_kv):
     return whole, cdiv(kv_len, block_kv)
 
 
+@key_blocks.mistake(
+    "`end` is one key too far: the last query of the block sees its own key, not one more"
+)
+def _one_key_too_far(q_block, q_len, kv_len, block_q, block_kv):
+    whole, _ = _key_blocks(q_block, q_len, kv_len, block_q, block_kv)
+    start = kv_len - q_len + q_block * block_q
+    return whole, cdiv(min(start + block_q + 1, kv_len), block_kv)
+
+
+@key_blocks.mistake("`end` is one key short: a query at position p sees p + 1 keys")
+def _one_key_short(q_block, q_len, kv_len, block_q, block_kv):
+    whole, _ = _key_blocks(q_block, q_len, kv_len, block_q, block_kv)
+    start = kv_len - q_len + q_block * block_q
+    return whole, cdiv(min(start + block_q, kv_len) - 1, block_kv)
+
+
+@key_blocks.mistake("`whole` is rounded up: a block that the first query sees in part needs a mask")
+def _whole_rounded_up(q_block, q_len, kv_len, block_q, block_kv):
+    start = kv_len - q_len + q_block * block_q
+    _, end = _key_blocks(q_block, q_len, kv_len, block_q, block_kv)
+    return cdiv(start + 1, block_kv), end
+
+
+@key_blocks.mistake("`end` counts the blocks that are partly visible; it counts whole ones, too")
+def _partly_only(q_block, q_len, kv_len, block_q, block_kv):
+    whole, end = _key_blocks(q_block, q_len, kv_len, block_q, block_kv)
+    return whole, end - whole
+
+
+@key_blocks.mistake("keys are counted in blocks of block_q: their blocks have block_kv keys")
+def _blocks_of_queries(q_block, q_len, kv_len, block_q, block_kv):
+    return _formula(q_block, q_len, kv_len, block_q, block_q)
+
+
 @key_blocks.mistake("`whole` and `end` are counted in keys and not in blocks")
 def _in_keys(q_block, q_len, kv_len, block_q, block_kv):
     start = kv_len - q_len + q_block * block_q
@@ -527,6 +668,20 @@ def _head_by_head(q, num_kv_heads, kv_len):
     q_len, num_q_heads, head_dim = q.shape
     rows = q.transpose(1, 0, 2).reshape(num_kv_heads, -1, head_dim)
     return rows, np.tile(np.arange(kv_len - q_len, kv_len), num_q_heads // num_kv_heads)
+
+
+@grouped_rows.mistake(
+    "the rows of a KV head go through all tokens of one query head, then through those of the "
+    "next; the positions are those of row t * group + g"
+)
+def _rows_by_head(q, num_kv_heads, kv_len):
+    return _head_by_head(q, num_kv_heads, kv_len)[0], _grouped_rows(q, num_kv_heads, kv_len)[1]
+
+
+@grouped_rows.mistake("positions begin at kv_len; the new tokens are the last of them")
+def _positions_behind(q, num_kv_heads, kv_len):
+    rows, positions = _grouped_rows(q, num_kv_heads, kv_len)
+    return rows, positions + np.int32(len(q))
 
 
 @grouped_rows.mistake(
