@@ -161,7 +161,12 @@ def ragged_paged_attention(
     vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
     block_sizes = {"d": d_block_sizes, "p": p_block_sizes, "m": m_block_sizes}
     interpret = backend == "interpret"
-    machine = {"interpret": interpret} | ({} if chip is None else {"mxu_size": chip.mxu_size})
+    machine = {"interpret": interpret}
+    if chip is not None:
+        machine |= {
+            "mxu_size": chip.mxu_size,
+            "native_float8": chip.peak("float8_e4m3fn") > chip.peak(),
+        }
     plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine)
     run = _run_in_place if donate else _run_on_copy
     return run(

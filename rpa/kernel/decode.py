@@ -78,12 +78,14 @@ def _attend(plan, refs, works):
     whole = columns * plan.products_in_a_row
 
     def piece(token):
-        is_whole = least - token >= whole
-        left = jnp.where(is_whole, 0, most - token)
+        left = most - token
+        if not plan.masks_always:
+            is_whole = least - token >= whole
+            left = jnp.where(is_whole, 0, left)
 
-        @pl.when(is_whole)
-        def _():
-            _attend_piece(plan, refs, works, token, plan.products_in_a_row, is_masked=False)
+            @pl.when(is_whole)
+            def _():
+                _attend_piece(plan, refs, works, token, plan.products_in_a_row, is_masked=False)
 
         for count in range(1, plan.products_in_a_row + 1):
             fits = (left <= count * columns) | (count == plan.products_in_a_row)

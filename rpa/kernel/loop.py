@@ -128,11 +128,15 @@ def _attend_kv_block(plan, refs, block, slot, position, num_tokens):
         def _(piece):
             area = _Area(plan, block.position + piece * bq_c, position + token, num_valid)
 
-            @pl.when(area.is_needed & area.needs_no_mask)
-            def _():
-                _attend_tiles(plan, refs, slot, token, piece, None)
+            is_masked = area.is_needed
+            if not plan.masks_always:
+                is_masked &= jnp.logical_not(area.needs_no_mask)
 
-            @pl.when(area.is_needed & jnp.logical_not(area.needs_no_mask))
+                @pl.when(area.is_needed & area.needs_no_mask)
+                def _():
+                    _attend_tiles(plan, refs, slot, token, piece, None)
+
+            @pl.when(is_masked)
             def _():
                 _attend_tiles(plan, refs, slot, token, piece, area)
 

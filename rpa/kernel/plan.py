@@ -141,6 +141,17 @@ class Plan:
     is_last: bool
     max_q_len: int | None = None
     mxu_size: int = 256
+    native_float8: bool = False
+
+    @property
+    def masks_always(self):
+        """Whether a block that needs no mask runs the code of one that does.
+
+        Where the MXU does not multiply float8, widening it keeps the vector unit busy from end to
+        end, and is most of the code. A second copy of it without a mask would save 7 to 10 % of
+        the cycles, and double the time to compile.
+        """
+        return self.problem.kv_dtype.itemsize == 1 and not self.native_float8
 
     @property
     def has_spare_mxu(self):
@@ -197,6 +208,8 @@ class Plan:
     @property
     def products_in_a_row(self):
         """Products of bkv_c keys that a decode computes together."""
+        if self.masks_always:
+            return 1  # one product leaves no unit idle, and is half of the code
         return 2 if self.blocks.bkv // self.blocks.bkv_c % 2 == 0 else 1
 
     @property
