@@ -39,6 +39,7 @@ SHAPES = {
         {"sliding_window": 5},
     ),
     "chunks of at most 12": (FLOAT32, {"chunk_prefill_size": 12}),
+    "four products in a row": (FLOAT32, {"d_block_sizes": (1, 32, 1, 8)}),
     "many pages a block": (
         Shape(2, 1, 64, page_size=8, pages_per_seq=16, max_num_seqs=4),
         {"d_block_sizes": (1, 96, 1, 32), "m_block_sizes": (8, 96, 8, 32)},  # two turns of copies

@@ -87,12 +87,15 @@ def _attend(plan, refs, works):
             def _():
                 _attend_piece(plan, refs, works, token, plan.products_in_a_row, is_masked=False)
 
-        for count in range(1, plan.products_in_a_row + 1):
+        count = 1
+        while count <= plan.products_in_a_row:  # 1, 2, 4: as much as is left, or all
             fits = (left <= count * columns) | (count == plan.products_in_a_row)
 
-            @pl.when((left > (count - 1) * columns) & fits)
+            @pl.when((left > count // 2 * columns) & fits)
             def _(count=count):
                 _attend_piece(plan, refs, works, token, count, is_masked=True)
+
+            count *= 2
 
         return token + whole
 

@@ -5,6 +5,7 @@ Both are frozen and hashable, so they are static arguments of `jax.jit`: what is
 in, what is not (lengths, page table, scales) can change from step to step without a recompilation.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -207,10 +208,11 @@ class Plan:
 
     @property
     def products_in_a_row(self):
-        """Products of bkv_c keys that a decode computes together."""
+        """Products of bkv_c keys that a decode computes together: of one dot four, else two."""
         if self.masks_always:
             return 1  # one product leaves no unit idle, and is half of the code
-        return 2 if self.blocks.bkv // self.blocks.bkv_c % 2 == 0 else 1
+        most = 4 if self.num_dots == 1 else 2
+        return math.gcd(most, self.blocks.bkv // self.blocks.bkv_c)
 
     @property
     def has_one_query_block(self):
