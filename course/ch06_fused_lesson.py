@@ -402,7 +402,7 @@ assert changed.sum() == 11
 q_lens, kv_lens = np.array([1] * 63 + [512]), np.array([1024] * 64)
 table = np.arange(64 * 64).reshape(64, 64)
 batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, table)
-tokens = [np.zeros((q_lens.sum(), heads, 128), np.float32) for heads in (32, 8, 8)]
+tokens = [np.zeros((q_lens.sum(), heads, 128), jnp.bfloat16) for heads in (32, 8, 8)]
 kv_cache = np.zeros(get_kv_cache_shape(4096, 16, 8, 128, jnp.bfloat16), jnp.bfloat16)
 try:
     fused.attention(*tokens, kv_cache, batch)

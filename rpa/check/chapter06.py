@@ -199,7 +199,7 @@ def _merge_arguments(q_len, kv_len, block, *, block_tokens=4, start=0, num_token
     num_cached = int(np.clip(kv_len - q_len - block * block_tokens, 0, block_tokens))
     positions = block * block_tokens + np.arange(num_cached)
     from_pages[:num_cached] = positions[:, None] + np.arange(words) / 10
-    num_tokens = start + q_len if num_tokens is None else num_tokens
+    num_tokens = start + q_len + 1 if num_tokens is None else num_tokens
     new_kv = 100.0 + np.arange(num_tokens)[:, None] + np.arange(words) / 10
     new_kv[start + q_len :] = np.nan  # padding, if it is nobody's; a product with 0 keeps NaN
     return {
@@ -218,14 +218,14 @@ merge.case("new tokens that begin in this block", **_merge_arguments(3, 7, 1, st
 merge.case("a block of cached tokens only", **_merge_arguments(2, 10, 1))
 merge.case(
     "new tokens that began in the block before, and end in this one",
-    **_merge_arguments(5, 11, 2, start=1, num_tokens=7),
+    **_merge_arguments(5, 11, 2, start=1),
 )
 merge.case(
     "a full block in the middle of a prompt", **_merge_arguments(30, 33, 1, block_tokens=8, start=3)
 )
 merge.case(
     "the last sequence, whose block reaches past all rows",
-    **_merge_arguments(2, 9, 0, block_tokens=16, start=5),
+    **_merge_arguments(2, 9, 0, block_tokens=16, start=5, num_tokens=7),
 )
 
 
