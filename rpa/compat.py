@@ -180,7 +180,7 @@ class InterpreterCall(NamedTuple):
             transformed reference the index: a tuple of ints and slices.
         result: what it returned, for the allocations; None for all others, which are reported
             before they are done: also a wait that never ends is seen.
-        where: the kernel's line, "file.py:12 (function)", or "" where JAX does not say.
+        where: the kernel's place, as of `source_line`, or "" where JAX does not say.
     """
 
     name: str

@@ -86,18 +86,22 @@ def ragged_paged_attention(
             of its own; without it the mixed kernel computes that range.
         d_block_sizes, p_block_sizes, m_block_sizes: (bq, bkv, bq_c, bkv_c) for decode, chunked
             prefill and mixed, in tokens: query and KV tokens fetched together, query and KV tokens
-            in one product. None: chosen for the chip.
-        vmem_limit_bytes: VMEM that a kernel may take; None is all of the chip's.
+            in one product. None: chosen for the chip. Those of a kernel that the call does not have
+            (chunked prefill, without chunk_prefill_size) are not looked at.
+        vmem_limit_bytes: VMEM that a kernel may take; None is all of the chip's, and without a chip
+            that of the smallest one.
         debug_mode: print one line for each block of queries.
         disable_bounds_checks, disable_semaphore_checks: compiler options; the checks are slow.
         attention_sink: f32[num_q_heads], adds `exp(sink)` to the softmax's denominator, or None.
         validate: whether to check the values of the lengths and pages on the host; see
             `rpa.ragged.should_validate`.
         backend: "tpu" (compiled), "interpret" (the TPU interpreter, or the `InterpretParams` to
-            use), "reference" (plain JAX); None is "tpu" where there is one, else "interpret".
+            use), "reference" (plain JAX, which ignores all options from d_block_sizes to
+            disable_semaphore_checks, and donates nothing); None is "tpu" where there is one, else
+            "interpret".
         donate: whether the cache may be updated in place, which deletes the caller's array; False
             copies it. Nothing else is ever donated.
-        chip: name of the chip to choose block sizes for; None is the attached one.
+        chip: name of the chip to choose block sizes for; None is the attached one, if it is a TPU.
 
     Returns:
         output: [num_tokens, num_q_heads, head_dim] in out_dtype. Rows that no sequence owns, and
@@ -106,7 +110,7 @@ def ragged_paged_attention(
 
     Raises:
         ValueError: for arguments that do not fit together, or blocks that do not fit in VMEM, in
-            words, before anything is computed.
+            words, before anything is computed: the cache is as it was, also with donate=True.
 
     >>> batch, _ = RaggedBatch.from_lengths([1, 3], [9, 3], [[0, 1], [2]])
     >>> q, kv = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64))
@@ -188,7 +192,7 @@ _run_on_copy = partial(jax.jit, static_argnames=_STATIC)(launch.run_plans)
 
 
 def _choose_backend(backend):
-    """The backend by name, and the interpreter's parameters."""
+    """The backend by name, and the interpreter's parameters or None."""
     if isinstance(backend, pltpu.InterpretParams):
         return "interpret", backend
     if backend is None:

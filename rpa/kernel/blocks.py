@@ -27,7 +27,7 @@ COMPILER_BYTES = 4 * 2**20
 
 
 def vmem_buffers(plan: Plan):
-    """The kernel's buffers in VMEM, {name: (shape, dtype)}; slots where a copy runs ahead."""
+    """The kernel's buffers in VMEM, {name: (shape, dtype)}; what is in them says `loop._Refs`."""
     p = plan.problem
     num_states = plan.num_slots if plan.is_decode else plan.num_q_pieces
     tiles = (num_states, plan.num_dots, plan.tile_rows)
@@ -69,6 +69,11 @@ def vmem_bytes(plan: Plan):
 def check_block_sizes(name, sizes, problem):
     """A `*_block_sizes` argument as BlockSizes, or an error in words.
 
+    Args:
+        name: of the argument, for the message.
+        sizes: (bq, bkv, bq_c, bkv_c) in tokens, as the caller gave it.
+        problem: the `Problem`; its page_size must divide bkv_c.
+
     Raises:
         ValueError: naming the argument, the entry that is wrong, and what it must be.
     """
@@ -93,9 +98,19 @@ def check_block_sizes(name, sizes, problem):
 
 
 def default_block_sizes(problem, case, max_q_len):
-    """Sizes that suit the shape, before VMEM is looked at."""
+    """Sizes that suit the shape, before VMEM is looked at.
+
+    Args:
+        problem: the `Problem`, whose page_size and longest sequence the blocks are cut to.
+        case: `Case.DECODE` gets one query token a block, all others as many as fill a tile.
+        max_q_len: the most new tokens of a sequence, or None.
+
+    Returns:
+        `BlockSizes`, in tokens.
+    """
     p = problem
     most_q = p.num_tokens if max_q_len is None else min(max_q_len, p.num_tokens)
+    # KV tokens come in whole pages, and where a page is a part of a register, in whole registers.
     whole = align(max(p.page_size, LANES), p.page_size) if LANES % p.page_size == 0 else p.page_size
     most = align(p.max_kv_len, whole)
     if case is Case.DECODE:
@@ -121,6 +136,11 @@ def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
 
     Args:
         make_plan: BlockSizes to Plan.
+        sizes: the `BlockSizes` to begin with.
+        vmem_limit_bytes: VMEM that the plan may take.
+
+    Returns:
+        The first Plan that fits.
 
     Raises:
         ValueError: if not even the smallest blocks fit.
@@ -150,6 +170,11 @@ def _smaller(plan):
 
 def check_fits(name, plan, vmem_limit_bytes):
     """Raise if a plan needs more VMEM than there is, and say which block to shrink.
+
+    Args:
+        name: what the sizes are called in the message.
+        plan: the `Plan`.
+        vmem_limit_bytes: VMEM that it may take.
 
     Raises:
         ValueError: with the bytes of every buffer, largest first.

@@ -24,7 +24,7 @@ class Case(enum.Enum):
         self.last_entry = last
 
     def bounds(self, distribution):
-        """First sequence, and one behind the last.
+        """First sequence, and one past the last.
 
         >>> Case.PREFILL_AND_MIXED.bounds([3, 5, 8])
         (3, 8)

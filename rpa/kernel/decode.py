@@ -2,17 +2,19 @@
 
 A query token gives one chain of dependent work a dot: product, maximum, exponential, product. With
 few rows it takes some 700 cycles however few the keys are, and most units idle in it. So a turn
-takes two steps, mostly of two sequences, and their chains overlap.
+takes two steps, mostly of two sequences, and their chains overlap; four, where a window makes the
+blocks so short that two do not fill the time (`Plan.steps_per_turn`).
 
 They may as well be two blocks of one sequence. So every chain starts from nothing, and only its
 result is merged with what the sequence has summed up before:
 
     m' = max(m, m_block);  l' = 2^(m - m') l + 2^(m_block - m') l_block;  the same for acc
 
-A product takes bkv_c keys, and two products are computed in a row. Where both blocks have enough
-keys, they need no mask. The end of the longer block takes only the products that it needs, so that
-a short sequence costs less than a long one. The partner decides what is computed together, never
-what is merged: a sequence's result is the same in any company.
+A product takes bkv_c keys, and some products are computed in a row (Plan.products_in_a_row). Where
+both blocks have enough keys for all of them, they need no mask. The end of the longer block takes
+only the products that it needs, so that a short sequence costs less than a long one. The partner
+decides what is computed together, never what is merged: a sequence's result is the same in any
+company.
 """
 
 from functools import reduce
@@ -33,7 +35,7 @@ class _Work(NamedTuple):
     step: walk.Step
     block: walk.QueryBlock
     num_tokens: Any  # in the KV block; 0 if there is no such step
-    is_last: Any  # whether it is its sequence's last
+    is_last: Any  # whether the block is its sequence's last
 
 
 def compute(plan, refs, steps, end):
@@ -121,7 +123,12 @@ def _attend_piece(plan, refs, works, first, num_products, is_masked):
 
 
 def _start_chain(plan, refs, work, token, dot, is_masked):
-    """Scores and weights of one piece and dot: (m, l, p, v); what comes before is not looked at."""
+    """Scores and weights of one piece and dot; what the sequence has summed up is not looked at.
+
+    Returns:
+        m, l: f32[tile_rows, 128], maximum and partial sums; p: f32[tile_rows, bkv_c], weights;
+        v: [bkv_c, tile_lanes] in the compute dtype.
+    """
     columns, limits, num_valid = plan.blocks.bkv_c, None, None
     if is_masked:
         num_valid = jnp.clip(work.num_tokens - token, 0, columns)

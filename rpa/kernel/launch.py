@@ -14,7 +14,7 @@ from rpa.paging import pack_kv, packing_of
 
 
 class Options(NamedTuple):
-    """How the kernels are run; hashable, a static argument."""
+    """How the kernels are run; hashable, a static argument of `run_plans`."""
 
     interpret_params: pltpu.InterpretParams | None
     vmem_limit_bytes: int
@@ -64,7 +64,7 @@ _ALIASES = {"output_before": "output", "kv_cache": "kv_cache_out"}
 
 
 def _call(plan, arrays, options):
-    """One `pallas_call`; arrays and results are dictionaries by the names that `loop` uses."""
+    """One `pallas_call`; arrays and results are dictionaries by the names of `loop._Refs`."""
     hbm = compat.hbm_memory_space(plan.interpret)
     spaces = dict.fromkeys(_IN_SMEM, pltpu.SMEM) | dict.fromkeys(_IN_VMEM, pltpu.VMEM)
     results = _results(plan, arrays)
@@ -109,7 +109,7 @@ def _results(plan, arrays):
 
 
 def _scratch(plan):
-    """Scratch memory by name; `blocks.vmem_bytes` adds up the VMEM of it."""
+    """Scratch memory by the names of `loop._Refs`; `blocks.vmem_bytes` adds up the VMEM of it."""
     dma = pltpu.SemaphoreType.DMA
     return {
         name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in blocks.vmem_buffers(plan).items()

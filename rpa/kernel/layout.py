@@ -99,6 +99,7 @@ def _strided_load(ref, slot, first, n, step):
 
 
 def _strided_store(ref, slot, first, step, words):
+    """Put u32[n, lanes] to word rows first, first + step, ...; undoes `_strided_load`."""
     matrix, folds = _word_matrix(ref, slot), ref.shape[-1] // LANES
     for fold in range(folds):
         part = words[:, fold * LANES : (fold + 1) * LANES]
@@ -121,6 +122,7 @@ def _rows_over_words(plan, ref, slot, word, n, step):
 
 
 def _put_over_tokens(plan, ref, slot, token, word, words):
+    """Write u32[n, lanes] to word row `word` of n tokens."""
     if plan.interpret:
         ref[slot, pl.ds(token, len(words)), word] = _word_values(words, ref.dtype)
     else:
@@ -128,6 +130,7 @@ def _put_over_tokens(plan, ref, slot, token, word, words):
 
 
 def _put_over_words(plan, ref, slot, word, step, words):
+    """Write u32[n, lanes] to word rows word, word + step, ... of token 0."""
     if plan.interpret:
         for i, row in enumerate(_word_values(words, ref.dtype)):
             ref[slot, 0, word + i * step] = row
@@ -142,7 +145,7 @@ def load_q_tile(plan, ref, slot, piece, dot):
     """The queries of one dot, f32[tile_rows, lanes].
 
     Args:
-        ref: the q buffer [2, buffer_tokens, head words, packing, lanes].
+        ref: the q buffer [num_slots, buffer_tokens, head words, packing, lanes].
         piece: which bq_c tokens of the block.
         dot: which heads_per_dot KV heads.
     """
@@ -249,13 +252,13 @@ def load_kv(plan, ref, slot, token, dot, num_valid=None):
     """K and V of one dot, each [bkv_c, heads_per_dot * lanes] in the compute dtype.
 
     Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
-    zero behind head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
+    zero past head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
     `unview_heads` takes the second half. No value moves to another lane.
 
     Args:
-        ref: the KV buffer [2, bkv, kv_buffer_words, packing, lanes].
+        ref: the KV buffer [num_slots, bkv, kv_buffer_words, packing, lanes].
         token: first token in the buffer.
-        num_valid: tokens from there that hold a key; rows behind are read as zeros. Without it
+        num_valid: tokens from there that hold a key; rows after them are zeros. Without it
             stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
     """
     first = dot * plan.heads_per_dot
@@ -281,6 +284,7 @@ def _load_rows(plan, ref, slot, token, combined, num_valid):
 
 
 def _keep_first(words, num_valid):
+    """u32[n, lanes] with zeros in the rows from num_valid on; None keeps all."""
     if num_valid is None:
         return words
     row = lax.broadcasted_iota(jnp.int32, words.shape, 0)

@@ -41,7 +41,33 @@ def kernel(plan, names, *args):
 
 
 class _Refs:
-    """The refs of the kernel by name; those that a plan has no use for do not exist."""
+    """The refs of the kernel by name; those that a plan has no use for do not exist.
+
+    Sizes are those of `Plan` and `Problem`, packing is that of the array's dtype:
+
+        SMEM   kv_lens, cu_q_lens      i32[max_num_seqs], i32[max_num_seqs + 1]
+               distribution            i32[3]
+               scalars                 f32[4], see `softmax`
+        HBM    queries, output         [num_tokens, head_words, packing, lanes]
+               output_before           the output of the kernel before, the same memory as output
+               new_kv                  [num_tokens, kv_words, packing, lanes]
+               kv_cache, kv_cache_out  [num_pages, page_size, kv_words, packing, lanes], one memory
+               page_table              i32[table_words]
+        VMEM   sinks                   f32[num_dots, tile_rows / piece_rows, 128]
+               q_buffer, o_buffer      [num_slots, buffer_tokens, head_words, packing, lanes]
+               kv_buffer               [num_slots, bkv, kv_buffer_words, packing, lanes]
+               m, l                    f32[states, num_dots, tile_rows, 128], running maximum, sum
+               acc                     f32[states, num_dots, tile_rows, tile_lanes (+ 128)]
+               q_tiles                 [states, num_dots, tile_rows, tile_lanes (x 2)]
+               limits                  f32[mask_rows, bkv_c], the mask as inf and -inf
+        SMEM   table_chunk_0, _1, ...  i32[table_chunk_words], one for each step of a turn
+               state                   i32[1 + num_slots], see `walk`
+        DMA semaphores: table_sems [steps_per_turn], kv_sems, q_sems, o_sems [num_slots],
+               store_sem [1]
+
+    There are num_q_pieces states, in decode num_slots. With a spare half of the MXU the row sums
+    are the last 128 columns of acc, and there is no l; the queries are two parts side by side.
+    """
 
     def __init__(self, names, args):
         self.__dict__.update(zip(names, args, strict=True))
@@ -89,7 +115,7 @@ def _for_each_tile(plan, block, body):
 
 
 def _for_each_piece(plan, block):
-    """A loop over the compute blocks of queries, and no loop where there can be only one."""
+    """A loop over the pieces of queries, and no loop where there can be only one."""
     return _repeat(1 if plan.num_q_pieces == 1 else cdiv(block.num_rows, plan.blocks.bq_c))
 
 
@@ -110,6 +136,7 @@ def _start_tile(plan, refs, slot, piece, dot):
 
 
 def _finish_tile(plan, refs, slot, piece, dot):
+    # [tile_rows, tile_lanes], without the row sums that may stand beside it
     acc = refs.acc[piece, dot, :, pl.ds(0, plan.tile_lanes)]
     row_sums = softmax.row_sums_ref(plan, refs, piece, dot)[...]
     tiles.store_output(plan, refs, slot, piece, dot, acc, row_sums)

@@ -3,6 +3,18 @@
 A `Problem` describes the call of the public function, a `Plan` one of its (up to three) kernels.
 Both are frozen and hashable, so they are static arguments of `jax.jit`: what is in them is compiled
 in, what is not (lengths, page table, scales) can change from step to step without a recompilation.
+
+Words that all rooms use:
+
+    block   bq query tokens or bkv KV tokens, which are fetched together
+    piece   bq_c query tokens or bkv_c keys of a block, which one product takes; in `decode` keys
+            of the products that are computed in a row
+    dot     one product, of heads_per_dot KV heads and all query heads that read them
+    tile    its rows: [tile_rows, lanes], in which order is said in `layout`
+    step    one KV block of one query block of one sequence, see `walk`
+    turn    one round of the kernel's loop: steps_per_turn steps, computed together
+    slot    one of num_slots buffers of a kind
+    word    32 bits; they hold as many values, of neighbouring heads, as the dtype's packing
 """
 
 import math
@@ -63,7 +75,16 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Problem:
-    """The static part of one call of the public function."""
+    """The static part of one call of the public function.
+
+    Attributes:
+        num_tokens, num_q_heads, num_kv_heads, head_dim, num_pages, page_size, max_num_seqs,
+            pages_per_seq: sizes of its arrays, see `rpa.RaggedBatch`; page_size is in tokens.
+        q_dtype, kv_dtype, out_dtype: of queries, cache and output.
+        causal, update_kv_cache, sliding_window, debug_mode: as passed; the window in tokens.
+        has_soft_cap, has_q_scale, has_sinks: whether there is one; its value is not compiled in.
+        shares_lanes: whether K and V of a head share the lanes of the cache, see `rpa.paging`.
+    """
 
     num_tokens: int
     num_q_heads: int
@@ -133,7 +154,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """One kernel: a problem, the sequences it computes, its block sizes, where it runs."""
+    """One kernel: a problem, the sequences it computes, its block sizes, where it runs.
+
+    Attributes:
+        problem, case, blocks: see there.
+        interpret: whether it runs in the interpreter, which knows no bitcasts (see `layout`).
+        is_last: whether it is the last kernel of the call, which fills the rows that nobody owns.
+        max_q_len: the most new tokens of a sequence, or None for any number.
+        mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
+        native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
+    """
 
     problem: Problem
     case: Case
@@ -226,12 +256,12 @@ class Plan:
 
     @property
     def piece_rows(self):
-        """bq_c, rounded up to whole registers; rows behind bq_c are computed and never stored."""
+        """bq_c, rounded up to whole registers; rows past bq_c are computed and never stored."""
         return 1 if self.blocks.bq == 1 else align(self.blocks.bq_c, SUBLANES)
 
     @property
     def tile_rows(self):
-        """Rows of one dot: see `layout` for which (head, token) each one is."""
+        """Rows of one dot's scores and accumulator; `layout` says which (head, token) each is."""
         return self.heads_per_dot * self.problem.padded_group * self.piece_rows
 
     @property
@@ -246,7 +276,7 @@ class Plan:
 
     @property
     def buffer_tokens(self):
-        """Query tokens that a q or o buffer has room for: the last piece may reach behind bq."""
+        """Query tokens that a q or o buffer has room for: the last piece may reach past bq."""
         return (self.num_q_pieces - 1) * self.blocks.bq_c + self.piece_rows
 
     @property

@@ -23,16 +23,29 @@ LOWEST_MAX = -1e30
 """Where the running maximum starts. Finite, so that (masked - maximum) is -inf and never NaN."""
 
 SCORE_FACTOR, CAP_FACTOR, QUERY_SCALE, VALUE_SCALE = range(4)
-"""Places in `scalars`, f32[4]: the scales, traced so that a new scale needs no compilation."""
+"""Places in `scalars`, f32[4]: the scales, traced so that a new scale needs no compilation.
+
+    SCORE_FACTOR   Q K^T is multiplied with it: all scales and log2(e), or all scales / soft_cap
+    CAP_FACTOR     tanh is multiplied with it: soft_cap log2(e); 1 without a cap
+    QUERY_SCALE    queries are divided by it before they are rounded to the cache's dtype
+    VALUE_SCALE    the output is multiplied with it
+"""
+
+LOG2_E = 1.4426950408889634
+"""exp(x) = 2^(x log2(e))"""
 
 
 def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
     """The factors of the kernel from the scales of the public function, f32[4].
 
+    Args:
+        sm_scale, soft_cap, q_scale, k_scale, v_scale: numbers or traced scalars; all but sm_scale
+            may be None, which stands for 1, and for no cap.
+
     >>> make_scalars(1.0, None, None, None, 2.0)[VALUE_SCALE]
     Array(2., dtype=float32)
     """
-    log2_e = jnp.float32(1.4426950408889634)
+    log2_e = jnp.float32(LOG2_E)
     one = jnp.float32(1)
     q_scale, k_scale, v_scale = (
         one if scale is None else jnp.float32(scale) for scale in (q_scale, k_scale, v_scale)
@@ -63,7 +76,7 @@ def nothing_seen(plan, sinks):
     if sinks is None:
         return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
     rows = (len(sinks), plan.piece_rows, LANES)
-    score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * 1.4426950408889634
+    score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * LOG2_E
     m = jnp.maximum(score, LOWEST_MAX)
     lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
     weight = jnp.exp2(score - m)
@@ -112,6 +125,9 @@ def scores(plan, scalars_ref, q, k, limits):
 def update(plan, s, m_ref, l_ref):
     """Take the scores of one tile into the running maximum and sum.
 
+    Args:
+        s: what `scores` returns, f32[tile_rows, bkv_c]; m_ref, l_ref: as for `start`.
+
     Returns:
         p: f32[tile_rows, bkv_c], the weights so far, not normalised.
         decay: f32[tile_rows, 128], what everything before has to be multiplied with.
@@ -127,7 +143,7 @@ def update(plan, s, m_ref, l_ref):
 
 
 def accumulate(plan, p, v, decay, acc_ref):
-    """Add the weighted values of one tile; v: [bkv_c, tile_lanes]."""
+    """Add the weighted values of one tile: p and decay as of `update`, v [bkv_c, tile_lanes]."""
     pv = weighted_values(plan, p, v)
     acc_ref[...] = widen(decay, pv.shape[1]) * acc_ref[...] + pv
 
@@ -158,6 +174,7 @@ def normalise(plan, scalars_ref, acc, row_sums):
 
 
 FLOAT32 = {"preferred_element_type": jnp.float32}
+"""What both products of a tile give, whatever they multiply."""
 
 
 def precision(plan):

@@ -2,7 +2,7 @@
 
     page table   HBM -> SMEM   one chunk a step, one turn ahead of the step's own copies
     KV pages     HBM -> VMEM   one copy a page; the first and the last may be part of a page
-    new K, V     HBM -> VMEM   straight from the packed array, behind the cached tokens
+    new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
     new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
     queries      HBM -> VMEM   with the first KV block of their query block
     output       VMEM -> HBM   at the end of a query block; waited for when its buffer is needed
@@ -111,7 +111,7 @@ def wait_queries(refs, block, slot):
 
 
 def _start_kv(plan, refs, step, block):
-    """Start the copies of a KV block: pages from the cache, then the new tokens behind them."""
+    """Start the copies of a KV block: pages from the cache, then the new tokens after them."""
     slot, kv_index = step.kv_slot, step.kv_index
     start = walk.kv_block_start(plan, block, kv_index)
     num_tokens = walk.kv_block_tokens(plan, block, kv_index)
@@ -154,7 +154,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens):
     """Copy num_tokens of the pages from `entry` of the chunk on to a row of the KV buffer.
 
     Whole pages have a static size, which halves the work of issuing a copy. The last copy stops at
-    the last token: what lies behind it in the page is not ours, and a new token will land there.
+    the last token: what lies after it in the page is not ours, and a new token will land there.
     """
     page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
     num_whole = num_tokens // page_size
@@ -286,7 +286,7 @@ def wait_all(plan, refs):
 
 
 def write_zero_rows(plan, refs, num_used):
-    """Fill the output behind the last token of the last sequence: nobody else writes there.
+    """Fill the output after the last token of the last sequence: nobody else writes there.
 
     The o buffer must be free and hold zeros in slot 0.
     """

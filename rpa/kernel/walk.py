@@ -1,9 +1,9 @@
 """Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
 
 A `Step` is one KV block of one query block of one sequence. The kernel is one loop; a turn of it
-computes one step (in decode: two), while the pages of the next one are copied, and the page-table
-entries of the one after that. So copies run ahead across the ends of query
-blocks and of sequences: a pipeline that drains at every sequence end waits for HBM at each of them.
+computes one step (in decode two, or four), while the pages of the next turn are copied, and the
+page-table entries of the one after that. So copies run ahead across the ends of query blocks and of
+sequences: a pipeline that drains at every sequence end waits for HBM at each of them.
 
 Steps are carried from turn to turn in registers. What a step is about is worked out once, when its
 page table is asked for.
@@ -19,11 +19,12 @@ from jax import lax
 from rpa.paging import cdiv
 
 TOKENS_STORED, ROWS_LEAVING = 0, 1
-"""Places in `state`: tokens on their way into the cache; output rows a slot is still sending."""
+"""Places in the ref `state`, i32[1 + num_slots] in SMEM: tokens on their way into the cache; then,
+one entry a slot, the output rows that it is still sending."""
 
 
 class Sequence(NamedTuple):
-    """One sequence of the batch; all scalars."""
+    """One sequence of the batch; all i32[] scalars, in tokens but for index."""
 
     index: Any
     q_start: Any  # row of its first new token in queries, keys and values
@@ -37,7 +38,7 @@ class Sequence(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A KV block of a query block of a sequence; all scalars."""
+    """A KV block of a query block of a sequence; all i32[] scalars."""
 
     seq: Sequence
     q_index: Any  # which query block of the sequence
@@ -54,7 +55,7 @@ class QueryBlock(NamedTuple):
     num_rows: Any
     position: Any  # of its first token in the sequence
     kv_start: Any  # first position that is fetched
-    kv_end: Any  # one behind the last
+    kv_end: Any  # one past the last
 
 
 def sequence(plan, refs, index):
@@ -107,7 +108,7 @@ def kv_block_tokens(plan, block, index):
 
 
 def first_active(plan, refs, index, end):
-    """The first sequence at or behind `index` that is not idle, or `end`."""
+    """The first sequence from `index` on that is not idle, or `end`."""
 
     def idle(i):
         return (i < end) & jnp.logical_not(is_active(_sequence_or_end(plan, refs, i, end)))
@@ -143,7 +144,7 @@ def next_step(plan, refs, step, end):
 
 
 def steps_of_turn(plan, refs, step, end):
-    """A step and those that are computed together with it."""
+    """A step and those that are computed together with it, steps_per_turn in all."""
     steps = [step]
     while len(steps) < plan.steps_per_turn:
         steps.append(next_step(plan, refs, steps[-1], end))
@@ -151,6 +152,6 @@ def steps_of_turn(plan, refs, step, end):
 
 
 def _sequence_or_end(plan, refs, index, end):
-    # `end` itself is never read, it may be behind the arrays; without sequences it is 0.
+    # `end` itself is never read, it may be past the arrays; without sequences it is 0.
     seq = sequence(plan, refs, jnp.maximum(jnp.minimum(index, end - 1), 0))
     return seq._replace(index=index)
