@@ -1,6 +1,6 @@
 """Bundles a chunk: decode by model and block, a sequence by page size, mixed batches."""
 
-from rpa.lab.schedule_cases import measure
+from rpa.lab.schedule_cases import Measured, measure
 from rpa.lab.tables.table import Scope, Table, beside, ratio
 
 HEADS = {8: "llama-3-8b", 2: "llama-3-8b-on-4", 1: "llama-3-70b-on-8"}
@@ -131,17 +131,23 @@ def _mixed_cells(scope: Scope):
 
 def _mixed(*, chip, kernel):
     m = measure(kernel, "mixed", chip)
-    # A kernel with one kind of block masks every one of them.
-    interior = m.bundles_per_chunk if m.interior is None else m.interior
+    interior, masked = bundles_of_blocks(m)
     return {
         "interior": interior,
-        "masked": interior if m.masked is None else m.masked,
+        "masked": masked,
         "loop": m.bundles_per_chunk,
         "floor": m.floor,
         "floor/interior": m.floor / interior,
         "masked/interior": ratio(m.masked, m.interior),
         "spills": m.slots["spill"],
     }
+
+
+def bundles_of_blocks(m: Measured) -> tuple[float, float]:
+    """Bundles of a block without and with a mask; the same where a kernel masks every block."""
+    if m.masked is None:
+        return m.bundles_per_chunk, m.bundles_per_chunk
+    return m.interior, m.masked
 
 
 def _finish_mixed(rows):

@@ -11,6 +11,7 @@ from rpa.lab.batches import make_batch
 from rpa.lab.predict import predict_batch
 from rpa.lab.programs import Workload
 from rpa.lab.schedule_cases import CASES, measure
+from rpa.lab.tables.chunks import bundles_of_blocks
 from rpa.lab.tables.table import Scope, Table, beside
 from rpa.traces import sample_requests
 
@@ -117,9 +118,9 @@ def _prefill_cells(scope: Scope):
 
 def _prefill(*, chip, cached):
     p = predict("rpa", chip, _chunk(cached))
-    m, known = measure("rpa", "mixed", chip), chips.chip(chip)
-    interior, masked = blocks_of_chunk(2048, cached)
-    alone = interior * m.interior + masked * m.masked
+    known = chips.chip(chip)
+    bundles = bundles_of_blocks(measure("rpa", "mixed", chip))
+    alone = sum(np.multiply(blocks_of_chunk(2048, cached), bundles))
     alone_us = alone / known.clock_hz * 1e6
     return {
         **_times(p), "blocks us": alone_us, "blocks/time": alone_us / p.time_us, "MFU": p.mfu,
