@@ -34,9 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa import dense
-
-LANES = 128
-"""A TPU vector register is 8 x 128 words of 32 bits; head_dim is padded to whole rows of it."""
+from rpa.chips import LANES  # head_dim is padded to whole rows of a register, 128 lanes
 
 
 def cdiv(a, b):
@@ -54,10 +52,19 @@ def cdiv(a, b):
 def packing_of(dtype) -> int:
     """How many values of a dtype share a 32-bit lane: 1 of float32, 2 of bfloat16, 4 of float8.
 
+    Raises:
+        ValueError: for a dtype of more than 32 bits.
+
     >>> packing_of(jnp.bfloat16)
     2
     """
-    return 4 // jnp.dtype(dtype).itemsize
+    item_bytes = jnp.dtype(dtype).itemsize
+    if item_bytes > 4:
+        raise ValueError(
+            f"dtype is {jnp.dtype(dtype).name}, but must have at most 32 bits, as a lane of a TPU "
+            "has: take float32, bfloat16 or a float8 type."
+        )
+    return 4 // item_bytes
 
 
 def get_kv_cache_shape(
@@ -72,12 +79,17 @@ def get_kv_cache_shape(
     """Shape of the cache array; name and arguments are those of the production kernel.
 
     Args:
+        total_num_pages: pages of the cache.
+        page_size: tokens of a page.
+        actual_num_kv_heads, actual_head_dim: the true sizes, without padding.
+        kv_dtype: of the cache: float32, bfloat16 or a float8 type.
         share_lanes: whether K and V of a head share their 128 lanes; needs head_dim 64. Where so
             few heads are stored that this saves nothing (one of bfloat16, two of float8), the
             shape, and with it the layout, is the one without.
 
     Raises:
-        ValueError: if lanes shall be shared by heads that leave no room for it.
+        ValueError: if lanes shall be shared by heads that leave no room for it, or for a dtype of
+            more than 32 bits.
 
     Eight KV heads of 128 in bfloat16: 16 combined heads, in 8 rows of packed pairs. The same of 64,
     with shared lanes: 8 heads in 4 rows.
@@ -99,6 +111,10 @@ def get_kv_cache_shape(
 
 def lanes_are_shared(kv_cache_shape, num_kv_heads, head_dim) -> bool:
     """Whether K and V of a head share their lanes in a cache of this shape.
+
+    Args:
+        kv_cache_shape: of a cache, or the last three dimensions of it: (rows, packing, lanes).
+        num_kv_heads, head_dim: the true sizes, without padding.
 
     >>> lanes_are_shared((100, 16, 4, 2, 128), 8, 64), lanes_are_shared((100, 16, 8, 2, 128), 8, 64)
     (True, False)
@@ -207,6 +223,13 @@ def _as_bits(array):
 def copy_pages(kv_cache, copies):
     """Carry out the page copies that a copy-on-write asked for (see `PagePool.append`).
 
+    Args:
+        kv_cache: see the layout above.
+        copies: a list of `PageCopy`; may be empty.
+
+    Returns:
+        The new cache, bit for bit; the argument is untouched.
+
     >>> cache = jnp.arange(3.0).reshape(3, 1, 1, 1, 1)
     >>> copy_pages(cache, [PageCopy(source=2, target=0)])[:, 0, 0, 0, 0]
     Array([2., 1., 2.], dtype=float32)
@@ -284,11 +307,11 @@ class PagePool:
         return list(self._sequences)
 
     def pages(self, name) -> list[int]:
-        """The pages of a sequence, in the order of its tokens."""
+        """The pages of a sequence, in the order of its tokens; ValueError if it is unknown."""
         return list(self._known(name).pages)
 
     def kv_len(self, name) -> int:
-        """How many tokens the sequence has in the cache."""
+        """How many tokens the sequence has in the cache; ValueError if it is unknown."""
         return self._known(name).kv_len
 
     def allocate(self, name, num_tokens: int) -> list[PageCopy]:
@@ -311,7 +334,10 @@ class PagePool:
         """
         sequence = self._known(name)
         if num_tokens < 0:
-            raise ValueError(f"num_tokens must not be negative, but is {num_tokens}.")
+            raise ValueError(
+                f"num_tokens must not be negative, but is {num_tokens}: a sequence only grows. To "
+                "shorten it, fork its first tokens under a new name and free it."
+            )
         kv_len = sequence.kv_len + num_tokens
         fresh = cdiv(kv_len, self.page_size) - len(sequence.pages)
         # The new tokens begin in the middle of the last page, which another sequence reads too.
@@ -332,7 +358,11 @@ class PagePool:
         return copies
 
     def fork(self, parent, child, num_tokens: int | None = None) -> None:
-        """Open `child` with the first `num_tokens` of `parent` (default all), sharing its pages."""
+        """Open `child` with the first `num_tokens` of `parent` (default all), sharing its pages.
+
+        Raises:
+            ValueError: if there is no parent, the child exists, or the parent has fewer tokens.
+        """
         source = self._known(parent)
         num_tokens = source.kv_len if num_tokens is None else num_tokens
         if child in self._sequences:
@@ -347,7 +377,11 @@ class PagePool:
         self._sequences[child] = _Sequence(list(shared), num_tokens)
 
     def free(self, name) -> None:
-        """Close a sequence; pages that no other sequence lists become free."""
+        """Close a sequence; pages that no other sequence lists become free.
+
+        Raises:
+            ValueError: if there is no such sequence.
+        """
         for page in self._known(name).pages:
             self._references[page] -= 1
             if not self._references[page]:
@@ -489,6 +523,11 @@ def live_pages(kv_len, q_start, page_size, sliding_window=None):
 
     The first one is 0, or with a sliding window the page of the first token in the window of the
     first query.
+
+    Args:
+        kv_len: tokens of the sequence in the cache; a number, an array or a traced scalar.
+        q_start: position of the first query; looked at only with a window.
+        page_size, sliding_window: in tokens.
 
     >>> live_pages(kv_len=33, q_start=32, page_size=16)
     (0, 3)
