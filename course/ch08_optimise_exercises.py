@@ -300,10 +300,10 @@ rpa.check("8.3", attend)
 
 # %%
 for num_ahead, bundles in enumerate(recorded("orders")):
-    print(f"{num_ahead} ahead: {bundles:5,} bundles on a v5e  {'#' * (bundles // 40)}")
+    print(f"{num_ahead} ahead: {bundles:5,} bundles on a v5e  {'#' * (bundles // 60)}")
 
 # %% [markdown] tags=["explanation"]
-# Nothing was added and nothing taken away; the sums of slots are the same as before. The compiler
+# Nothing was added and nothing taken away; the products are the same as before. The compiler
 # does not find this order by itself, because the queue of the MXU is something that it may not
 # reorder: products are taken in the order of the program. One ahead hides most of the softmax
 # behind the next product; the second one hides most of what is left; after that the gain is a few

@@ -52,7 +52,7 @@ print("share of the slots used:", (by_hand.sum(axis=0) / (capacity * len(by_hand
 
 # %% [markdown]
 # VALU uses 9 of 16 slots, MATMUL 2 of 4, and yet it takes four cycles: in none of them are both
-# busy. Nobody is full; they wait for each other. Three things can bind a loop:
+# full. They wait for each other. Three things can bind a loop:
 #
 # - **a unit**: it uses 80 % of its slots or more. Give it less to do;
 # - **latency**: nobody is full, for everybody waits for a result. Give them more that is
@@ -69,10 +69,11 @@ show_source(inner_loop.load_by_value)
 show_source(inner_loop.in_turn)
 
 # %% [markdown]
-# The real TPU compiler runs on any Linux machine. It takes seconds for a kernel of this size, so
-# here is one, live, the second version of three that we will read. Everything else in this chapter
-# was recorded in the same way (`tools/record_schedules.py`, an hour on two cores), and where no
-# compiler shows its schedule, as with Colab's jax 0.7.2, this one is taken from the record, too.
+# The real TPU compiler runs on any Linux machine, and takes seconds for a kernel of this size. So
+# here is one, live: this loop with two improvements that come in sections 3 and 4, "odd stride".
+# Everything else in this chapter was recorded in the same way (`tools/record_schedules.py`, most of
+# an hour on two cores); where no compiler shows its schedule, as with Colab's jax 0.7.2, this one
+# is taken from the record, too.
 
 
 # %%
@@ -89,9 +90,8 @@ def on_the_bench(chip, step):
 live = on_the_bench("v5e", "odd stride")
 print(f"{live.bundles:,} bundles on a v5e, bound by {live.bound}; as recorded with libtpu", end=" ")
 print(f"{recorded('versions')['libtpu']}: {recorded_step('v5e', 'odd stride').bundles:,}")
-for unit in pictures.SHOWN:
-    print(f"  {unit:8} {live.slots[unit]:6,} slots of {live.capacity[unit]} a bundle: "
-          f"{live.share[unit]:4.0%}")  # fmt: skip
+for unit, slots in live.slots.items():
+    print(f"  {unit:8} {slots:6,} slots, {live.capacity[unit]} a bundle: {live.share[unit]:4.0%}")
 assert live.bound == "latency"
 
 # %% [markdown]
@@ -125,9 +125,9 @@ for chip in CHIPS:
     assert hbm_cycles(chip) > least["MATPUSH"] > least["MATMUL"]
 
 # %% [markdown]
-# So a decode *should* be bound by HBM, on every chip: its units have work for half of that time or
-# less. It is enough if the bundles are fewer than the cycles of HBM. On a v5e that is easy. On a
-# TPU7x, whose HBM is 4.5 times as fast, 1,247 cycles is all there is.
+# So a decode *should* be bound by HBM, on every chip: its units have work for less time than that.
+# It is enough if the bundles are fewer than the cycles of HBM. On a v5e that is easy. On a TPU7x,
+# whose HBM is 4.5 times as fast, 1,247 cycles is all there is.
 #
 # A prefill is the opposite. A tile of 128 query tokens has 512 rows for each KV head; each weight
 # is used 512 times, MATPUSH is nothing, and MATMUL is the floor: 8,192 cycles on a v5e for 128
@@ -301,7 +301,7 @@ pictures.before_after({"One head after the other": recorded_step("v5e", "odd str
 for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
     cost = {chip: recorded_step(chip, step).bundles for chip in CHIPS}
     print(f"{step:20}", ", ".join(f"{chip} {bundles:5,}" for chip, bundles in cost.items()))
-    assert recorded_step("v5e", step).slots["MATMUL"] == live.slots["MATMUL"]
+    assert recorded_step("v5e", step).slots["MATMUL"] == written.slots["MATMUL"]
 
 # %% [markdown]
 # In exercise 8.3 you write it, and the compiler of a v5e is your judge. Rung 7 does it with a list
@@ -388,8 +388,9 @@ for chip in CHIPS:
     assert values == sorted(values, reverse=True) and values[-1] < hbm_cycles(chip)
 
 # %% [markdown]
-# The price: two sequences of unequal length. The shorter one waits for the longer, so that results
-# do not depend on the company a sequence is in. That is the room `decode` of rung 7:
+# The price: of two sequences of unequal length, the shorter one waits for the longer. What is
+# computed together never changes a result: every chain starts from nothing, and is merged with what
+# its own sequence has summed up before. That is the room `decode` of rung 7:
 
 # %%
 show_source(decode._attend_piece)
@@ -456,8 +457,9 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945.
 #
 # What did *not* help is worth as much: three heads ahead spills (4,612 to 4,638 on v6e, 4,992 to
-# 5,240 on TPU7x); transposing K by hand is what the compiler does already; a third copy of the code
-# for full masked blocks saves 5 % of those, and compiles longer for everybody.
+# 5,240 on TPU7x); the same sums without any head ahead make the MXU wait (4,629 to 5,862 on v6e); a
+# third copy of the code for full masked blocks saves 5 % of those, and compiles longer for
+# everybody.
 #
 # **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
 # they matter, sums and scales where a unit idles.
@@ -503,14 +505,15 @@ too_large = blocks.BlockSizes(1024, 8192, 1024, 2048)
 try:
     blocks.check_fits("m_block_sizes", plan_for(*cases.cases_of(None)[-1], too_large), 64 * 2**20)
 except ValueError as error:
-    print(str(error)[:196], "...")
+    print(str(error).split(" (MiB")[0])
 
 # %% [markdown]
-# Is larger better, where it fits? A decode at a compute block of 1,024 tokens takes 1,699 bundles a
-# 1,024 tokens on v6e, at 2,048 1,486, at 4,096 1,401: fewer ends. But on TPU7x real lengths (median
-# 665) reach 80 % of the bandwidth with blocks of 1,024, and 71 % with 2,048, because of two
-# sequences the shorter one waits. And no default can know your lengths: that is why the four
-# numbers are arguments.
+# Is larger better, where it fits? With KV blocks of 2,048 tokens in place of 1,024, a decode takes
+# 1,558 bundles a 1,024 tokens on v6e in place of 1,759, and 1,522 on a TPU7x in place of 1,756:
+# half as many ends. But there a batch of real lengths (median 665) reaches 80 % of the bandwidth
+# with blocks of 1,024 and 71 % with 2,048, because the shorter of two sequences waits
+# (`docs/ablations.md`). No default can know your lengths: who knows that all contexts are long
+# passes `d_block_sizes=(1, 2048, 1, 1024)`, and `make tune` sweeps them.
 #
 # **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 8.5 chooses.
 
@@ -601,6 +604,9 @@ for chip in CHIPS:
 # - **Small pages.** A copy takes 6.1 bundles to issue, a page of 128 tokens or one of 16. That is
 #   49 a block with pages of 128 and 392 with pages of 16. Pages that lie side by side could be one
 #   copy.
+# - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), a TPU7x needs 394 bundles
+#   for what HBM delivers in 312 cycles; with heads of 64, 1,808 for 1,247. MATPUSH again: K and V
+#   go through the MXU as weights, for a few rows.
 # - **Windows.** With a sliding window of 128, reading and computing take 1.06 times the least on a
 #   v5e and 1.95 times on a TPU7x: there are not enough tokens to hide anything behind.
 # - **The ends of a block** in a prefill: 100 bundles until the first K is in place, some hundred in

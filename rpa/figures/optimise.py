@@ -52,6 +52,7 @@ def _draw_panel(axes, panel, longest):
             va="center",
         )
     axes.set(xlim=(0, longest * 1.06), ylim=(len(SHOWN) + 0.05, -0.05))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_yticks(np.arange(len(SHOWN)) + 0.5, SHOWN)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -93,7 +94,7 @@ def _draw_steps(axes, values, hbm_cycles):
     axes.barh(range(len(values)), values, color=colors, height=0.62)
     for row, n in enumerate(values):
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.text(n * 1.12, row, f"{n:,.0f}", va="center", bbox=ground)
+        axes.text(n * 1.12, row, f"{n:,.0f}", va="center", bbox=ground, zorder=5)
     axes.axvline(hbm_cycles, color="black", linestyle="--", linewidth=1.4)
     axes.set_xscale("log")
     axes.set_xlim(300, max(values) * 4)
@@ -205,6 +206,7 @@ def two_lanes(copies, computes, unit="cycles"):
                           color="white" if color == "blue" else "black")  # fmt: skip
         axes.set_yticks([0, 1], ["copy", "compute"])
         axes.set(ylim=(1.5, -0.5), xlabel=unit)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
     end = computes[-1][1]
