@@ -351,6 +351,12 @@ two_products.case(
 )
 two_products.case("one head", **_qkv(1, 4, 8, 16))
 two_products.case("four heads of four rows", **_qkv(4, 4, 16, 32))
+two_products.case(
+    "scores that exp2 does not hold, in one head and not in the other",
+    q=np.float32([[[200, 0]], [[1, 0]]]),
+    k=np.float32([[[1, 0], [0.99, 0]], [[1, 0], [0, 1]]]),
+    v=np.float32([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]),
+)
 
 
 @two_products.mistake(
@@ -445,6 +451,9 @@ choose_blocks.case("a chunk in 20 MiB", **_job(512, 4096, 20))
 choose_blocks.case("a short chunk", **_job(48, 1000, 12))
 choose_blocks.case("a fresh prompt", **_job(1024, 1024, 40))
 choose_blocks.case("a long context", **_job(256, 16384, 6))
+choose_blocks.case("a chunk that is no whole number of blocks", **_job(300, 1000, 16))
+choose_blocks.case("a budget that is just enough", **_job(128, 1024, 15.5, [(128, 512), (16, 128)]))
+choose_blocks.case("two that are alike", **_job(16, 128, 64, [(32, 128), (16, 128)]))
 
 
 def _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost=None, **vmem):

@@ -460,6 +460,7 @@ quantize.case(
 )  # fmt: skip
 quantize.case("keys of six tokens, two heads", **_on_grid(3.0))
 quantize.case("a new token beyond the sample", **_on_grid(3.0, beyond=1.5))
+quantize.case("the same, and negative", **_on_grid(3.0, beyond=-1.5))
 quantize.case("the wider type", **_on_grid(5.0, "float8_e5m2"))
 quantize.case("bfloat16 in", **_on_grid(2.95, in_dtype="bfloat16"))
 quantize.case(
@@ -627,6 +628,20 @@ validator.case(
 validator.case(
     "more tokens than rows", **_step([5, 9], [[0, 1], [7, 2]], [0, 1, 9], [1, 1, 2])
 )  # fmt: skip
+validator.case(
+    "as many tokens as rows: legal", **_step([5, 3], [[0, 9], [7, 1]], [0, 1, 4], [1, 1, 2], 4)
+)
+validator.case(
+    "garbage in cu_q_lens behind the sequences in use: legal",
+    **_step([5, 3, 0], [[0, 9], [7, 1], [G, G]], [0, 1, 4, G], [1, 1, 2]),
+)
+validator.case(
+    "cu_q_lens that begins with 1", **_step([5, 3], [[0, 9], [7, 1]], [1, 2, 5], [1, 1, 2])
+)
+validator.case("a negative range", **_step([5, 3], [[0, 9], [7, 1]], [0, 1, 4], [-1, 1, 2]))
+validator.case(
+    "two rules broken by one sequence", **_step([1, 3], [[0, 9], [7, 1]], [0, 2, 5], [1, 1, 2])
+)
 validator.case(
     "several things at once",
     **_step([9, 2, 3], [[0, 12], [7, 2], [-4, 3]], [0, 3, 6, 7], [1, 2, 3]),

@@ -236,6 +236,8 @@ merge.case("the first weighs three times as much", **_merge_arguments([np.log(3.
 merge.case("several rows", **_merge_arguments([0.5, -2.0, 3.0], [1.5, 2.0, -3.0], lanes=4))
 merge.case("large scores", **_merge_arguments([120.0, 95.0], [119.0, 130.0]))
 merge.case("nothing in the second part", **_merge_arguments([2.0, 0.0], [-np.inf, -np.inf]))
+merge.case("nothing in the first part", **_merge_arguments([-np.inf, -np.inf], [2.0, 0.0]))
+merge.case("rows far apart, parts far apart", **_merge_arguments([0.0, 10.0], [120.0, 300.0]))
 
 
 @merge.mistake("both parts weigh the same: the part with the larger scores has to count more")
