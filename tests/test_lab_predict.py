@@ -103,9 +103,11 @@ def test_a_run_that_multiplied_too_little_is_refused():
             return {"MATMUL": int(hits.sum())}
 
     peak, run = chips.chip("v5e").mxu_flops_per_cycle, Execution(np.full(10, 2))
-    schedule_cases.check_products(Halved(), run, "v5e", 10 * peak)
-    with pytest.raises(CannotRun, match="this batch needs"):
-        schedule_cases.check_products(Halved(), run, "v5e", 11 * peak)
+    schedule_cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=128)
+    with pytest.raises(CannotRun, match="for 10 cycles, but this batch needs 11"):
+        schedule_cases.check_products(Halved(), run, "v5e", 11 * peak, head_dim=128)
+    with pytest.raises(CannotRun, match="needs 20"):  # a head fills half of the lanes
+        schedule_cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=64)
 
 
 @pytest.mark.parametrize("timing", published.TIMINGS, ids=lambda t: f"{t.kernel}-{t.num_seqs}")

@@ -159,7 +159,8 @@ def run_batch(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )
         run = schedule.execute(*program.args[:4], *metadata_of(batch), keep_events=True)
-        check_products(schedule, run, chip, _least_flops(batch, case, sizes, chip, options or {}))
+        flops = _least_flops(batch, case, sizes, chip, options or {})
+        check_products(schedule, run, chip, flops, sizes.heads[2])
         runs.append(run)
     return runs
 

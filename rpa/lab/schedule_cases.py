@@ -207,7 +207,7 @@ def measure(
     chunks = run(what.num_seqs, LONG) - short
     floor, floor_of = chunk_floor(chips.chip(chip), case, sizes)
     flops = 4 * what.chunk_q * what.chunk_kv * sizes.heads[0] * sizes.heads[2] * what.num_chunks
-    check_products(schedule, chunks, chip, flops)
+    check_products(schedule, chunks, chip, flops, sizes.heads[2])
     per_sequence = step = None
     if case == "decode":
         n = what.num_seqs
@@ -257,20 +257,22 @@ def compile_kernel(
     return schedule, program
 
 
-def check_products(schedule, run, chip, flops):
+def check_products(schedule, run, chip, flops, head_dim):
     """Refuse a run whose products are fewer than the work needs.
 
-    Seen with v3's mixed kernel on TPU7x and several long sequences: a loop ended too early.
+    Heads that fill a part of the MXU take the cycles of all of it. Seen with v3's mixed kernel on
+    TPU7x and several long sequences: the second one's loop over query blocks ended after one turn.
 
     Raises:
         rpa.lab.schedule_run.CannotRun: with what was executed, and what is needed.
     """
     c = chips.chip(chip)
+    needed = flops / (c.mxu_flops_per_cycle * chips.mxu_fill(c, head_dim))
     cycles = schedule.slots(run.hits)["MATMUL"] / schedule.capacity["MATMUL"]
-    if cycles * c.mxu_flops_per_cycle < flops:
+    if cycles < needed:
         raise CannotRun(
-            f"{schedule.kernel} on {c.name}: the run did {cycles * c.mxu_flops_per_cycle:.3g} FLOP "
-            f"in its products, but this batch needs {flops:.3g}: its schedule is not understood."
+            f"{schedule.kernel} on {c.name}: the run multiplied for {cycles:,.0f} cycles, but this "
+            f"batch needs {needed:,.0f}: its schedule is not understood."
         )
 
 
