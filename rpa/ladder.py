@@ -56,7 +56,8 @@ class Rung:
         longest = int(q_lens_of(batch).max(initial=0))
         if self.max_q_len is None or longest <= self.max_q_len:
             return None
-        return f"takes at most {self.max_q_len} new tokens a sequence, the batch has {longest}"
+        tokens = "1 new token" if self.max_q_len == 1 else f"{self.max_q_len} new tokens"
+        return f"takes at most {tokens} a sequence, the batch has {longest}"
 
 
 def q_lens_of(batch: RaggedBatch) -> np.ndarray:
