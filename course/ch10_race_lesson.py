@@ -116,11 +116,12 @@ for name in ("streamed", "fused", "kernel", "v3"):
 # of rung 5's bundles for the same copies.
 
 # %%
-gain = {c: rows["streamed"]["time_us"][c] / rows["kernel"]["time_us"][c] for c in race.CHIPS}
-over = {c: rows["v3"]["time_us"][c] / rows["kernel"]["time_us"][c] for c in race.CHIPS}
+over = {}
 for chip in race.CHIPS:
-    print(f"{chip:6} rung 7 is {gain[chip]:.1f} times as fast as rung 5, {over[chip]:.2f} times "
-          f"as fast as v3 (predicted)")  # fmt: skip
+    rung5, ours, v3 = (rows[name]["time_us"][chip] for name in ("streamed", "kernel", "v3"))
+    over[chip] = v3 / ours
+    print(f"{chip:6} {rung5 / ours:.1f} times as fast as rung 5, "
+          f"{over[chip]:.2f} times as fast as v3 (predicted)")  # fmt: skip
 assert min(over.values()) > 1
 
 # %% [markdown]
@@ -186,7 +187,7 @@ from rpa.lab.commands.bench import machine
 
 workload = bench.DEFAULTS["tpu" if jax.default_backend() == "tpu" else "cpu"]
 timed = list(bench.bench(workload, cases=["decode"]))
-print(f"measured on: {machine()['device']}, jax {jax.__version__}, {workload.model}")
+print(f"measured on {machine()['device']}, jax {jax.__version__}: {workload.model}")
 for row in timed:
     said = f"{row.timing.median_s * 1e6:10,.1f} us" if row.timing else row.note
     print(f"{row.kernel:16}{said}")
