@@ -71,6 +71,35 @@ def test_a_kernel_without_a_name_is_told_in_words():
     assert [call.name for call in _calls("mine")] == ["mine", "mine"]
 
 
+@pytest.mark.parametrize("is_taken, read", [(True, 5), (False, 7)])
+def test_a_spill_of_a_value_of_the_delay_slots_is_read_on_both_ways(is_taken, read):
+    """A branch over bundle 6, where the listing stores what bundle 2 computed."""
+    texts = {
+        1: "%9 = sbr.rel (%p1_p1) target bundleno = 8 (0x8), region = 1",
+        2: "%s2_s2 = smov.u32 5",
+        6: "%10 = sst [smem:[#allocation7_spill]] %s2_s2",
+        7: "%11 = sst [smem:[#allocation7_spill]] %s3_s3",
+        8: "%s4_s4 = sld [smem:[#allocation7_spill]]",
+    }
+    predicate = f"%p1_p1 = scmp.eq.s32.totalorder 1, {int(is_taken)}"
+    scalar = [(0, "%s3_s3 = smov.u32 7"), (0, predicate), *texts.items()]
+    listing = schedule_dump.Listing(("SALU",), (2,), [[0]] * 9, scalar)
+    program = schedule_run.Program(listing)
+    seen = []
+    program._blocks[-1] = _spy(program._blocks[-1], seen)
+    program.run({})
+    assert seen == [read]
+
+
+def _spy(block, seen):
+    def run(machine):
+        after = block(machine)
+        seen.append(machine.registers["%s4_s4"])
+        return after
+
+    return run
+
+
 def test_loops_are_nested(listing):
     kinds = [(depth, span.kind, span.start, span.end) for depth, span in _tree(listing)]
     assert kinds == [(0, "kernel", 0, 76), (1, "loop", 12, 64), (2, "loop", 25, 56)]

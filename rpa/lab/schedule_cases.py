@@ -260,8 +260,8 @@ def compile_kernel(
 def check_products(schedule, run, chip, flops, head_dim):
     """Refuse a run whose products are fewer than the work needs.
 
-    Heads that fill a part of the MXU take the cycles of all of it. Seen with v3's mixed kernel on
-    TPU7x and several long sequences: the second one's loop over query blocks ended after one turn.
+    Heads that fill a part of the MXU take the cycles of all of it. A loop that ends too early, by
+    a scalar instruction that is not understood, would otherwise be a kernel that is fast.
 
     Raises:
         rpa.lab.schedule_run.CannotRun: with what was executed, and what is needed.

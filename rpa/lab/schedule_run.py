@@ -77,7 +77,7 @@ class Program:
         self.branches = branches(listing)
         self.leaders = _leaders(self.num_bundles, self.branches)
         texts = [[] for _ in self.leaders]
-        for bundle, text in listing.scalar:
+        for bundle, text in _with_late_spills_early(listing.scalar, self.branches):
             texts[bisect_right(self.leaders, bundle) - 1].append((bundle, text))
         coder = Coder(listing.scalar)
         self._blocks = [
@@ -146,6 +146,30 @@ def branches(listing) -> dict[int, Branch]:
             raise CannotRun(f"bundle {bundle:#x}: branch of an unknown kind: {text[:100]}")
         found[bundle] = Branch(int(match[2]), match[1])
     return found
+
+
+_SPILL = re.compile(r"%\w+ = sst \[smem:\[#allocation\d+_spill\]\] (%s\d+_s\d+)$")
+
+
+def _with_late_spills_early(scalar, found):
+    """The instructions in order, a spill that the listing has behind the delay slots within them.
+
+    Where a value is computed in a branch's delay slots and spilled, the listing may have the store
+    in the first bundle behind them, which is passed over where the branch is taken; but the value
+    is read on both ways. Without this, v3's mixed kernel on TPU7x computes a block of queries of
+    its second sequence, and no more.
+    """
+    written = {}
+    for bundle, text in scalar:
+        if (definition := re.match(r"(%s\d+_s\d+) = ", text)) is not None:
+            written[definition[1]] = bundle
+    moved = []
+    for bundle, text in scalar:
+        branch, spill = bundle - DELAY_SLOTS - 1, _SPILL.match(text)
+        if spill and branch in found and branch < written.get(spill[1], branch) < bundle:
+            bundle -= 1
+        moved.append((bundle, text))
+    return sorted(moved, key=lambda pair: pair[0])
 
 
 def _leaders(num_bundles, found):
