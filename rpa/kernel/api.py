@@ -135,7 +135,7 @@ def ragged_paged_attention(
         "chunk_prefill_size": chunk_prefill_size,
         "attention_sink": attention_sink,
     }
-    check_arguments(*tokens, batch, **semantics)
+    check_arguments(*tokens, batch, **semantics, sm_scale=sm_scale, out_dtype=out_dtype)
     backend, interpret_params = _choose_backend(backend)
     if backend == "reference":
         semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}
@@ -151,7 +151,7 @@ def ragged_paged_attention(
         out_dtype=jnp.dtype(queries.dtype if out_dtype is None else out_dtype),
         causal=use_causal_mask,
         update_kv_cache=update_kv_cache,
-        sliding_window=_static_window(sliding_window),
+        sliding_window=None if sliding_window is None else int(sliding_window),
         has_soft_cap=soft_cap is not None,
         has_q_scale=q_scale is not None,
         has_sinks=attention_sink is not None,
@@ -237,21 +237,12 @@ def _as_float32(scale):
     return np.float32(scale) if isinstance(scale, (int, float, np.number)) else scale
 
 
-def _static_window(sliding_window):
-    if isinstance(sliding_window, jax.core.Tracer):
-        raise ValueError(
-            "sliding_window is a traced value, but must be a Python int: it decides which blocks "
-            "are read. Pass it through static_argnames, or call one function per window."
-        )
-    return None if sliding_window is None else int(sliding_window)
-
-
 def _vmem_limit(vmem_limit_bytes, chip):
     if vmem_limit_bytes is not None:
-        if vmem_limit_bytes <= 0:
+        if not isinstance(vmem_limit_bytes, (int, float, np.number)) or vmem_limit_bytes <= 0:
             raise ValueError(
-                f"vmem_limit_bytes is {vmem_limit_bytes}, but must be positive; None is all of "
-                "the chip's VMEM."
+                f"vmem_limit_bytes is {vmem_limit_bytes!r}, but must be positive, a number "
+                "of bytes; None is all of the chip's VMEM."
             )
         return int(vmem_limit_bytes)
     if chip is None:

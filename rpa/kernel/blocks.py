@@ -77,10 +77,11 @@ def check_block_sizes(name, sizes, problem):
     Raises:
         ValueError: naming the argument, the entry that is wrong, and what it must be.
     """
-    if not (isinstance(sizes, (tuple, list)) and len(sizes) == 4):
+    four = isinstance(sizes, (tuple, list)) and len(sizes) == 4
+    if not (four and all(isinstance(size, (int, np.integer)) for size in sizes)):
         raise ValueError(
-            f"{name} is {sizes!r}, but must be four numbers (bq, bkv, bq_c, bkv_c): query and KV "
-            "tokens fetched together, and query and KV tokens in one product."
+            f"{name} is {sizes!r}, but must be four numbers (bq, bkv, bq_c, bkv_c), whole ones: "
+            "query and KV tokens fetched together, and query and KV tokens in one product."
         )
     bq, bkv, bq_c, bkv_c = (int(size) for size in sizes)
     for whole, part, size, part_size in [("bq", "bq_c", bq, bq_c), ("bkv", "bkv_c", bkv, bkv_c)]:
