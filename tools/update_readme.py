@@ -88,20 +88,43 @@ def replace_part(text: str, name: str, part: str) -> str:
     return pattern.sub(lambda match: match[1] + part + "\n" + match[2], text)
 
 
+def ladder() -> str:
+    """The recorded race of chapter 10: its picture, in docs/pictures, and its table."""
+    from rpa.figures import race as pictures
+    from rpa.lab import race
+
+    found = race.recorded()
+    picture = pictures.ladder(found)
+    path = picture.save(PICTURES / "ladder.png")
+    return f"![{picture.text}]({path.relative_to(ROOT)})\n\n```\n{race.table(found)}\n```"
+
+
+PARTS = {
+    "chapters": chapter_table,
+    "demo": demo_output,
+    "ladder": ladder,
+    "schedule": lambda: lab_tables(*TABLES),
+    "published": lambda: lab_tables("published"),
+}
+"""What stands between `<!-- name -->` and `<!-- end -->` in README.md, and what writes it."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"only these of {', '.join(PARTS)}")
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {list(PARTS)}")
     text = README.read_text("utf-8")
-    new = replace_part(text, "chapters", chapter_table())
-    if check:
-        if new != text:
+    if args.check:
+        stale = replace_part(text, "chapters", chapter_table()) != text
+        if stale:
             print("The chapter table of README.md is stale: run `make readme`.")
-        return int(new != text)
-    new = replace_part(new, "demo", demo_output())
-    new = replace_part(new, "schedule", lab_tables(*TABLES))
-    new = replace_part(new, "published", lab_tables("published"))
-    README.write_text(new, "utf-8")
+        return int(stale)
+    for name in args.parts or PARTS:
+        text = replace_part(text, name, PARTS[name]())
+        README.write_text(text, "utf-8")  # part by part: the lab's tables may take an hour
     return 0
 
 
