@@ -6,8 +6,9 @@ cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5
 
 import numpy as np
 
+from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import SUBLANES, BlockSizes, Plan, align
+from rpa.kernel.plan import BlockSizes, Plan, align
 from rpa.paging import LANES, cdiv, packing_of
 
 KV_BLOCK_BYTES = 4 * 2**20

@@ -25,11 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa import compat
+from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
 from rpa.paging import LANES, cdiv, packing_of
-
-SUBLANES = 8
-"""Rows of a vector register; a tile of rows that is no multiple of it wastes the rest."""
 
 TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
 """The page table goes to SMEM in pieces that start at, and are, a multiple of this."""

@@ -237,12 +237,12 @@ def _limit_stores(plan, refs, num_tokens):
 
         @pl.when(refs.state[walk.TOKENS_STORED] + num_tokens > limit)
         def _():
-            wait_stores(plan, refs)
+            wait_stores(refs)
 
     refs.state[walk.TOKENS_STORED] += num_tokens
 
 
-def wait_stores(plan, refs):
+def wait_stores(refs):
     """Wait until all tokens stored so far are in the cache."""
     num_tokens = refs.state[walk.TOKENS_STORED]
 
@@ -282,7 +282,7 @@ def wait_all(plan, refs):
     for slot in range(plan.num_slots):
         wait_output(refs, slot)
     if plan.problem.update_kv_cache:
-        wait_stores(plan, refs)
+        wait_stores(refs)
 
 
 def write_zero_rows(plan, refs, num_used):

@@ -134,7 +134,7 @@ def predict_batch(
     assumed = Calibration(hbm_efficiency, latency_us).time_us(runs, known) * 1e-6 * known.clock_hz
     cost = _cost(batch, sizes)
     return Prediction(
-        *(kernel, known.name, bundles, assumed - bundles, sum(map(_hbm_bytes, runs))),
+        *(kernel, known.name, bundles, assumed - bundles, sum(run.hbm_bytes for run in runs)),
         least_bytes=cost.hbm_bytes,
         flops=cost.flops,
         calibrated_us=FITTED.time_us(runs, known),
@@ -163,14 +163,6 @@ def run_batch(
         check_products(schedule, run, chip, flops, sizes.heads[2])
         runs.append(run)
     return runs
-
-
-def _hbm_bytes(run):
-    """Bytes of its copies; one inside HBM counts twice."""
-    return sum(
-        size * count * kind.split("_to_").count("hbm")
-        for (kind, _, size), count in run.copies.items()
-    )
 
 
 def _cost(batch, sizes):

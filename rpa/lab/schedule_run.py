@@ -49,6 +49,14 @@ class Execution:
         """All bundles executed: cycles without waits."""
         return int(self.hits.sum())
 
+    @property
+    def hbm_bytes(self) -> int:
+        """HBM bytes of all DMAs; one inside HBM counts twice, as read and as written."""
+        return sum(
+            size * count * kind.split("_to_").count("hbm")
+            for (kind, _, size), count in self.copies.items()
+        )
+
     def bytes_moved(self, kind="") -> int:
         """Bytes of all DMAs, or of those of a kind."""
         return sum(

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from rpa.kernel import api
-from rpa.lab.batches import make_batch
-from rpa.lab.predict import predict_batch
+from rpa.lab.tables import whole
 from rpa.lab.tables.whole import BATCHES, CONTEXTS, ROOM
 
 FILE = Path(__file__).parents[1] / "data" / "blocks.json"
@@ -118,12 +117,9 @@ def predict(place: Place, blocks) -> dict[str, dict[str, float]]:
     Raises:
         As `rpa.lab.predict.predict_batch`: a candidate may not fit in the chip's memory.
     """
-    room = place.room
-    size = {"max_num_seqs": room.num_seqs, "pages_per_seq": room.pages_per_seq}
     times = {"at peak": {}, "calibrated": {}}
     for name, lengths in LENGTHS[place.case].items():
-        batch = make_batch(lengths, room.page_size, **size)
-        p = predict_batch("rpa", place.chip, batch, room=room, blocks={place.case: blocks})
+        p = whole.predict("rpa", place.chip, lengths, place.room, blocks={place.case: blocks})
         times["at peak"][name] = round(p.time_us, 2)
         times["calibrated"][name] = round(p.calibrated_us, 2)
     return times

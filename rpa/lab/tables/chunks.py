@@ -1,7 +1,9 @@
 """Bundles a chunk: decode by model and block, a sequence by page size, mixed batches."""
 
+from functools import partial
+
 from rpa.lab.schedule_cases import Measured, measure
-from rpa.lab.tables.table import Scope, Table, beside, ratio
+from rpa.lab.tables.table import Scope, Table, beside_v3, ratio
 
 HEADS = {8: "llama-3-8b", 2: "llama-3-8b-on-4", 1: "llama-3-70b-on-8"}
 """Models by their KV heads a chip."""
@@ -60,8 +62,7 @@ def _finish_decode(rows):
             tried = "own" if best["block"] is None else f"{best['block']:,}"
             kept.append(best | {"at": "best", "best block": tried})
             kept += [row | {"at": "best"} for row in of_kernel if "note" in row and row != best]
-    of_v3 = beside(kept, ["kv heads", "chip", "at"], "bundles")
-    return [row | {"of v3": of_v3(row)} for row in kept]
+    return beside_v3(kept, ["kv heads", "chip", "at"], "bundles")
 
 
 def _decode_table(name, heads, title, in_quick):
@@ -105,11 +106,6 @@ def _step(*, chip, page, kernel):
     return {"cycles": m.step, "HBM": m.floor, "of HBM": m.step / m.floor}
 
 
-def _finish_step(rows):
-    of_v3 = beside(rows, ["chip", "page"], "cycles")
-    return [row | {"of v3": of_v3(row)} for row in rows]
-
-
 STEP = Table(
     "step",
     "A whole decode step of one sequence of 1,024 tokens: everything executed for one more of "
@@ -119,7 +115,7 @@ STEP = Table(
      "of HBM": ".2f"},
     _step_cells,
     _step,
-    _finish_step,
+    partial(beside_v3, same=["chip", "page"], column="cycles"),
 )  # fmt: skip
 
 
@@ -150,11 +146,6 @@ def bundles_of_blocks(m: Measured) -> tuple[float, float]:
     return m.interior, m.masked
 
 
-def _finish_mixed(rows):
-    of_v3 = beside(rows, ["chip"], "loop")
-    return [row | {"of v3": of_v3(row)} for row in rows]
-
-
 MIXED = Table(
     "mixed",
     "Mixed batches and prefill, bundles per 128 query x 512 KV tokens x 8 KV heads, own default "
@@ -165,5 +156,5 @@ MIXED = Table(
      "spills": ",.0f"},
     _mixed_cells,
     _mixed,
-    _finish_mixed,
+    partial(beside_v3, same=["chip"], column="loop"),
 )  # fmt: skip

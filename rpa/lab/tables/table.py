@@ -131,19 +131,21 @@ def ratio(part, whole):
     return None if part is None or not whole else part / whole
 
 
-def beside(rows, same, column, peer="v3", kernel="kernel") -> Callable[[dict], float | None]:
-    """From a row to its number over the peer's in the same situation.
+def beside_v3(rows, same, column) -> list[dict]:
+    """All rows with a column "of v3": their number over that of v3 in the same situation.
 
     Args:
-        rows: all rows.
+        rows: with a column "kernel".
         same: names of the columns in which both agree.
         column: the number.
 
     >>> rows = [{"chip": "v5e", "kernel": k, "us": us} for k, us in (("rpa", 3.0), ("v3", 4.0))]
-    >>> beside(rows, ["chip"], "us")(rows[0])
-    0.75
+    >>> [row["of v3"] for row in beside_v3(rows, ["chip"], "us")]
+    [0.75, 1.0]
     """
-    of_peer = {
-        tuple(row[name] for name in same): row.get(column) for row in rows if row[kernel] == peer
-    }
-    return lambda row: ratio(row.get(column), of_peer.get(tuple(row[name] for name in same)))
+
+    def situation(row):
+        return tuple(row[name] for name in same)
+
+    of_v3 = {situation(row): row.get(column) for row in rows if row["kernel"] == "v3"}
+    return [row | {"of v3": ratio(row.get(column), of_v3.get(situation(row)))} for row in rows]

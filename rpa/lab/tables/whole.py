@@ -4,6 +4,8 @@ All batches are run by kernels that are compiled for the same room, as a server 
 once: what changes is the metadata.
 """
 
+from functools import partial
+
 import numpy as np
 
 from rpa import chips
@@ -12,7 +14,7 @@ from rpa.lab.predict import predict_batch
 from rpa.lab.programs import Workload
 from rpa.lab.schedule_cases import CASES, measure
 from rpa.lab.tables.chunks import bundles_of_blocks
-from rpa.lab.tables.table import Scope, Table, beside
+from rpa.lab.tables.table import Scope, Table, beside_v3
 from rpa.traces import sample_requests
 
 ROOM = Workload(page_size=128, num_seqs=256, q_len=9, kv_len=10_240)
@@ -93,11 +95,6 @@ def _times(p):
     return {"us": p.time_us, "calibrated us": p.calibrated_us, "HBM us": p.hbm_time_us}
 
 
-def _finish(rows):
-    of_v3 = beside(rows, ["chip", "batch"], "us")
-    return [row | {"of v3": of_v3(row)} for row in rows]
-
-
 TIMES = {"us": ",.0f", "calibrated us": ",.0f", "HBM us": ",.0f"}
 
 WHOLE = Table(
@@ -108,7 +105,7 @@ WHOLE = Table(
      "calibrated efficiency": ".2f", "of v3": ".2f"},
     _cells(BATCHES),
     _whole,
-    _finish,
+    partial(beside_v3, same=["chip", "batch"], column="us"),
 )  # fmt: skip
 
 
