@@ -39,9 +39,9 @@ from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 # %% [markdown]
 # ## 1. What is in it?
 #
-# One picture for the whole chapter. Colours say *when*: while one turn of the loop computes
-# (orange), the pages and queries of the next turn are on their way (blue), and for the turn after
-# that the entries of the page table (purple).
+# One picture for the whole chapter. Colours say *when*: while some keys are computed on (orange),
+# the pages and queries of the next ones are on their way (blue), and for keys further on the
+# entries of the page table (purple).
 
 # %%
 pictures.diagram()
@@ -55,13 +55,14 @@ pictures.diagram()
 # | `layout.py` | how do K and V of a head get out of a block? | 2.2, 2.3, 4.6 |
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
 # | `walk.py` | what comes next? | 7.1, 7.2 |
+# | `belt.py` | how far do copies run ahead? | 5.5 |
 # | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
 # | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 8 |
 # | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
 # | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 7.5 |
 #
-# **Takeaway.** The kernel is a loop of which three turns are under way at once. Everything else is
-# a decision about one block of keys.
+# **Takeaway.** The kernel is a loop that looks up, fetches and computes, each for other keys.
+# Everything else is a decision about one block of keys.
 
 # %% [markdown]
 # ## 2. Which keys does a query block read?
@@ -92,8 +93,9 @@ problem = Problem(
     *(f32, f32, f32),  # dtypes of queries, cache and output
 )
 decode_blocks, mixed_blocks = BlockSizes(1, 16, 1, 16), BlockSizes(8, 16, 8, 16)
+ahead = {"turns_ahead": blocks.TURNS_AHEAD}
 decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, True, False, max_q_len=1)
-mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True)
+mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True, **ahead)
 
 # %%
 metadata = SimpleNamespace(
@@ -144,7 +146,7 @@ assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) ==
 
 # %% [markdown]
 # Sequence 2 does not occur: idle, passed over. One function says what comes after a step, and it is
-# asked one step ahead, for the copies; the computation follows in the same order.
+# asked some turns ahead, for the copies; the computation follows in the same order.
 
 # %%
 show_source(walk.next_step)
@@ -187,28 +189,52 @@ show_source(loop._Area)
 # %% [markdown]
 # ## 4. What runs ahead of what?
 #
-# Here is the kernel. Read `turn`: it fetches for the step to come, and then computes the one at
-# hand.
+# Here is the kernel. Read `serve_stations`, its one loop: it fetches, looks up, and computes; but
+# never the same steps.
 
 # %%
 show_source(loop.kernel)
 
 # %% [markdown]
-# The steps are carried in registers: those of this turn are computed, those `coming` have their
-# page-table entries on the way, and `fetch` returns the ones `after`. A turn is one step; only a
-# decode computes two steps in a turn, because one row of queries keeps the units busy too little
-# (chapter 8). So two things are early by one turn each. A copy of pages needs page numbers; page
-# numbers are in HBM; so they have to be asked for before that:
+# A **turn** is one round of this loop, and serves one step at each station; only a decode serves
+# two or four, because one row of queries keeps the units busy too little (chapter 8). A copy of
+# pages needs page numbers; page numbers are in HBM; so they have to be asked for before that. And
+# both copies take a microsecond or two to arrive. So a step is looked up, fetched `TABLE_TURNS`
+# turns later, and computed `turns_ahead` turns after that. In between it rides on a belt:
+
+# %%
+from rpa.kernel import belt
+
+print(belt.__doc__)
+show_source(belt.to_fetch)
+show_source(belt.is_on)
+
+# %% [markdown]
+# On paper, for a kernel that looks up two turns ahead of the copies, and copies two turns ahead of
+# the products. Each column is a turn, and the steps that it serves:
+
+# %%
+from rpa.kernel.plan import TABLE_TURNS
+
+num_steps, delays = 5, {"looks up": 0, "fetches": TABLE_TURNS}
+delays["computes"] = TABLE_TURNS + mixed_plan.turns_ahead
+for station, delay in delays.items():
+    turns = [i - delay for i in range(num_steps + delays["computes"])]
+    print(f"{station:9}", *(f"{i:2}" if 0 <= i < num_steps else " ." for i in turns))
+assert delays["computes"] == mixed_plan.belt_turns - 1
+
+# %% [markdown]
+# Nothing is computed in the first four turns, and nothing is fetched in the last two: the belt
+# fills, and it drains, once a batch. How long must it be? Copies of three turns together should
+# take longer than one of them needs to arrive; chapter 8 has the numbers.
 
 # %%
 show_source(transfers.fetch)
-show_source(transfers._fetch_step)
 
 # %% [markdown]
-# Look at the order in there. Wait for the entries of this turn; start all its copies; *then* ask
-# for the entries of the next one, into the same small buffer: the ones before have just been used.
-# To see it, run the kernel on our batch in the interpreter, with the blocks of the pictures, and
-# record it:
+# Wait for the page numbers, then start everything that the step needs: queries, pages, new tokens,
+# and the store of the new tokens. To see it, run the kernel on our batch in the interpreter, with
+# the blocks of the pictures, and record it:
 
 # %%
 rng = np.random.default_rng(7)
@@ -221,15 +247,9 @@ arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
 from rpa.figures.timeline import gantt
 from rpa.lab.timeline import page_labels, record_dmas
 
-inputs = ["kv_lens", "cu_q_lens", "distribution", "scalars", "queries", "kv_cache", "new_kv"]
-parts = [*inputs, "page_table", "output_before", "output", "_"]
-parts += [*blocks.vmem_buffers(mixed_plan), "table_chunk"]
-part_names = {f"args[{i}]": part for i, part in enumerate(parts)}  # of the mixed kernel
-
-# %%
 on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter runs
 sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
-with on_host, record_dmas(part_names) as timeline:
+with on_host, record_dmas() as timeline:
     cache = jnp.array(kv_cache)
     output, new_cache = rpa.ragged_paged_attention(
         *tokens, cache, *arrays, **sizes, sm_scale=128**-0.5, backend=compat.interpreter_params()
@@ -245,9 +265,10 @@ cached = np.asarray(batch.kv_lens) - q_lens
 
 
 def pages_fetched(step, bkv=16, page_size=8):
-    """Pages of the cache that a step copies: those with cached tokens, in its block of keys."""
+    """Pages of the cache that a step copies: those with cached tokens, a part of a page first."""
     end = min(int(cached[step[0]]), (step[2] + 1) * bkv)
-    return table[step[0], step[2] * bkv // page_size : cdiv(end, page_size)].tolist()
+    pages = table[step[0], step[2] * bkv // page_size : cdiv(end, page_size)].tolist()
+    return pages[-1:] + pages[:-1] if end % page_size else pages
 
 
 by_walk = [page for step in decode_steps + mixed_steps for page in pages_fetched(step)]
@@ -258,17 +279,17 @@ assert by_kernel == by_walk
 
 # %% [markdown]
 # And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
-# the buffer that is not computed on begin before the computation ends, also from C to D; and each
+# the buffers that are not computed on begin before the computation ends, also from C to D; and each
 # piece of the table is there before the pages that it names are asked for.
 
 # %%
 labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")
-rows = ["kv_buffer[0]", "kv_buffer[1]", "table_chunk"]
+rows = [*(f"kv_buffer[{slot}]" for slot in range(mixed_plan.num_slots)), "table_chunks"]
 title = "The mixed kernel: six steps of sequence 3, then four of sequence 4"
 gantt(timeline, kernel=1, rows=rows, label=labels, title=title)
 
 # %% [markdown]
-# **Takeaway.** Two turns ahead the table, one turn ahead the pages, now the computation; across the
+# **Takeaway.** First the table, then the pages, then the computation, some turns apart; across the
 # ends of query blocks and of sequences. Nothing drains before the batch ends.
 
 # %% [markdown]

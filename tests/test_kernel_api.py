@@ -102,8 +102,9 @@ def test_default_blocks_are_legal(case, page_size):
 def test_shrinking_keeps_blocks_legal_and_ends():
     problem = make_problem((64, 8), 256, kv="float32", page_size=16, pages_per_seq=4096)
 
-    def make_plan(sizes):
-        return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
+    def make_plan(sizes, turns_ahead):
+        options = {"interpret": False, "is_last": True, "turns_ahead": turns_ahead}
+        return Plan(problem, Case.MIXED, sizes, **options)
 
     big = BlockSizes(128, 8192, 128, 1024)
     for limit_mib in (256, 64, 48, 32):

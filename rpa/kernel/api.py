@@ -275,11 +275,13 @@ def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, mach
             plans.append(blocks.shrink_to_fit(make_plan, sizes, vmem_limit_bytes))
         else:
             name = f"{letter}_block_sizes"
-            plan = make_plan(blocks.check_block_sizes(name, sizes, problem))
+            sizes = blocks.check_block_sizes(name, sizes, problem)
+            plan = blocks.plan_ahead(make_plan, sizes, vmem_limit_bytes)
             blocks.check_fits(name, plan, vmem_limit_bytes)
             plans.append(plan)
     return tuple(plans)
 
 
-def _make_plan(problem, case, max_q_len, is_last, machine, sizes):
-    return Plan(problem, case, sizes, is_last=is_last, max_q_len=max_q_len, **machine)
+def _make_plan(problem, case, max_q_len, is_last, machine, sizes, turns_ahead):
+    options = {"is_last": is_last, "max_q_len": max_q_len, "turns_ahead": turns_ahead}
+    return Plan(problem, case, sizes, **options, **machine)

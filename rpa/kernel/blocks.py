@@ -8,7 +8,7 @@ import numpy as np
 
 from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import BlockSizes, Plan, align
+from rpa.kernel.plan import CHAINS_AHEAD, BlockSizes, Plan, align
 from rpa.paging import LANES, cdiv, packing_of
 
 KV_BLOCK_BYTES = 4 * 2**20
@@ -22,6 +22,10 @@ SCORE_ROWS, SCORE_COLUMNS = 512, 512
 
 DECODE_COLUMNS, DECODE_PRODUCTS = 512, 4
 """Keys a product takes in decode, and how many products there are in a block at most."""
+
+DECODE_TURNS_AHEAD, TURNS_AHEAD = 3, 2
+"""Turns whose copies are on their way, see `belt`: with three, a TPU7x decodes short sequences as
+fast as it reads them. A turn of the other kernels computes longer."""
 
 COMPILER_BYTES = 4 * 2**20
 """VMEM left to the compiler besides the values of one tile: spilled registers, its own buffers."""
@@ -61,10 +65,18 @@ def vmem_bytes(plan: Plan):
         name: int(np.prod(shape)) * np.dtype(dtype).itemsize
         for name, (shape, dtype) in vmem_buffers(plan).items()
     }
+    return sizes | {"compiler": _bytes_of_values(plan) + COMPILER_BYTES}
+
+
+def _bytes_of_values(plan):
+    """Scores, weights, K and V of the tiles that are in work at once, most of them spilled."""
     columns, lanes = plan.blocks.bkv_c, plan.tile_lanes
-    # Scores and weights of the tile in work and of the one that waits, K and V of both.
-    values = 4 * plan.tile_rows * columns + 4 * columns * lanes
-    return sizes | {"compiler": 4 * plan.steps_per_turn * values + COMPILER_BYTES}
+    if plan.is_decode:
+        chains = plan.steps_per_turn * plan.products_in_a_row * plan.num_dots
+        k_and_v = 2 * columns * lanes * plan.problem.compute_dtype.itemsize
+        return min(CHAINS_AHEAD + 1, chains) * (8 * plan.tile_rows * columns + k_and_v)
+    # The tile in work and the one that waits.
+    return 4 * (4 * plan.tile_rows * columns + 4 * columns * lanes)
 
 
 def check_block_sizes(name, sizes, problem):
@@ -133,13 +145,30 @@ def _down(x, multiple):
     return max(multiple, x // multiple * multiple)
 
 
+def plan_ahead(make_plan, sizes, vmem_limit_bytes):
+    """The plan for given blocks with as many turns ahead as fit, at least one.
+
+    Args:
+        make_plan: (BlockSizes, turns_ahead) to Plan.
+        sizes: the `BlockSizes`.
+        vmem_limit_bytes: VMEM that the plan may take.
+
+    Returns:
+        The `Plan`; it may take more than the limit if it is only one turn ahead.
+    """
+    plan = make_plan(sizes, 1)
+    for turns in range(DECODE_TURNS_AHEAD if plan.is_decode else TURNS_AHEAD, 1, -1):
+        ahead = make_plan(sizes, turns)
+        if sum(vmem_bytes(ahead).values()) <= vmem_limit_bytes:
+            return ahead
+    return plan
+
+
 def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
     """Halve default sizes until they fit: first the KV block, then the tile.
 
     Args:
-        make_plan: BlockSizes to Plan.
-        sizes: the `BlockSizes` to begin with.
-        vmem_limit_bytes: VMEM that the plan may take.
+        make_plan, sizes, vmem_limit_bytes: as for `plan_ahead`; the sizes to begin with.
 
     Returns:
         The first Plan that fits.
@@ -147,12 +176,12 @@ def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
     Raises:
         ValueError: if not even the smallest blocks fit.
     """
-    plan = make_plan(sizes)
+    plan = plan_ahead(make_plan, sizes, vmem_limit_bytes)
     while sum(vmem_bytes(plan).values()) > vmem_limit_bytes:
         smaller = _smaller(plan)
         if smaller is None:
             check_fits("default blocks", plan, vmem_limit_bytes)
-        plan = make_plan(smaller)
+        plan = plan_ahead(make_plan, smaller, vmem_limit_bytes)
     return plan
 
 

@@ -1,17 +1,17 @@
-"""Decode: two KV blocks at a time, because one of them leaves the chip waiting for itself.
+"""Decode: two or four KV blocks at a time, because one leaves the chip waiting for itself.
 
 A query token gives one chain of dependent work a dot: product, maximum, exponential, product. With
 few rows it takes some 700 cycles however few the keys are, and most units idle in it. So a turn
-takes two steps, mostly of two sequences, and their chains overlap; four, where a window makes the
-blocks so short that two do not fill the time (`Plan.steps_per_turn`).
+takes two steps, mostly of two sequences, and their chains overlap; four, where two do not fill the
+time because a window makes the blocks short, or all heads fit in one dot (`Plan.steps_per_turn`).
 
-They may as well be two blocks of one sequence. So every chain starts from nothing, and only its
+They may as well be blocks of one sequence. So every chain starts from nothing, and only its
 result is merged with what the sequence has summed up before:
 
     m' = max(m, m_block);  l' = 2^(m - m') l + 2^(m_block - m') l_block;  the same for acc
 
 A product takes bkv_c keys, and some products are computed in a row (Plan.products_in_a_row). Where
-both blocks have enough keys for all of them, they need no mask. The end of the longer block takes
+all blocks have enough keys for all of them, they need no mask. The end of the longest block takes
 only the products that it needs, so that a short sequence costs less than a long one. The partner
 decides what is computed together, never what is merged: a sequence's result is the same in any
 company.

@@ -1,5 +1,6 @@
 """From arrays to a `pallas_call` and back: operands, scratch memory, aliases, compiler options."""
 
+import inspect
 from functools import partial
 from typing import NamedTuple
 
@@ -71,8 +72,13 @@ def _call(plan, arrays, options):
     scratch = _scratch(plan)
     inputs, outputs = list(arrays), list(results)
     names = (*inputs, *outputs, *scratch)
+    body = partial(loop.kernel, plan, names)
+    # What JAX calls the refs in errors and timelines; it would say args[0], args[1], ...
+    body.__signature__ = inspect.Signature(
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names
+    )
     values = pl.pallas_call(
-        partial(loop.kernel, plan, names),
+        body,
         in_specs=[pl.BlockSpec(memory_space=spaces.get(name, hbm)) for name in inputs],
         out_specs=[pl.BlockSpec(memory_space=hbm) for _ in outputs],
         out_shape=list(results.values()),
@@ -114,12 +120,10 @@ def _scratch(plan):
     return {
         name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in blocks.vmem_buffers(plan).items()
     } | {
-        **{
-            f"table_chunk_{place}": pltpu.SMEM((plan.table_chunk_words,), jnp.int32)
-            for place in range(plan.steps_per_turn)
-        },
+        "table_chunks": pltpu.SMEM((plan.num_slots * plan.table_chunk_words,), jnp.int32),
+        "belt": pltpu.SMEM((plan.belt_words,), jnp.int32),
         "state": pltpu.SMEM((walk.ROWS_LEAVING + plan.num_slots,), jnp.int32),
-        "table_sems": dma((plan.steps_per_turn,)),
+        "table_sems": dma((plan.num_slots,)),
         "kv_sems": dma((plan.num_slots,)),
         "q_sems": dma((plan.num_slots,)),
         "o_sems": dma((plan.num_slots,)),

@@ -3,7 +3,6 @@
 Read `kernel` first and go on downwards. While a step is computed, the copies of the next one run.
 """
 
-import copy
 from functools import partial
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import decode, layout, softmax, tiles, transfers, walk
+from rpa.kernel import belt, decode, layout, softmax, tiles, transfers, walk
 from rpa.paging import cdiv
 
 DOTS_AHEAD = 2
@@ -22,19 +21,30 @@ def kernel(plan, names, *args):
     """The body of the `pallas_call`; `names` says what each positional ref is (see `launch`)."""
     refs = _Refs(names, args)
     first, end = plan.case.bounds(refs.distribution)
-    steps = transfers.start_first(plan, refs, first, end)
+    transfers.start(plan, refs)
+    belt.clear(plan, refs, end)
 
-    def turn(carry):
-        steps, coming = carry
-        # Before the wait for these steps: the DMA engine must never be without work.
-        after = transfers.fetch(plan, refs, coming, end)
+    def serve_stations(carry):
+        turn, step = carry
+        # Before the wait for what is computed: the DMA engine must never be without work.
+        belt.to_fetch(plan, refs, turn, end, partial(transfers.fetch, plan, refs))
+        # After that: page-table entries that were just used make room for these.
+        looked_up = walk.steps_of_turn(plan, refs, step, end)
+        transfers.look_up(plan, refs, looked_up, end)
+        belt.put(plan, refs, turn, looked_up)
+        to_compute = belt.to_compute(plan, refs, turn)
         if plan.is_decode:
-            decode.compute(plan, refs, steps, end)
+            decode.compute(plan, refs, to_compute, end)
         else:
-            _compute(plan, refs, *steps)
-        return coming, after
+            pl.when(to_compute[0].seq.index < end)(partial(_compute, plan, refs, *to_compute))
+        return belt.next_turn(plan, turn), walk.next_step(plan, refs, looked_up[-1], end)
 
-    lax.while_loop(lambda carry: carry[0][0].seq.index < end, turn, steps)
+    step = walk.first_step(plan, refs, first, end)
+    lax.while_loop(
+        lambda carry: belt.is_on(plan, refs, carry[0], end),
+        serve_stations,
+        (belt.first_turn(plan, step, end), step),
+    )
     transfers.wait_all(plan, refs)
     if plan.is_last:
         _zero_padding_rows(plan, refs)
@@ -60,10 +70,10 @@ class _Refs:
                acc                     f32[states, num_dots, tile_rows, tile_lanes (+ 128)]
                q_tiles                 [states, num_dots, tile_rows, tile_lanes (x 2)]
                limits                  f32[mask_rows, bkv_c], the mask as inf and -inf
-        SMEM   table_chunk_0, _1, ...  i32[table_chunk_words], one for each step of a turn
+        SMEM   table_chunks            i32[num_slots * table_chunk_words], one for each KV buffer
+               belt                    i32[belt_words], see there
                state                   i32[1 + num_slots], see `walk`
-        DMA semaphores: table_sems [steps_per_turn], kv_sems, q_sems, o_sems [num_slots],
-               store_sem [1]
+        DMA semaphores: table_sems, kv_sems, q_sems, o_sems [num_slots], store_sem [1]
 
     There are num_q_pieces states, in decode num_slots. With a spare half of the MXU the row sums
     are the last 128 columns of acc, and there is no l; the queries are two parts side by side.
@@ -71,15 +81,6 @@ class _Refs:
 
     def __init__(self, names, args):
         self.__dict__.update(zip(names, args, strict=True))
-
-    def at_place(self, place):
-        """The same refs with the page-table entries of one of the steps of a turn."""
-        refs = copy.copy(self)
-        refs.table_chunk, refs.table_sem = (
-            getattr(self, f"table_chunk_{place}"),
-            self.table_sems.at[place],
-        )
-        return refs
 
 
 def _compute(plan, refs, step):

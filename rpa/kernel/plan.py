@@ -12,7 +12,7 @@ Words that all rooms use:
     dot     one product, of heads_per_dot KV heads and all query heads that read them
     tile    its rows: [tile_rows, lanes], in which order is said in `layout`
     step    one KV block of one query block of one sequence, see `walk`
-    turn    one round of the kernel's loop: steps_per_turn steps, computed together
+    turn    one round of the kernel's loop; steps_per_turn steps are computed together in it
     slot    one of num_slots buffers of a kind
     word    32 bits; they hold as many values, of neighbouring heads, as the dtype's packing
 """
@@ -34,6 +34,12 @@ TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
 
 PAGES_PER_TURN = 8
 """Copies of pages that are issued in a row: a turn of a loop costs about as much as two copies."""
+
+TABLE_TURNS = 2
+"""Turns from a copy of page-table entries to its use: a short turn ends before it arrives."""
+
+STEP_WORDS = 8
+"""Words of a step on the belt."""
 
 MAX_TOKENS_OF_FOUR = 256
 """KV blocks of a decode with a window this short are computed by fours, not by twos."""
@@ -161,6 +167,7 @@ class Plan:
         max_q_len: the most new tokens of a sequence, or None for any number.
         mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
         native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
+        turns_ahead: turns whose copies are on their way while one is computed, see `belt`.
     """
 
     problem: Problem
@@ -171,6 +178,7 @@ class Plan:
     max_q_len: int | None = None
     mxu_size: int = 256
     native_float8: bool = False
+    turns_ahead: int = 1
 
     @property
     def masks_always(self):
@@ -223,16 +231,26 @@ class Plan:
 
     @property
     def steps_per_turn(self):
-        """KV blocks that are computed together: the shorter, the more it takes to fill the time."""
+        """KV blocks that are computed together: the less work in one, the more fill the time."""
         if not self.is_decode:
             return 1
         is_short = self.problem.sliding_window is not None and self.blocks.bkv <= MAX_TOKENS_OF_FOUR
-        return 4 if is_short else 2
+        return 4 if is_short or self.num_dots == 1 else 2
 
     @property
     def num_slots(self):
-        """Buffers of each kind: a turn's steps are computed while the next turn's are fetched."""
-        return 2 * self.steps_per_turn
+        """Buffers of each kind: a turn's steps are computed while those of others are fetched."""
+        return (1 + self.turns_ahead) * self.steps_per_turn
+
+    @property
+    def belt_turns(self):
+        """Turns whose steps are looked up and not yet computed, and the one being looked up."""
+        return TABLE_TURNS + self.turns_ahead + 1
+
+    @property
+    def belt_words(self):
+        """Words of SMEM for the steps of these turns."""
+        return self.belt_turns * self.steps_per_turn * STEP_WORDS
 
     @property
     def products_in_a_row(self):

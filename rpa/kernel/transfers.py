@@ -1,6 +1,6 @@
 """Every copy of the kernel: what is started, where it lands, and who waits for it.
 
-    page table   HBM -> SMEM   one chunk a step, one turn ahead of the step's own copies
+    page table   HBM -> SMEM   one chunk a step, some turns ahead of the step's own copies
     KV pages     HBM -> VMEM   one copy a page; the first and the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
     new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
@@ -27,50 +27,34 @@ STORE_LIMIT_BYTES = 4 * 2**20
 """New K and V that may be on their way into the cache: a semaphore cannot count for ever."""
 
 
-# --- Fetching: one turn ahead of the computation -------------------------------------------
+# --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
 
 
-def start_first(plan, refs, first, end):
-    """Start fetching the first turn's steps; return them and those of the next turn."""
+def start(plan, refs):
+    """Nothing is on its way yet."""
     for word in range(walk.ROWS_LEAVING + plan.num_slots):
         refs.state[word] = jnp.int32(0)
-    first_step = walk.first_step(plan, refs, first, end)
-    steps = _look_up(plan, refs, walk.steps_of_turn(plan, refs, first_step, end), end)
-    return steps, fetch(plan, refs, steps, end)
 
 
-def fetch(plan, refs, steps, end):
-    """Start all copies of a turn's steps, where they exist, and return the next turn's."""
-    for place, step in enumerate(steps):
-        _fetch_step(plan, refs.at_place(place), step, end)
-    following = walk.next_step(plan, refs, steps[-1], end)
-    # Only now: their page-table entries overwrite those that were just used.
-    return _look_up(plan, refs, walk.steps_of_turn(plan, refs, following, end), end)
+def look_up(plan, refs, steps, end):
+    """Ask for the page-table entries of steps, where they exist."""
+    for step in steps:
+        pl.when(step.seq.index < end)(_table_copy(plan, refs, step).start)
 
 
-def _look_up(plan, refs, steps, end):
-    """Ask for the page-table entries of steps, and return them."""
-    for place, step in enumerate(steps):
-        copy = _table_copy(plan, refs.at_place(place), step)
-        pl.when(step.seq.index < end)(copy.start)
-    return steps
-
-
-def _fetch_step(plan, refs, step, end):
+def fetch(plan, refs, step):
+    """Start all copies of a step that was looked up."""
     block = walk.query_block(plan, step.seq, step.q_index)
+    _table_copy(plan, refs, step).wait()
 
-    @pl.when(step.seq.index < end)
+    @pl.when(step.kv_index == 0)
     def _():
-        # Its page-table entries were asked for one turn ago.
-        _table_copy(plan, refs, step).wait()
+        _start_queries(refs, step, block)
 
-        @pl.when(step.kv_index == 0)
-        def _():
-            _start_queries(refs, step, block)
-
-        _start_kv(plan, refs, step, block)
-        if plan.problem.update_kv_cache:
-            _start_store(plan, refs, block, step.kv_index)
+    # Whole pages come last: the loop over them is the end of what the compiler can interleave.
+    if plan.problem.update_kv_cache:
+        _start_store(plan, refs, block, step)
+    _start_kv(plan, refs, step, block)
 
 
 def _entry(plan, seq, page):
@@ -94,8 +78,19 @@ def _table_copy(plan, refs, step):
     """The copy of the page-table entries of a step."""
     block = walk.query_block(plan, step.seq, step.q_index)
     start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
-    words = pl.ds(pl.multiple_of(start, TABLE_TILE_WORDS), plan.table_chunk_words)
-    return pltpu.make_async_copy(refs.page_table.at[words], refs.table_chunk, refs.table_sem)
+    source = refs.page_table.at[_table_words(plan, start)]
+    target = refs.table_chunks.at[_table_words(plan, step.kv_slot * plan.table_chunk_words)]
+    return pltpu.make_async_copy(source, target, refs.table_sems.at[step.kv_slot])
+
+
+def _table_words(plan, first):
+    return pl.ds(pl.multiple_of(first, TABLE_TILE_WORDS), plan.table_chunk_words)
+
+
+def _place_in_chunks(plan, step, block, entry):
+    """Where an entry of the page table is in SMEM, when the chunk of its step has arrived."""
+    chunk = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
+    return step.kv_slot * plan.table_chunk_words + entry - chunk
 
 
 def _start_queries(refs, step, block):
@@ -118,15 +113,6 @@ def _start_kv(plan, refs, step, block):
     seq, num_cached = block.seq, num_tokens
     if plan.problem.update_kv_cache:
         num_cached = jnp.clip(seq.first_new - start, 0, num_tokens)
-    entry = _first_entry(plan, block, kv_index)
-    entry -= _chunk_start(plan, entry)
-    if plan.problem.sliding_window is None:
-        _start_pages(plan, refs, slot, entry, 0, num_cached)
-    else:
-        num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
-        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head)
-
-    if plan.problem.update_kv_cache:
         num_new = num_tokens - num_cached
 
         @pl.when(num_new > 0)
@@ -135,6 +121,13 @@ def _start_kv(plan, refs, step, block):
             source = refs.new_kv.at[pl.ds(row, num_new)]
             target = _kv_tokens(plan, refs, slot, num_cached, num_new)
             pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
+
+    entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, kv_index))
+    if plan.problem.sliding_window is None:
+        _start_pages(plan, refs, slot, entry, 0, num_cached)
+    else:
+        num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
+        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head)
 
 
 def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
@@ -159,6 +152,12 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens):
     page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
     num_whole = num_tokens // page_size
 
+    @pl.when(num_tokens > num_whole * page_size)
+    def _():
+        num_copied = num_whole * page_size
+        rest = num_tokens - num_copied
+        _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
+
     @pl.loop(0, cdiv(num_whole, pages_per_turn))
     def _(turn):
         first = turn * pages_per_turn
@@ -168,16 +167,10 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens):
             # The last turn passes over some copies: that costs less than a loop for what is left.
             pl.when(i < num_whole - first)(copy.start)
 
-    @pl.when(num_tokens > num_whole * page_size)
-    def _():
-        num_copied = num_whole * page_size
-        rest = num_tokens - num_copied
-        _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
-
 
 def _page_copy(plan, refs, slot, entry, row, num_tokens, offset=0):
     """The copy of tokens of the page in an entry of the chunk to a row of the KV buffer."""
-    source = refs.kv_cache.at[refs.table_chunk[entry], pl.ds(offset, num_tokens)]
+    source = refs.kv_cache.at[refs.table_chunks[entry], pl.ds(offset, num_tokens)]
     target = _kv_tokens(plan, refs, slot, row, num_tokens)
     return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
 
@@ -196,10 +189,10 @@ def wait_kv(plan, refs, slot, num_tokens):
 # --- Storing the new tokens --------------------------------------------------------------------
 
 
-def _start_store(plan, refs, block, kv_index):
+def _start_store(plan, refs, block, step):
     """Copy those new tokens of the query block into the cache that lie in this KV block."""
-    start = walk.kv_block_start(plan, block, kv_index)
-    end = start + walk.kv_block_tokens(plan, block, kv_index)
+    start = walk.kv_block_start(plan, block, step.kv_index)
+    end = start + walk.kv_block_tokens(plan, block, step.kv_index)
     first = jnp.maximum(start, block.position)
     last = jnp.minimum(end, block.position + block.num_rows)
 
@@ -207,7 +200,7 @@ def _start_store(plan, refs, block, kv_index):
     def _():
         _limit_stores(plan, refs, last - first)
         if plan.max_q_len == 1:  # one token, one page
-            _store_in_page(plan, refs, block, kv_index, first, 1)
+            _store_in_page(plan, refs, block, step, first, 1)
             return
         page_size = plan.problem.page_size
 
@@ -215,15 +208,14 @@ def _start_store(plan, refs, block, kv_index):
         def _(page):
             begin = jnp.maximum(first, page * page_size)
             num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
-            _store_in_page(plan, refs, block, kv_index, begin, num_tokens)
+            _store_in_page(plan, refs, block, step, begin, num_tokens)
 
 
-def _store_in_page(plan, refs, block, kv_index, position, num_tokens):
+def _store_in_page(plan, refs, block, step, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
     page, offset = position // plan.problem.page_size, position % plan.problem.page_size
-    chunk = _chunk_start(plan, _first_entry(plan, block, kv_index))
-    entry = _entry(plan, block.seq, page) - chunk
-    target = refs.kv_cache_out.at[refs.table_chunk[entry], pl.ds(offset, num_tokens)]
+    entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
+    target = refs.kv_cache_out.at[refs.table_chunks[entry], pl.ds(offset, num_tokens)]
     row = block.seq.q_start + position - block.seq.first_new
     source = refs.new_kv.at[pl.ds(row, num_tokens)]
     pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()
@@ -233,7 +225,10 @@ def _limit_stores(plan, refs, num_tokens):
     """Count the new stores; wait for those before if too many bytes would be on their way."""
     p = plan.problem
     limit = max(1, STORE_LIMIT_BYTES // (p.kv_words * 4 * p.lanes))
-    if p.num_tokens > limit:  # otherwise all of the call's tokens may be
+    most = p.num_tokens
+    if plan.max_q_len is not None:
+        most = min(most, p.max_num_seqs * plan.max_q_len)
+    if most > limit:  # otherwise all that this kernel stores may be on its way
 
         @pl.when(refs.state[walk.TOKENS_STORED] + num_tokens > limit)
         def _():

@@ -1,12 +1,9 @@
 """Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
 
 A `Step` is one KV block of one query block of one sequence. The kernel is one loop; a turn of it
-computes one step (in decode two, or four), while the pages of the next turn are copied, and the
-page-table entries of the one after that. So copies run ahead across the ends of query blocks and of
-sequences: a pipeline that drains at every sequence end waits for HBM at each of them.
-
-Steps are carried from turn to turn in registers. What a step is about is worked out once, when its
-page table is asked for.
+computes one step (in decode two, or four), while the pages of later turns are copied (see `belt`).
+So copies run ahead across the ends of query blocks and of sequences: a pipeline that drains at
+every sequence end waits for HBM at each of them.
 
 Idle sequences (q_len 0) have no steps and are passed over, wherever they are.
 """
@@ -138,9 +135,14 @@ def next_step(plan, refs, step, end):
         _sequence_or_end(plan, refs, index, end),
         q_index,
         jnp.where(next_q, 0, kv_index),
-        jnp.where(next_q, lax.rem(step.q_slot + 1, plan.num_slots), step.q_slot),
-        lax.rem(step.kv_slot + 1, plan.num_slots),
+        jnp.where(next_q, next_slot(step.q_slot, plan.num_slots), step.q_slot),
+        next_slot(step.kv_slot, plan.num_slots),
     )
+
+
+def next_slot(slot, num_slots):
+    """The slot after this one, in a ring; a division would take longer."""
+    return jnp.where(slot == num_slots - 1, 0, slot + 1)
 
 
 def steps_of_turn(plan, refs, step, end):
@@ -152,6 +154,6 @@ def steps_of_turn(plan, refs, step, end):
 
 
 def _sequence_or_end(plan, refs, index, end):
-    # `end` itself is never read, it may be past the arrays; without sequences it is 0.
-    seq = sequence(plan, refs, jnp.maximum(jnp.minimum(index, end - 1), 0))
+    # `end` may be past the arrays; what is read instead is never used.
+    seq = sequence(plan, refs, jnp.minimum(index, plan.problem.max_num_seqs - 1))
     return seq._replace(index=index)
