@@ -71,7 +71,11 @@ def main(order, answer):
 
 def write_answer(answer, work, spec):
     """Write what `work()` returns, or its error, and the files that it depends on."""
+    loaded = {}
     try:
+        importlib.import_module(spec["function"].split(":")[0])
+        # As they are now: who edits a file while the compiler works does not change what it has.
+        loaded = loaded_files(spec)
         result = work()
     except Exception as error:
         # The last line of the caller's own: what JAX did below it says little. Where rpa is
@@ -85,7 +89,7 @@ def write_answer(answer, work, spec):
             "message": f"{type(error).__name__}: {error}",
             "where": f"{where.filename}:{where.lineno}, in {where.name}",
         }
-    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec)}))
+    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec) | loaded}))
 
 
 if __name__ == "__main__":
