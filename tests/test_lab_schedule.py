@@ -71,6 +71,15 @@ def test_a_kernel_without_a_name_is_told_in_words():
     assert [call.name for call in _calls("mine")] == ["mine", "mine"]
 
 
+@needs_libtpu
+def test_a_kernel_without_a_name_has_a_schedule():
+    x = jax.ShapeDtypeStruct((8, 128), np.float32)
+    schedule = schedule_for("v5e", schedule_programs.unnamed, x)
+    assert schedule.kernel == "unnamed" and schedule.execute(x).bundles == schedule.num_bundles
+    with pytest.raises(NoSchedule, match="unnamed, unnamed. Give each of them a name"):
+        schedule_for("v5e", schedule_programs.unnamed, x, kwargs={"times": 2})
+
+
 @pytest.mark.parametrize("is_taken, read", [(True, 5), (False, 7)])
 def test_a_spill_of_a_value_of_the_delay_slots_is_read_on_both_ways(is_taken, read):
     """A branch over bundle 6, where the listing stores what bundle 2 computed."""

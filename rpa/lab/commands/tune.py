@@ -10,7 +10,7 @@ from tqdm import tqdm
 from rpa import chips
 from rpa.lab import tune
 from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
-from rpa.lab.tables.table import NOTE, Table, rows_of
+from rpa.lab.tables.table import NOTE, SECONDS, Table, rows_of
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def _sweep(places, workers):
             job = Table(place.key, "", {}, None, partial(_predict, place))
             entry = {}
             for row in rows_of(job, mine, workers):
-                name = ",".join(map(str, row.pop("blocks")))
+                name, _ = ",".join(map(str, row.pop("blocks"))), row.pop(SECONDS)
                 entry[name] = {"refused": row[NOTE]} if NOTE in row else row
                 bar.update()
             swept[place.key] = entry
