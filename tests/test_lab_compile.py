@@ -112,6 +112,8 @@ def test_an_error_has_a_place_where_rpa_is_installed_too(tmp_path):
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     answer = json.loads((tmp_path / "a").read_text())
     assert answer["message"].startswith("KeyError") and "compile_spec" in answer["where"]
+    # No path of a machine: such errors are kept in files of the repository.
+    assert answer["where"].startswith("rpa/lab/worker.py:")
 
 
 @needs_libtpu

@@ -87,9 +87,15 @@ def write_answer(answer, work, spec):
         ][-1]
         result = {
             "message": f"{type(error).__name__}: {error}",
-            "where": f"{where.filename}:{where.lineno}, in {where.name}",
+            "where": f"{_short(where.filename)}:{where.lineno}, in {where.name}",
         }
     Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec) | loaded}))
+
+
+def _short(filename) -> str:
+    """A file of rpa from its package on, which is the same on every machine."""
+    path, home = Path(filename), Path(__file__).parents[2]
+    return str(path.relative_to(home) if path.is_relative_to(home / "rpa") else path)
 
 
 if __name__ == "__main__":
