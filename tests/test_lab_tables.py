@@ -121,7 +121,7 @@ def test_the_command_says_what_it_took(capsys, monkeypatch):
     monkeypatch.setattr(moved, "BATCHES", {"2 decodes": [(1, 300)] * 2})
     assert main(["lab", "all", "--quick", "--table", "bytes moved"]) == 0
     *_, of_table, _, of_all = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"2 cells, the longest \d+ s: [\d.]+ minutes \(.* processor\)\.", of_table)
+    assert re.fullmatch(r"Cells: 2, the longest \d+ s: [\d.]+ minutes \(.* processor\)\.", of_table)
     assert re.fullmatch(r"All tables: .*; 0 schedules were compiled, \d+ kept before\.", of_all)
 
 

@@ -47,7 +47,7 @@ def main(args) -> int:
         told[name] = {"title": TABLES[name].title, "rows": rows, "spent": spent._asdict()}
         told[name] |= {"cells_s": cells_s}
         if not args.json:
-            cost = f"{len(cells_s)} cells, the longest {max(cells_s, default=0):.0f} s: {spent}."
+            cost = f"Cells: {len(cells_s)}, the longest {max(cells_s, default=0):.0f} s: {spent}."
             print(as_text(name, rows), cost, sep="\n\n", flush=True)
     spent, compiled = clocks[-1] - clocks[0], num_kept() - kept
     if args.json:
