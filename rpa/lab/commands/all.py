@@ -3,14 +3,12 @@
 import argparse
 import dataclasses
 import json
-import os
-import time
-from typing import NamedTuple
 
 import jax
 from tqdm import tqdm
 
 from rpa.lab import peers
+from rpa.lab.commands.clock import Clock
 from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
 from rpa.lab.compile import compile_versions
 from rpa.lab.schedule import num_kept
@@ -58,28 +56,6 @@ def main(args) -> int:
         print(f"\nAll tables: {spent}; {compiled} schedules were compiled, {kept} kept before.")
     ours = [row for t in told.values() for row in t["rows"] if row.get("kernel", "rpa") == "rpa"]
     return int(any("note" in row for row in ours))
-
-
-class Clock(NamedTuple):
-    """A wall clock, and the processor's time of this process and of the workers that ended.
-
-    >>> print(Clock(90.0, 150.0) - Clock(30.0, 30.0))
-    1.0 minutes (2.0 of a processor)
-    """
-
-    wall_s: float
-    cpu_s: float
-
-    @classmethod
-    def now(cls) -> "Clock":
-        """Both, now; only differences mean something."""
-        return cls(time.monotonic(), sum(os.times()[:4]))
-
-    def __sub__(self, other):
-        return Clock(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
-
-    def __str__(self):
-        return f"{self.wall_s / 60:.1f} minutes ({self.cpu_s / 60:.1f} of a processor)"
 
 
 def scope_of(chips=None, quick=False) -> tuple[Scope, list[str]]:

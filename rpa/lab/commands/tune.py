@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rpa import chips
 from rpa.lab import tune
+from rpa.lab.commands.clock import Clock
 from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
 from rpa.lab.tables.table import NOTE, SECONDS, Table, rows_of
 
@@ -29,7 +30,10 @@ def main(args) -> int:
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
     if not args.check:
+        start = Clock.now()
         _sweep(places_of(args), args.workers)
+        if not args.json:
+            print(f"Swept in {Clock.now() - start}.")
     verdicts = tune.check()
     print(json.dumps([to_json(v) for v in verdicts]) if args.json else table(verdicts))
     return int(not all(verdict.passed for verdict in verdicts))
