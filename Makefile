@@ -123,13 +123,15 @@ $(NEWEST_VENV)/ready: pyproject.toml
 peers: env
 	$(BIN)/python -m pip $(PIP_INSTALL) --no-deps tpu-inference==$(PEER_VERSION)
 
-# Under an hour on two cores from an empty cache; BENCH=--quick under 10 minutes. BENCH takes any
-# option of `python -m rpa lab all`.
+# Under an hour on two cores from an empty cache; BENCH=--quick under 10 minutes: the last line says
+# what it took, and how much was kept before. By its cells 55 minutes of one processor, --quick 5
+# (2026-11, jax 0.10.2). BENCH takes any option of `python -m rpa lab all`.
 BENCH ?=
 bench: env peers
 	$(BIN)/python -m rpa lab all $(BENCH)
 
-# Sweeps the block sizes of rung 7 again, into rpa/data/blocks.json: hours from an empty cache.
+# Sweeps the block sizes of rung 7 again, into rpa/data/blocks.json: by some of its cells 40 minutes
+# of one processor from an empty cache, so half of that on two (2026-11, jax 0.10.2).
 # TUNE="--chip v6e --case decode" sweeps a part of it, TUNE=--check only judges the defaults.
 TUNE ?=
 tune: env

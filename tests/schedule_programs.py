@@ -62,6 +62,17 @@ def _sum_tiles_kernel(lengths_ref, table_ref, tiles_ref, out_ref, tile_ref, sem)
             out_ref[seq] += tile_ref[...]
 
 
+def unnamed(x, times=1):
+    """Double an array so many times, by kernels without a name."""
+    for _ in range(times):
+        x = pl.pallas_call(_double_kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+    return x
+
+
+def _double_kernel(x_ref, out_ref):
+    out_ref[...] = 2 * x_ref[...]
+
+
 def matrices(n):
     """Shapes of two square bfloat16 matrices."""
     return (jax.ShapeDtypeStruct((n, n), jnp.bfloat16),) * 2

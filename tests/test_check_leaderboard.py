@@ -1,11 +1,20 @@
 """The table of the challenge is kept beside the notebook, and what goes wrong stops nobody."""
 
 import importlib
+import platform
 
 import pytest
 
+import rpa
+from rpa import chips, lab
 from rpa.check import leaderboard
 from rpa.check.errors import CheckFailed
+from rpa.lab import race
+
+needs_libtpu = pytest.mark.skipif(
+    lab.compile_versions()["libtpu"] is None,
+    reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
+)
 
 ENTRY = {"name": "mine", "num_bytes": 60_000_000, "num_copies": 7, "in_jax_bytes": 0}
 
@@ -49,3 +58,39 @@ def test_an_entry_becomes_a_module_that_can_be_imported():
 
 def twice(x):
     return 2 * x
+
+
+def in_plain_jax(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    return queries, kv_cache
+
+
+@pytest.mark.parametrize("chip, why", [("v5e", "plain JAX"), ("v9", "v5e")])
+def test_where_there_is_no_schedule_no_time_is_told(chip, why, capsys):
+    assert leaderboard.schedule(in_plain_jax, chip) == {}
+    assert f"No schedule for {chip}" in (printed := capsys.readouterr().out) and why in printed
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_an_entry_is_compiled_and_its_kernels_are_timed(file, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "check_exercise", lambda exercise, function: None)
+    leaderboard.enter(my_attention, "larger query blocks", chip="TPU v5e")
+    (entry,) = leaderboard.read()
+    known = chips.chip("v5e")
+    assert entry["chip"] == "v5e" and not entry["in_jax_bytes"]
+    # Waits only add to its bundles, and its bytes need their time.
+    assert entry["time_us"] >= entry["bundles"] / known.clock_hz * 1e6
+    assert entry["time_us"] > race.hbm_us(entry["num_bytes"], "v5e")
+    assert f"{entry['time_us']:.1f} us on v5e" in capsys.readouterr().out
+
+
+def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    """The answer to exercise 10.5."""
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    return rpa.ragged_paged_attention(
+        *(queries, keys, values, kv_cache, *metadata),
+        sm_scale=sm_scale,
+        backend=backend,
+        donate=False,
+        m_block_sizes=(512, 512, 128, 512),
+    )

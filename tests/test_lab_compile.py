@@ -16,7 +16,7 @@ import pytest
 
 from rpa import lab
 from rpa.__main__ import main
-from rpa.lab import programs, words
+from rpa.lab import programs, words, worker
 from rpa.lab.compile import file_hash
 from tests import lab_programs
 
@@ -105,13 +105,15 @@ def test_an_error_has_a_place_where_rpa_is_installed_too(tmp_path):
     order = """if True:
         from functools import partial
         from rpa.lab import worker
-        worker.write_answer("a", partial(worker.compile_spec, {}, ()), {"function": "x:y"})
+        worker.write_answer("a", partial(worker.compile_spec, {}, ()), {"function": "rpa:y"})
     """
     command = [sys.executable, "-c", order]
     environment = os.environ | {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     answer = json.loads((tmp_path / "a").read_text())
     assert answer["message"].startswith("KeyError") and "compile_spec" in answer["where"]
+    # No path of a machine: such errors are kept in files of the repository.
+    assert answer["where"].startswith("rpa/lab/worker.py:")
 
 
 @needs_libtpu
@@ -123,6 +125,20 @@ def test_a_changed_source_is_compiled_anew(empty_cache, monkeypatch):
     assert lab.compile_for("v5e", "learner:double", x).from_cache
     (empty_cache / "learner.py").write_text("def double(x):\n    return x + x\n")
     assert not lab.compile_for("v5e", "learner:double", x).from_cache
+
+
+def test_an_edit_while_the_compiler_works_is_compiled_the_next_time(tmp_path, monkeypatch):
+    source, answer = tmp_path / "edited_early.py", tmp_path / "answer"
+    source.write_text("size = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    compiled = file_hash(source)
+
+    def work():
+        source.write_text("size = 2\n")
+        return {}
+
+    worker.write_answer(answer, work, {"function": "edited_early:f"})
+    assert json.loads(answer.read_text())["files"][str(source)] == compiled != file_hash(source)
 
 
 def test_without_libtpu_it_says_so(empty_cache, monkeypatch):

@@ -16,8 +16,10 @@ from rpa.lab import (
     peers,
     programs,
     schedule_cases,
+    schedule_clock,
     schedule_dump,
     schedule_loops,
+    schedule_machine,
     schedule_run,
     schedule_trace,
     schedule_worker,
@@ -69,6 +71,15 @@ def test_a_kernel_without_a_name_is_told_in_words():
     with pytest.raises(ValueError, match="exactly one of the kernels .*: unnamed, unnamed"):
         schedule_worker.choose([first, second], "decode")
     assert [call.name for call in _calls("mine")] == ["mine", "mine"]
+
+
+@needs_libtpu
+def test_a_kernel_without_a_name_has_a_schedule():
+    x = jax.ShapeDtypeStruct((8, 128), np.float32)
+    schedule = schedule_for("v5e", schedule_programs.unnamed, x)
+    assert schedule.kernel == "unnamed" and schedule.execute(x).bundles == schedule.num_bundles
+    with pytest.raises(NoSchedule, match="unnamed, unnamed. Give each of them a name"):
+        schedule_for("v5e", schedule_programs.unnamed, x, kwargs={"times": 2})
 
 
 @pytest.mark.parametrize("is_taken, read", [(True, 5), (False, 7)])
@@ -128,6 +139,28 @@ def test_events_are_the_timeline_of_the_copies(listing):
     waits = [e for e in events if e.action == "wait" and e.semaphore == tiles[0].semaphore]
     assert [wait.bytes for wait in waits] == [4096, 4096]
     assert tiles[0].cycle < waits[0].cycle < tiles[1].cycle < waits[1].cycle
+
+
+def test_scalars_that_the_compiler_moves_out_are_told_from_an_operand():
+    """512 bytes each, as on v5e: from operand 0, and from memory of the compiler's own."""
+    copy = (
+        "%9 = dma.hbm_to_smem /*hbm=*/{}, /*size_in_granules=*/16, /*smem=*/[#allocation3], "
+        "/*dst_syncflagno=*/[#allocation4]"
+    )
+    operand = "%s1_s1 = inlined_call_operand.hbm [shape: s32[128], index: 0, kind: input]"
+    scalar = [(0, operand), (1, copy.format("%s1_s1")), (2, copy.format("[#allocation5]"))]
+    listing = schedule_dump.Listing(("SALU",), (2,), [[0]] * 4, scalar)
+    events = schedule_run.Program(listing).run({0: np.zeros(128, int)}, keep_events=True).events
+    assert [(event.bytes, event.is_spill) for event in events] == [(512, False), (512, True)]
+
+
+def test_only_what_the_compiler_moves_out_takes_no_latency():
+    for is_spill, waited in ((False, 100.0), (True, 0.0)):
+        copy = schedule_machine.Event(10, "hbm_to_smem", 40, 1, is_spill)
+        events = copy, schedule_machine.Event(20, "wait", 40, 1)
+        run = schedule_run.Execution(np.ones(50, int), events=events)
+        took = schedule_clock.cycles_with_waits(run, bytes_per_cycle=4, latency_cycles=100)
+        assert took == 50 + waited
 
 
 def test_a_branch_on_what_is_not_known_is_refused(listing):

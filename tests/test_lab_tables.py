@@ -1,7 +1,9 @@
 """`rpa.lab.tables` and `python -m rpa lab all`: what is compared, printed, refused."""
 
+import itertools
 import json
 import platform
+import re
 
 import pytest
 
@@ -78,6 +80,7 @@ def test_a_refusal_is_a_row_in_words():
 
     a_table = table.Table("t", "", {"chip": "", "bundles": "d"}, None, measure)
     rows = list(tables.rows_of(a_table, [{"chip": "v5e"}, {"chip": "v6e"}]))
+    assert all(row.pop(tables.SECONDS) >= 0 for row in rows)
     assert rows[0] == {"chip": "v5e", "bundles": 7}
     assert tables.as_markdown(a_table, rows).endswith("v6e: CannotRun: it is not understood.")
 
@@ -109,7 +112,27 @@ def test_the_command_prints_tables_or_json(capsys, monkeypatch):
     )
     assert "--quick leaves out: v5e and v6e" in command.heading([], quick=True)
     assert ours["kernel"] == "rpa" and 1 <= ours["of least"] < 1.2
+    assert told["spent"]["wall_s"] >= told["tables"]["bytes moved"]["spent"]["wall_s"] > 0
+    assert told["compiled"] == 0
     assert told["absent"] == [r for k in ("v3", "batched") if (r := peers.absence(k)) is not None]
+
+
+def test_the_command_says_what_it_took(capsys, monkeypatch):
+    monkeypatch.setattr(moved, "BATCHES", {"2 decodes": [(1, 300)] * 2})
+    assert main(["lab", "all", "--quick", "--table", "bytes moved"]) == 0
+    *_, of_table, _, of_all = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Cells: 2, the longest \d+ s: [\d.]+ minutes \(.* processor\)\.", of_table)
+    assert re.fullmatch(r"All tables: .*; 0 schedules were compiled, \d+ kept before\.", of_all)
+
+
+def test_cells_that_are_measured_at_once_do_not_wait_for_the_same_schedule():
+    """Two workers; a schedule depends on all columns but the batch."""
+    for each in (whole.WHOLE, whole.PREFILL, whole.PARTED):
+        cells = [
+            {k: v for k, v in cell.items() if k not in ("batch", "cached")}
+            for cell in each.cells(Scope())
+        ]
+        assert all(one != next_one for one, next_one in itertools.pairwise(cells))
 
 
 def test_absent_peers_are_said_and_not_measured(monkeypatch, capsys):

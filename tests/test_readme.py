@@ -32,7 +32,8 @@ def test_the_tables_of_the_lab_are_those_of_make_bench(monkeypatch):
 
     assert set(update_readme.TABLES) | {"published"} <= set(TABLES)
     row = {"chip": "v6e", "kernel": "rpa", "of window": 1.1}
-    monkeypatch.setattr(command, "measured", lambda names, scope: [(n, [row]) for n in names])
+    measured = [("sliding window", [row], [1.0])]
+    monkeypatch.setattr(command, "measured", lambda names, scope: measured)
     monkeypatch.setattr(command, "scope_of", lambda: (None, []))
     told = update_readme.lab_tables("sliding window")
     printed = command.as_text("sliding window", [row])

@@ -76,7 +76,7 @@ def lab_tables(*names) -> str:
     scope, absent = scope_of()
     if absent:
         raise SystemExit("\n".join(absent))
-    texts = [as_text(name, rows) for name, rows in measured(names, scope)]
+    texts = [as_text(name, rows) for name, rows, _ in measured(names, scope)]
     return "\n".join(texts).replace("\n## ", "\n#### ").strip()
 
 

@@ -16,11 +16,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rpa import chips
 from rpa.check.engine import check_exercise
 from rpa.check.errors import CannotShip, CheckFailed
 from rpa.check.progress import progress_path
@@ -41,8 +43,8 @@ def enter(function: Callable, name: str, *, chip: str | None = None) -> None:
     Args:
         function: the entry.
         name: what the table calls it; the same name again replaces the entry.
-        chip: also compile for this chip and read the schedule: one to five minutes the first time,
-            and only where libtpu is installed. Without it, bytes alone are counted.
+        chip: also compile for this chip and read the schedule: a minute or two the first time, and
+            only where libtpu is installed. Without it, bytes alone are counted.
     """
     try:
         check_exercise(find_exercise(EXERCISE), function)
@@ -83,15 +85,21 @@ def schedule(function, chip) -> dict:
     args = race.arguments(race.Racer("entry", ""), batch)
     total_us, bundles = 0.0, 0
     try:
+        known = chips.chip(chip).name
         names = race.kernel_names(function, *args, **OPTIONS)
+        if not names:
+            raise CannotRun(
+                "the entry is plain JAX, and schedules are read of Pallas kernels alone"
+            )
         with as_module(function) as importable:
             for kernel in names:
-                found = race.predict_kernel(importable, args, OPTIONS, f"^{kernel}$", chip)
+                pattern = f"^{re.escape(kernel)}$"
+                found = race.predict_kernel(importable, args, OPTIONS, pattern, known)
                 total_us, bundles = total_us + found.time_us, bundles + found.bundles
-    except (NoSchedule, CannotRun, CannotShip) as reason:
+    except (NoSchedule, CannotRun, CannotShip, ValueError) as reason:
         print(f"(No schedule for {chip}: {reason})")
         return {}
-    return {"chip": chip, "time_us": total_us, "bundles": bundles}
+    return {"chip": known, "time_us": total_us, "bundles": bundles}
 
 
 @contextlib.contextmanager

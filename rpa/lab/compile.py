@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -277,8 +278,8 @@ def read_kept(entry: Path) -> dict | None:
 def write_kept(entry: Path, kept: dict):
     """Keep a dictionary, in which "files" says what it depends on: {path: hash}."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: another process never reads half of it.
-    aside = entry.with_suffix(f".{os.getpid()}")
+    # Written aside and renamed: another process or thread never reads half of it.
+    aside = entry.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     aside.write_text(json.dumps(kept))
     aside.replace(entry)
 

@@ -206,7 +206,7 @@ def schedule_for(
         "versions": compile_versions(),
         "home": str(Path(__file__).parents[2]),
     }
-    directory = cache_dir().parent / "schedule"
+    directory = _directory()
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
     entry = directory / f"{key}.json"
     answer = read_kept(entry) if use_cache else None
@@ -217,6 +217,15 @@ def schedule_for(
     return Schedule(
         known.name, spec["function"], answer["kernel"], tuple(map(_stage, answer["stages"]))
     )
+
+
+def num_kept() -> int:
+    """Listings that are kept, each of one compiled program."""
+    return len(list(_directory().glob("*.json.gz")))
+
+
+def _directory():
+    return cache_dir().parent / "schedule"
 
 
 def _stage(kept):

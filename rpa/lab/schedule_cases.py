@@ -205,6 +205,11 @@ def measure(
 
     short = run(what.num_seqs, SHORT)
     chunks = run(what.num_seqs, LONG) - short
+    if not schedule.slots(chunks.hits)["MATMUL"]:
+        raise CannotRun(
+            f"{schedule.kernel} on {chips.chip(chip).name}: {LONG:,} tokens take no more products "
+            f"than {SHORT:,}, as where one block holds them all: give it a smaller block."
+        )
     floor, floor_of = chunk_floor(chips.chip(chip), case, sizes)
     flops = 4 * what.chunk_q * what.chunk_kv * sizes.heads[0] * sizes.heads[2] * what.num_chunks
     check_products(schedule, chunks, chip, flops, sizes.heads[2])

@@ -6,14 +6,13 @@ the copies that it names have ended. Copies of scalars, to or from SMEM, have a 
 they are a few bytes, and a kernel that waits for one at once would otherwise wait for all the pages
 that it asked for before.
 
-Where the scalar core runs out of registers, the compiler moves single granules out and in and waits
-for each at once. They take no latency here: a peer's kernel does 879 of these in a call that real
-chips finish in 20 us (`rpa.lab.published`).
+Where the scalar core runs out of registers and SMEM, the compiler moves the smallest pieces that a
+chip can out and in (32 bytes; 512 on v5e), and waits for each at once. They take no latency here: a
+peer's kernel does 879 of these in a call that real chips finish in 20 us (`rpa.lab.published`).
 """
 
 from collections import defaultdict, deque
 
-from rpa.lab.schedule_machine import GRANULE_BYTES
 from rpa.lab.schedule_run import Execution
 
 
@@ -51,8 +50,7 @@ def cycles_with_waits(execution: Execution, bytes_per_cycle, latency_cycles=0.0)
         is_scalar = "smem" in event.action
         end = max(now, free_from[is_scalar]) + passes * event.bytes / bytes_per_cycle
         free_from[is_scalar] = end
-        is_spill = is_scalar and event.bytes <= GRANULE_BYTES
-        arrives = end if is_spill else end + latency_cycles
+        arrives = end if event.is_spill else end + latency_cycles
         on_their_way[event.semaphore].append((arrives, event.bytes))
     return execution.bundles + stalled
 

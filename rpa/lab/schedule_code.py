@@ -176,11 +176,16 @@ class Coder:
         kind = {"dma.general": "hbm_to_hbm"}.get(op, op.removeprefix("dma."))
         granules = self._argument(rest, "size_in_granules")
         semaphore = self._argument(rest, "dst_syncflagno")
-        lines = [f"m.copy({kind!r}, {bundle}, {granules}, {semaphore})"]
         source, _, target = kind.partition("_to_")
         if "smem" in (source, target):
             first, second = (self._argument(rest, space) for space in (source, target))
-            lines.append(f"m.copy_words({source!r}, {first}, {granules}, {target!r}, {second})")
+            beyond = second if source == "smem" else first
+            lines = [
+                f"m.copy({kind!r}, {bundle}, {granules}, {semaphore}, {beyond})",
+                f"m.copy_words({source!r}, {first}, {granules}, {target!r}, {second})",
+            ]
+        else:
+            lines = [f"m.copy({kind!r}, {bundle}, {granules}, {semaphore})"]
         guard = re.match(r"(?:\[thread:\S*\]\s*)?\((!?%p\w+)\)", rest)
         return [f"if {self._predicate(guard[1])}: {line}" for line in lines] if guard else lines
 

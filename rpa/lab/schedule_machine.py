@@ -19,12 +19,15 @@ class Event(NamedTuple):
         action: "hbm_to_vmem", "vmem_to_hbm", ... for a start, or "wait".
         bytes: size of the copy, or what is waited for.
         semaphore: what a copy signals at its end, and what a wait waits for.
+        is_spill: whether the compiler moves scalars that it has no room for in SMEM: to memory that
+            is no operand, and back.
     """
 
     cycle: int
     action: str
     bytes: int
     semaphore: int
+    is_spill: bool = False
 
 
 class _Registers(dict):
@@ -44,18 +47,19 @@ class Machine:
         self.hbm = {}
         self.copies = Counter()
 
-    def copy(self, kind, bundle, granules, semaphore):
-        """Note a DMA."""
+    def copy(self, kind, bundle, granules, semaphore, beyond_smem=None):
+        """Note a DMA; of one to or from SMEM also the pointer at its other end."""
         if isinstance(granules, Unknown):
             bool(granules)
         self.copies[kind, bundle, granules * GRANULE_BYTES] += 1
-        self.note(kind, bundle, granules, semaphore)
+        is_spill = beyond_smem is not None and resolve(beyond_smem)[0] >= FIRST_SYMBOL
+        self.note(kind, bundle, granules, semaphore, is_spill)
 
-    def note(self, action, bundle, granules, semaphore):
+    def note(self, action, bundle, granules, semaphore, is_spill=False):
         """Keep an event, if they are kept."""
         if self.events is not None:
             cycle = self.cycle - self.end + bundle
-            self.events.append(Event(cycle, action, granules * GRANULE_BYTES, semaphore))
+            self.events.append(Event(cycle, action, granules * GRANULE_BYTES, semaphore, is_spill))
 
     def load(self, place, target):
         """Read SMEM; what was never written is not known, which matters if it decides anything."""

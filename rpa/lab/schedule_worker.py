@@ -4,7 +4,9 @@ Run as `python -m rpa.lab.schedule_worker ORDER ANSWER`, with `LIBTPU_INIT_ARGS`
 libtpu reads it once, when it is loaded.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -65,10 +67,21 @@ def _listing(spec, call, mesh) -> str:
     # What the compiler is given, with its own version, decides what it makes of it.
     text = f"{FORMAT} {spec['versions']['libtpu']} {spec['topology']} {lowered.as_text()}"
     listing = Path(spec["directory"]) / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
-    if spec["fresh"] or not listing.exists():
-        names = [name for name, *_ in words.kernels_in_hlo(lowered.compile().as_text())]
-        write_listing(listing, parse_dump(Path(spec["dump"]), names[0]))
+    with _alone_with(listing):
+        if spec["fresh"] or not listing.exists():
+            names = [name for name, *_ in words.kernels_in_hlo(lowered.compile().as_text())]
+            write_listing(listing, parse_dump(Path(spec["dump"]), names[0]))
     return str(listing)
+
+
+@contextlib.contextmanager
+def _alone_with(listing):
+    """Wait until no other process compiles the same program: then its listing is there."""
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    # A lock ends with its process, however that ends; the empty file stays for the next one.
+    with open(listing.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _alone(call, *operands):
@@ -93,9 +106,11 @@ def choose(calls, pattern) -> int:
     """
     found = [i for i, call in enumerate(calls) if re.search(pattern, call.name)]
     if len(found) != 1:
+        names = [call.name for call in calls]
+        hint = " Give each of them a name of its own." if len(set(names)) < len(names) else ""
         raise ValueError(
             f"kernel is {pattern!r}, which must find exactly one of the kernels of this function: "
-            f"{', '.join(call.name for call in calls) or 'none'}."
+            f"{', '.join(names) or 'none'}.{hint}"
         )
     return found[0]
 

@@ -71,7 +71,11 @@ def main(order, answer):
 
 def write_answer(answer, work, spec):
     """Write what `work()` returns, or its error, and the files that it depends on."""
+    loaded = {}
     try:
+        importlib.import_module(spec["function"].split(":")[0])
+        # As they are now: who edits a file while the compiler works does not change what it has.
+        loaded = loaded_files(spec)
         result = work()
     except Exception as error:
         # The last line of the caller's own: what JAX did below it says little. Where rpa is
@@ -83,9 +87,15 @@ def write_answer(answer, work, spec):
         ][-1]
         result = {
             "message": f"{type(error).__name__}: {error}",
-            "where": f"{where.filename}:{where.lineno}, in {where.name}",
+            "where": f"{_short(where.filename)}:{where.lineno}, in {where.name}",
         }
-    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec)}))
+    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec) | loaded}))
+
+
+def _short(filename) -> str:
+    """A file of rpa from its package on, which is the same on every machine."""
+    path, home = Path(filename), Path(__file__).parents[2]
+    return str(path.relative_to(home) if path.is_relative_to(home / "rpa") else path)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 import argparse
 import dataclasses
 import json
-import time
 
 import jax
 from tqdm import tqdm
 
 from rpa.lab import peers
+from rpa.lab.commands.clock import Clock
 from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
 from rpa.lab.compile import compile_versions
+from rpa.lab.schedule import num_kept
 from rpa.lab.schedule_cases import KERNELS
-from rpa.lab.tables import TABLES, Scope, as_markdown, rows_of
+from rpa.lab.tables import SECONDS, TABLES, Scope, as_markdown, rows_of
 
 LEAVES_OUT = (
     "--quick leaves out: v5e and v6e; the kernel batched_rpa; blocks other than 1,024 and the "
@@ -37,17 +38,22 @@ def main(args) -> int:
     chosen = args.table or [n for n, table in TABLES.items() if table.in_quick or not args.quick]
     if not args.json:
         print(heading(absent, args.quick), flush=True)
-    started, told = time.monotonic(), {}
-    for name, rows in measured(chosen, scope, args.workers):
-        told[name] = {"title": TABLES[name].title, "rows": rows}
+    kept, told, clocks = num_kept(), {}, [Clock.now()]
+    for name, rows, cells_s in measured(chosen, scope, args.workers):
+        clocks.append(Clock.now())
+        spent = clocks[-1] - clocks[-2]
+        told[name] = {"title": TABLES[name].title, "rows": rows, "spent": spent._asdict()}
+        told[name] |= {"cells_s": cells_s}
         if not args.json:
-            print(as_text(name, rows), flush=True)
-    minutes = (time.monotonic() - started) / 60
+            cost = f"Cells: {len(cells_s)}, the longest {max(cells_s, default=0):.0f} s: {spent}."
+            print(as_text(name, rows), cost, sep="\n\n", flush=True)
+    spent, compiled = clocks[-1] - clocks[0], num_kept() - kept
     if args.json:
         about = {"scope": dataclasses.asdict(scope), "versions": compile_versions()}
-        print(json.dumps(about | {"absent": absent, "minutes": minutes, "tables": told}))
+        about |= {"absent": absent, "spent": spent._asdict(), "compiled": compiled, "kept": kept}
+        print(json.dumps(about | {"tables": told}))
     else:
-        print(f"{minutes:.0f} minutes; what was compiled before is kept and was not again.")
+        print(f"\nAll tables: {spent}; {compiled} schedules were compiled, {kept} kept before.")
     ours = [row for t in told.values() for row in t["rows"] if row.get("kernel", "rpa") == "rpa"]
     return int(any("note" in row for row in ours))
 
@@ -66,17 +72,18 @@ def measured(names, scope, workers=2):
     """Measure tables one after the other, with one progress bar for all.
 
     Yields:
-        Name and rows.
+        Name, rows as they are shown, seconds that each of its cells took.
     """
     cells = {name: TABLES[name].cells(scope) for name in names}
     with tqdm(total=sum(map(len, cells.values())), leave=False, disable=None) as bar:
         for name, mine in cells.items():
             bar.set_description_str(name)
-            rows = []
+            rows, cells_s = [], []
             for row in rows_of(TABLES[name], mine, workers):
+                cells_s.append(row.pop(SECONDS))
                 rows.append(row)
                 bar.update()
-            yield name, TABLES[name].finish(rows)
+            yield name, TABLES[name].finish(rows), cells_s
 
 
 def heading(absent, quick) -> str:

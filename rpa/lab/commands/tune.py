@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from rpa import chips
 from rpa.lab import tune
+from rpa.lab.commands.clock import Clock
 from rpa.lab.commands.options import SEVERAL_CHIPS, add_options
-from rpa.lab.tables.table import NOTE, Table, rows_of
+from rpa.lab.tables.table import NOTE, SECONDS, Table, rows_of
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -29,7 +30,10 @@ def main(args) -> int:
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
     if not args.check:
+        start = Clock.now()
         _sweep(places_of(args), args.workers)
+        if not args.json:
+            print(f"Swept in {Clock.now() - start}.")
     verdicts = tune.check()
     print(json.dumps([to_json(v) for v in verdicts]) if args.json else table(verdicts))
     return int(not all(verdict.passed for verdict in verdicts))
@@ -56,7 +60,7 @@ def _sweep(places, workers):
             job = Table(place.key, "", {}, None, partial(_predict, place))
             entry = {}
             for row in rows_of(job, mine, workers):
-                name = ",".join(map(str, row.pop("blocks")))
+                name, _ = ",".join(map(str, row.pop("blocks"))), row.pop(SECONDS)
                 entry[name] = {"refused": row[NOTE]} if NOTE in row else row
                 bar.update()
             swept[place.key] = entry

@@ -6,7 +6,7 @@
 from rpa.lab.tables.chunks import DECODE, FEW_HEADS, MIXED, STEP
 from rpa.lab.tables.moved import MOVED
 from rpa.lab.tables.outside import COMPILE, PUBLISHED
-from rpa.lab.tables.table import NOTE, Scope, Table, as_markdown, rows_of
+from rpa.lab.tables.table import NOTE, SECONDS, Scope, Table, as_markdown, rows_of
 from rpa.lab.tables.whole import PARTED, PREFILL, SLIDING, WHOLE
 
 TABLES = {
@@ -18,4 +18,4 @@ TABLES = {
 }
 """By name, in the order in which they are printed."""
 
-__all__ = ["NOTE", "TABLES", "Scope", "Table", "as_markdown", "rows_of"]
+__all__ = ["NOTE", "SECONDS", "TABLES", "Scope", "Table", "as_markdown", "rows_of"]

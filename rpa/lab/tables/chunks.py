@@ -13,11 +13,16 @@ BLOCK = 1024
 
 SWEPT = {
     "rpa": (None, BLOCK, 2048, 4096),
-    "v3": (None, BLOCK, 4096),
+    "v3": (None, BLOCK),
     "batched": (None,),
 }
 """Decode blocks that each kernel is tried at; None is its own default, which the others need not
-contain. `batched` sizes its block by bytes and has no block of 1,024 that is the same."""
+contain: v3's is 4,096 with 8 heads. `batched` sizes its block by bytes and has no block of 1,024
+that is the same."""
+
+V3_FEW_HEADS = (BLOCK, 4096, 8192)
+"""With 2 heads v3's own block is 16,384 tokens, with 1 as large as the table of pages: the runs
+that are compared would be one block each. 8,192 is the largest that they are whole blocks of."""
 
 
 def _decode_cells(heads):
@@ -27,11 +32,20 @@ def _decode_cells(heads):
             for n in heads
             for chip in scope.chips
             for kernel in scope.kernels
-            for block in SWEPT[kernel]
+            for block in swept(kernel, n)
             if not (scope.quick and block not in (None, BLOCK))
         ]
 
     return cells
+
+
+def swept(kernel, num_kv_heads) -> tuple[int | None, ...]:
+    """Decode blocks that a kernel is tried at.
+
+    >>> swept("v3", 8), swept("v3", 2)
+    ((None, 1024), (1024, 4096, 8192))
+    """
+    return V3_FEW_HEADS if kernel == "v3" and num_kv_heads < 8 else SWEPT[kernel]
 
 
 def _decode(**cell):
@@ -86,7 +100,8 @@ DECODE = _decode_table(
 FEW_HEADS = _decode_table(
     "few heads",
     (2, 1),
-    "The same for 2 and 1 KV heads a chip (8 query heads): bundles per 1,024 KV tokens x these.",
+    "The same for 2 and 1 KV heads a chip (8 query heads): bundles per 1,024 KV tokens x these. v3 "
+    "at 1,024, 4,096 and 8,192: its own block here is longer than the lengths that are compared.",
     False,
 )
 

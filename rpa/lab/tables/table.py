@@ -5,6 +5,7 @@ know nothing of each other, so they can be measured side by side; what compares 
 end, in `finish`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ CHIPS = ("v5e", "v6e", "tpu7x")
 
 NOTE = "note"
 """The column that says why a row has no numbers."""
+
+SECONDS = "seconds"
+"""The column that says how long a row took."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,25 @@ REFUSALS = (NoSchedule, CannotRun, PeerAbsent)
 
 
 def rows_of(table: Table, cells, workers=2) -> Iterator[dict]:
-    """Measure cells, some at once, in their order.
+    """Measure cells, some at once, in their order; each says how long it took.
 
     Compiling happens in processes of their own, so two threads keep two cores busy.
 
     >>> table = Table("t", "", {}, None, lambda n: {"square": n * n})
-    >>> list(rows_of(table, [{"n": 2}, {"n": 3}]))
-    [{'n': 2, 'square': 4}, {'n': 3, 'square': 9}]
+    >>> [(row["n"], row["square"]) for row in rows_of(table, [{"n": 2}, {"n": 3}])]
+    [(2, 4), (3, 9)]
     """
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda cell: cell | _answer(table, cell), cells)
 
 
 def _answer(table, cell):
+    start = time.monotonic()
     try:
-        return table.measure(**cell)
+        found = table.measure(**cell)
     except REFUSALS as error:
-        return {NOTE: f"{type(error).__name__}: {error}"}
+        found = {NOTE: f"{type(error).__name__}: {error}"}
+    return found | {SECONDS: time.monotonic() - start}
 
 
 def as_markdown(table: Table, rows) -> str:
