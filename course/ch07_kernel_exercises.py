@@ -16,7 +16,7 @@
 # can do by hand, stops at the first difference, and says what it recognises.
 #
 # **Time:** about 90 minutes; 7.2 and 7.5 take longest. The check of 7.5 runs the kernel in the
-# interpreter, which takes some ten seconds.
+# interpreter, which takes some seconds.
 
 # %%
 import numpy as np

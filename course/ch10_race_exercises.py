@@ -14,7 +14,7 @@
 # Read the lesson first: `notebooks/10_race.ipynb`.
 #
 # **Time:** about 60 minutes for 10.1 to 10.4. 10.5 takes ten minutes or the rest of the year. Its
-# check runs your entry in the interpreter, which takes some ten seconds.
+# check runs your entry in the interpreter, which takes some seconds.
 
 # %%
 import numpy as np
