@@ -298,6 +298,19 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
     return seq, 0, 0
 
 
+# %% tags=["wrong"] refused="the end of the next query block is taken"
+def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
+    kv_end = kv_lens[seq] - q_lens[seq] + min((q_block + 2) * bq, q_lens[seq])
+    if kv_block + 1 < cdiv(kv_end, bkv):
+        return seq, q_block, kv_block + 1
+    if q_block + 1 < cdiv(q_lens[seq], bq):
+        return seq, q_block + 1, 0
+    seq += 1
+    while seq < len(q_lens) and q_lens[seq] == 0:
+        seq += 1
+    return seq, 0, 0
+
+
 # %% [markdown]
 # ## Exercise 7.3: Which tiles need a mask?
 #

@@ -631,6 +631,21 @@ def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
     return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
 
 
+# %% tags=["wrong"] refused="K and V are read once, for all query blocks together"
+def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
+    def fits(bq, bkv):
+        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
+        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
+
+    def cycles(bq, bkv):
+        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+        steps = sum(cdiv(end, bkv) for end in ends)
+        hbm_bytes = kv_len * 4096 + 2 * q_len * 8192
+        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
+
+    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
+
+
 # %% [markdown]
 # ## Exercise 8.6: Predict MBU
 #

@@ -184,6 +184,17 @@ def call_time_us(once_us, twice_us, calls):
     return (np.median(twice_us) - np.median(once_us)) / calls
 
 
+# %% tags=["wrong"] refused="the sign of the differences is taken away"
+def call_time_us(once_us, twice_us, calls):
+    return np.median(abs(twice_us - once_us)) / calls
+
+
+# %% tags=["wrong"] refused="samples with a negative difference are left out"
+def call_time_us(once_us, twice_us, calls):
+    samples_us = (twice_us - once_us) / calls
+    return np.median(samples_us[samples_us >= 0])
+
+
 # %% [markdown]
 # ## Exercise 10.3: Neighbours in one copy
 #

@@ -160,6 +160,7 @@ next_step = Exercise("7.2", _next_step, outputs=("seq", "q_block", "kv_block"), 
 next_step.case("the next KV block of a decode", **_at([1, 1, 1], [7, 9, 20], (2, 0, 0)))
 next_step.case("the next sequence", **_at([1, 1, 1], [9, 20, 3], (1, 0, 2)))
 next_step.case("the next query block of a chunk", **_at([14], [30], (0, 1, 2)))
+next_step.case("the second query block of four", **_at([16], [23], (0, 1, 1)))
 next_step.case("a query block that needs one KV block more", **_at([8], [21], (0, 0, 1)))
 next_step.case(
     "an early query block, which sees less than there is", **_at([12, 1], [20, 5], (0, 0, 1))
@@ -225,6 +226,11 @@ _wrong_step(
 _wrong_step(
     "a query block ends where it begins: block q_block ends with token (q_block + 1) * bq",
     end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + q_block * bq,
+)
+_wrong_step(
+    "the end of the next query block is taken: block q_block ends with token (q_block + 1) * bq, "
+    "so a later block's keys, which it does not see, are fetched",
+    end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + min((q_block + 2) * bq, q_len),
 )
 _wrong_step("the KV blocks are not begun anew with a new query block", keeps_kv=True)
 _wrong_step("the query blocks are not begun anew with a new sequence", keeps_q=True)

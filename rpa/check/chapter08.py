@@ -412,8 +412,14 @@ def _steps(q_len, kv_len, bq, bkv, causal=True):
 
 def _cycles(q_len, kv_len, bq, bkv, **options):
     steps = _steps(q_len, kv_len, bq, bkv, **options)
-    hbm = steps * bkv * TOKEN_BYTES + 2 * q_len * ROW_BYTES
-    return max(hbm / BYTES_A_CYCLE, steps * bq * bkv / PAIRS_A_CYCLE) + STEP_CYCLES * steps
+    return _time(steps, q_len, bq, bkv)
+
+
+def _time(steps, q_len, bq, bkv, kv_tokens=None):
+    """Cycles of a chunk; K and V of `kv_tokens` are read, by default a block a step."""
+    kv_tokens = steps * bkv if kv_tokens is None else kv_tokens
+    hbm = (kv_tokens * TOKEN_BYTES + 2 * q_len * ROW_BYTES) / BYTES_A_CYCLE
+    return max(hbm, steps * bq * bkv / PAIRS_A_CYCLE) + STEP_CYCLES * steps
 
 
 def _best(candidates, fits, cost):
@@ -517,6 +523,51 @@ def _added_times(candidates, q_len, kv_len, vmem_budget_bytes):
         return hbm / BYTES_A_CYCLE + steps * (bq * bkv / PAIRS_A_CYCLE + STEP_CYCLES)
 
     return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+
+def _wrong_time(words, time):
+    """A mistake of the model of time: `time(steps, q_len, kv_len, bq, bkv)` in cycles."""
+
+    def choose(candidates, q_len, kv_len, vmem_budget_bytes):
+        def cost(bq, bkv):
+            return time(_steps(q_len, kv_len, bq, bkv), q_len, kv_len, bq, bkv)
+
+        return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+    choose_blocks.mistake(words)(choose)
+
+
+_wrong_time(
+    "K and V are read once, for all query blocks together: each query block reads them again, and "
+    "so larger ones save bytes",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv, cdiv(kv_len, bkv) * bkv),
+)
+_wrong_time(
+    "HBM is left out: with few queries a block it takes longer than the products",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, 0, bq, bkv, 0),
+)
+_wrong_time(
+    "the products are left out: with many queries a block they take longer than HBM",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, 0, bkv),
+)
+_wrong_time(
+    "the ends of the steps are left out: 300 cycles each",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv) - STEP_CYCLES * steps,
+)
+_wrong_time(
+    "the cached tokens are forgotten: a query block ends at kv_len - q_len + min(end, q_len)",
+    lambda _, q_len, kv_len, bq, bkv: _time(_steps(q_len, q_len, bq, bkv), q_len, bq, bkv),
+)
+
+
+@choose_blocks.mistake("a pair that takes just the budget is refused: it fits, <= and not <")
+def _not_quite(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates, q_len, kv_len, vmem_budget_bytes - 1)
+
+
+@choose_blocks.mistake("of two alike the last one is taken")
+def _last_of_alike(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates[::-1], q_len, kv_len, vmem_budget_bytes)
 
 
 # 8.6 predict MBU ----------------------------------------------------------------------------------

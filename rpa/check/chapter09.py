@@ -5,6 +5,7 @@ kernel of `suspects.py` gives itself away. The check runs the suspect on it, and
 the verdict. References and mistakes are NumPy.
 """
 
+import ml_dtypes
 import numpy as np
 
 from rpa.check import suspects
@@ -464,6 +465,11 @@ quantize.case("the same, and negative", **_on_grid(3.0, beyond=-1.5))
 quantize.case("the wider type", **_on_grid(5.0, "float8_e5m2"))
 quantize.case("bfloat16 in", **_on_grid(2.95, in_dtype="bfloat16"))
 quantize.case(
+    "bfloat16 in, just above the middle of two numbers that are stored",
+    sample=np.array([[[1, -296]]], ml_dtypes.bfloat16),
+    x=np.array([[[11.25, -90]]], ml_dtypes.bfloat16), dtype="float8_e4m3fn",
+)  # fmt: skip
+quantize.case(
     "a sample of zeros", sample=np.zeros((1, 2, 2), np.float32),
     x=np.float32([[[0, 0.5], [1, -2]]]), dtype="float8_e4m3fn",
 )  # fmt: skip
@@ -520,6 +526,36 @@ def _zero_over_zero(sample, x, dtype):
     largest = np.abs(np.asarray(sample).astype(np.float32)).max()
     with np.errstate(all="ignore"):
         return _quantized(x, largest / np.float32(LARGEST[dtype]), dtype)
+
+
+@quantize.mistake(
+    "x is divided as it comes, in bfloat16: its 8 bits are rounded once more to those of the type, "
+    "and what was just above the middle goes down. Make it float32 first"
+)
+def _divided_in_bfloat16(sample, x, dtype):
+    scale = _scale(sample, dtype)
+    wide = np.asarray(x) / np.asarray(scale, x.dtype)
+    return _quantized(wide, 1.0, dtype)[0], scale
+
+
+@quantize.mistake("the scale is computed in bfloat16, which is off by up to 0.4 %")
+def _scale_in_bfloat16(sample, x, dtype):
+    largest = np.abs(np.asarray(sample)).max()
+    scale = float(largest / np.asarray(LARGEST[dtype], sample.dtype)) if largest else 1.0
+    return _quantized(x, scale, dtype)
+
+
+@quantize.mistake("x is multiplied by the scale: what is stored is x / scale")
+def _multiplied(sample, x, dtype):
+    scale = _scale(sample, dtype)
+    return _quantized(x, 1 / scale, dtype)[0], scale
+
+
+@quantize.mistake("only numbers that are too large are clipped; those below -largest become NaN")
+def _clipped_above(sample, x, dtype):
+    scale = _scale(sample, dtype)
+    wide = np.asarray(x).astype(np.float32) / np.float32(scale)
+    return _quantized(np.minimum(wide, LARGEST[dtype]), 1.0, dtype, clip=False)[0], scale
 
 
 # 9.7 a validator ----------------------------------------------------------------------------------

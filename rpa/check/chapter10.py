@@ -98,6 +98,13 @@ call_time.case(
     calls=100,
 )
 
+call_time.case(
+    "a shorter loop was disturbed so much that the longer one took less time",
+    once_us=floats(80, 80, 200, 81, 80),
+    twice_us=floats(111, 110, 110, 110, 112),
+    calls=10,
+)
+
 
 @call_time.mistake("the longer loop is divided by its calls: what starting costs is in it")
 def _start_included(once_us, twice_us, calls):
@@ -130,6 +137,23 @@ def _divided_twice(once_us, twice_us, calls):
 )
 def _medians_first(once_us, twice_us, calls):
     return (np.median(twice_us) - np.median(once_us)) / calls
+
+
+@call_time.mistake(
+    "the sign of the differences is taken away: where the shorter loop was disturbed one may be "
+    "negative, and has to stay below the median, not go above it"
+)
+def _absolute(once_us, twice_us, calls):
+    return np.median(np.abs(twice_us - once_us) / calls)
+
+
+@call_time.mistake(
+    "samples with a negative difference are left out: then only those that were disturbed upwards "
+    "are left, and the median moves with them"
+)
+def _positive_only(once_us, twice_us, calls):
+    samples_us = (twice_us - once_us) / calls
+    return np.median(samples_us[samples_us > 0])
 
 
 # 10.3 neighbours in one copy ----------------------------------------------------------------------
