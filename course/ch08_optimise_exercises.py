@@ -142,6 +142,16 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
     return "HBM" if hbm_cycles > bundles else "latency", max(bundles, hbm_cycles)
 
 
+# %% tags=["wrong"] refused="the first unit with 80 % or more is named"
+def name_the_bound(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    for unit in slots:
+        if unit not in ("fill", "spill") and slots[unit] / (capacity[unit] * bundles) >= 0.8:
+            return unit, bundles
+    return "latency", bundles
+
+
 # %% [markdown]
 # ## Exercise 8.2: How many loads fill a register?
 #
@@ -484,6 +494,16 @@ def attend_heads(q, k, v):
         weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
         out.append(weights @ v[head] / jnp.sum(weights, axis=1, keepdims=True))
     return jnp.stack(out)
+
+
+# %% tags=["wrong"] refused="one largest score is subtracted for all rows"
+def attend_heads(q, k, v):
+    heads, rows, lanes = q.shape
+    s = inner_loop.block_diagonal(list(q)) @ jnp.concatenate(list(k), axis=1).T
+    weights = jnp.exp2(s - jnp.max(s))
+    out = weights @ jnp.concatenate(list(v), axis=1) / jnp.sum(weights, axis=1, keepdims=True)
+    blocks = out.reshape(heads, rows, heads, lanes)
+    return jnp.stack([blocks[h, :, h] for h in range(heads)])
 
 
 # %% [markdown]

@@ -130,6 +130,21 @@ def _negative(kv_len, q_len, q_block, bq, sliding_window):
     return start, end
 
 
+@block_keys.mistake(
+    "every block is taken for the first one: block q_block begins q_block * bq later"
+)
+def _first_block_only(kv_len, q_len, q_block, bq, sliding_window):
+    return _block_keys(kv_len, q_len, 0, bq, sliding_window)
+
+
+@block_keys.mistake(
+    "the window is counted from kv_len, as for a decode; the block's first query stands earlier"
+)
+def _window_from_kv_len(kv_len, q_len, q_block, bq, sliding_window):
+    _, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
+    return _first_seen(kv_len - 1, sliding_window), end
+
+
 # 7.2 the next step --------------------------------------------------------------------------------
 
 
@@ -246,6 +261,14 @@ _wrong_step(
     "there is one query block too many: where q_len ends exactly with a block, no other one "
     "follows",
     num_q=_one_more,
+)
+_wrong_step(
+    "every sequence has one query block too many: their numbers end at cdiv(q_len, bq) - 1",
+    num_q=lambda q_len, bq: cdiv(q_len, bq) + 1,
+)
+_wrong_step(
+    "every query block has one KV block too many: their numbers end at cdiv(end, bkv) - 1",
+    num_kv=lambda end, bkv: cdiv(end, bkv) + 1,
 )
 _wrong_step(
     "there is one KV block too many: where the keys end exactly with a block, no other one follows",
@@ -379,6 +402,13 @@ def _names_swapped(q_position, bq_c, kv_position, bkv_c, sliding_window):
     return {"interior": "masked", "masked": "interior"}.get(kind, kind)
 
 
+@tile_kind.mistake("the last query is taken one too late: it stands at q_position + bq_c - 1")
+def _last_query_too_late(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    if q_position + bq_c == kv_position:
+        return "masked"
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+
+
 # 7.4 the distribution of a batch whose order is fixed ---------------------------------------------
 
 
@@ -474,6 +504,28 @@ def _decode_ends_chunks(q_lens, chunk_prefill_size):
     i, j, k = (int(x) for x in _distribution(q_lens, chunk_prefill_size))
     short = [n for n in range(i, j) if q_lens[n] <= 1]
     return ints(i, min([j, *short]), k)
+
+
+@distribution.mistake("idle slots are not counted in k: it is where the last range ends, a slot")
+def _without_idle(q_lens, chunk_prefill_size):
+    i, j, _ = _distribution(q_lens, chunk_prefill_size)
+    return ints(i, j, int((q_lens > 0).sum()))
+
+
+@distribution.mistake("a decode is not counted as one: it has one new token, so <= 1 and not < 1")
+def _no_decode(q_lens, chunk_prefill_size):
+    i = int(np.logical_and.accumulate(q_lens < 1).sum())
+    rest = _distribution(np.maximum(q_lens[i:], 2), chunk_prefill_size)
+    return ints(i, i + rest[1], len(q_lens))
+
+
+@distribution.mistake(
+    "without a chunk_prefill_size j is 0: the ranges are neighbours, so an empty one begins and "
+    "ends at i"
+)
+def _j_is_zero(q_lens, chunk_prefill_size):
+    i, j, k = _distribution(q_lens, chunk_prefill_size)
+    return ints(i, 0 if chunk_prefill_size is None else j, k)
 
 
 # 7.5 run it ---------------------------------------------------------------------------------------
@@ -622,3 +674,36 @@ def _old_cache(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
 @serve_step.mistake("keys and values are swapped")
 def _swapped(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
     return _numpy_step(queries, values, keys, kv_cache, q_lens, kv_lens, page_table)
+
+
+@serve_step.mistake(
+    "the scale is that of a row of the cache, which is padded to 128 lanes: heads have head_dim of "
+    "them, queries.shape[-1]"
+)
+def _scaled_by_lanes(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    arguments = queries, keys, values, kv_cache, q_lens, kv_lens, page_table
+    return _numpy_step(*arguments, sm_scale=kv_cache.shape[-1] ** -0.5)
+
+
+@serve_step.mistake(
+    "the page table is passed as it arrived, and the sequences are in another order: everybody "
+    "gets somebody else's pages. batch.page_indices has its rows in order"
+)
+def _table_not_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    table = np.asarray(page_table)[np.argsort(_order(q_lens))]
+    return _serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, table)
+
+
+@serve_step.mistake(
+    "the kv_lens are passed as they arrived, and the sequences are in another order: batch.kv_lens"
+)
+def _lens_not_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    lens = np.asarray(kv_lens)[np.argsort(_order(q_lens))]
+    return _serve_step(queries, keys, values, kv_cache, q_lens, lens, page_table)
+
+
+@serve_step.mistake("the queries were put in order, and keys and values were not")
+def _only_queries_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    back = np.argsort(_rows_in_order(q_lens))
+    new = np.asarray(keys)[back], np.asarray(values)[back]
+    return _serve_step(queries, *new, kv_cache, q_lens, kv_lens, page_table)

@@ -52,6 +52,7 @@ name_the_bound = Exercise(
 )
 name_the_bound.case("ten bundles", **_listing(10, 4, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("more slots, less full", **_listing(10, 4, MATMUL=(9, 1), VALU=(28, 4)))
+name_the_bound.case("two are full", **_listing(20, 4, MATMUL=(17, 1), VALU=(76, 4)))
 name_the_bound.case("nobody is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
 name_the_bound.case("busy, and waiting for HBM", **_listing(10, 12, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("idle, and waiting for HBM", **_listing(10, 11, MATMUL=(2, 1), VALU=(8, 4)))
@@ -124,6 +125,29 @@ def _parts_are_units(bundles, slots, capacity, hbm_cycles):
     return _fullest(last_first), bundles
 
 
+@name_the_bound.mistake("the first unit with 80 % or more is named; asked is the fullest one")
+def _first_full(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    share = _shares(bundles, slots, capacity)
+    return next((unit for unit in share if share[unit] >= 0.8), "latency"), bundles
+
+
+@name_the_bound.mistake(
+    "no unit is ever full: a share is a part between 0 and 1 (0.8, not 80), and the fullest unit "
+    "decides, not the mean of all"
+)
+def _always_latency(bundles, slots, capacity, hbm_cycles):
+    return ("HBM", hbm_cycles) if hbm_cycles > bundles else ("latency", bundles)
+
+
+@name_the_bound.mistake("HBM binds where it needs just as many cycles: it has to need more")
+def _hbm_when_equal(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles >= bundles:
+        return "HBM", hbm_cycles
+    return _name_the_bound(bundles, slots, capacity, hbm_cycles)
+
+
 # 8.2 banks ----------------------------------------------------------------------------------------
 
 
@@ -181,6 +205,13 @@ def _without_stride(stride, num_banks, rows):
 )
 def _divisor(stride, num_banks, rows):
     return int(np.gcd(stride, num_banks))
+
+
+@loads_per_register.mistake(
+    "the bank of a row is r // num_banks: neighbours lie in different banks"
+)
+def _divided(stride, num_banks, rows):
+    return int(np.bincount(stride * np.arange(rows) // num_banks).max())
 
 
 # 8.3 the order of the products --------------------------------------------------------------------
@@ -393,6 +424,52 @@ def _no_sum(q, k, v):
     return (_stacked(q, k, v) * sums).astype(np.float32)
 
 
+def _blocks(q, k, v):
+    """Weights of each head times the values of each: f32[heads, rows, heads, lanes]."""
+    heads = range(len(q))
+    return np.stack(
+        [np.stack([_attend_one(q[h], k[h], v[other]) for other in heads], axis=1) for h in heads]
+    ).astype(np.float32)
+
+
+@two_products.mistake(
+    "the rows of head 0 are taken for all heads: row h * rows + r belongs to row r of head h"
+)
+def _first_rows(q, k, v):
+    return _blocks(q, k, v)[0].swapaxes(0, 1)
+
+
+@two_products.mistake("the columns of all heads are added: each head wants its own only")
+def _all_columns(q, k, v):
+    return _blocks(q, k, v).sum(axis=2)
+
+
+@two_products.mistake("weights are powers of e (exp); rung 7 and this exercise take powers of 2")
+def _powers_of_e(q, k, v):
+    return _stacked(np.asarray(q) * np.float32(np.log2(np.e)), k, v)
+
+
+@two_products.mistake(
+    "the largest score is not subtracted: exp2 of a large one is infinite, and inf / inf is NaN"
+)
+def _no_maximum(q, k, v):
+    out = _stacked(q, k, v)
+    scores = np.asarray(q) @ np.swapaxes(np.asarray(k), 1, 2)
+    out[scores.max(axis=2) >= 128] = np.nan
+    return out
+
+
+@two_products.mistake(
+    "one largest score is subtracted for all rows: beside that of another head a row's own are so "
+    "small that all its weights are 0, and 0 / 0 is NaN"
+)
+def _one_maximum(q, k, v):
+    out = _stacked(q, k, v)
+    scores = np.asarray(q) @ np.swapaxes(np.asarray(k), 1, 2)
+    out[scores.max(axis=2) < scores.max() - 149] = np.nan
+    return out
+
+
 # 8.5 blocks under a budget ------------------------------------------------------------------------
 
 TOKEN_BYTES, ROW_BYTES, STATE_BYTES, SCORE_BYTES = 4096, 8192, 49_152, 24
@@ -582,15 +659,20 @@ def _blocks_of(kv_lens, block_tokens):
     ]
 
 
-def _pipeline(tokens, copy_cycles, compute_cycles, buffers=2):
-    """When the last block is computed: copies in a row, each into a buffer that is free again."""
+def _clocks(tokens, copy_cycles, compute_cycles, buffers=2):
+    """When each block is copied and computed: copies in a row, each into a buffer that is free."""
     copied, computed = [], []
     for n, block_tokens in enumerate(tokens):
         free = computed[n - buffers] if n >= buffers else 0
         start = max(copied[-1] if copied else 0, free)
         copied.append(start + block_tokens * copy_cycles)
         computed.append(max(copied[-1], computed[-1] if computed else 0) + compute_cycles)
-    return computed[-1]
+    return copied, computed
+
+
+def _pipeline(*arguments, **options):
+    """When the last block is computed."""
+    return _clocks(*arguments, **options)[1][-1]
 
 
 def _mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
@@ -682,3 +764,43 @@ def _scaled_compute(kv_lens, block_tokens, copy_cycles, compute_cycles):
         share = compute_cycles * size / block_tokens
         computed.append(max(copied[-1], computed[-1] if computed else 0) + share)
     return sum(tokens) * copy_cycles / computed[-1]
+
+
+def _wrong_mbu(words, mbu):
+    """A mistake in the end: `mbu(copying, time, tokens, copy_cycles, compute_cycles)`."""
+
+    def predict(kv_lens, block_tokens, copy_cycles, compute_cycles):
+        tokens = _blocks_of(kv_lens, block_tokens)
+        time = _pipeline(tokens, copy_cycles, compute_cycles)
+        return mbu(sum(tokens) * copy_cycles, time, tokens, copy_cycles, compute_cycles)
+
+    predict_mbu.mistake(words)(predict)
+
+
+_wrong_mbu(
+    "there are three buffers: with two, a copy waits until the block before the last is computed",
+    lambda copying, time, tokens, *cycles: copying / _pipeline(tokens, *cycles, buffers=3),
+)
+_wrong_mbu(
+    "the time ends with the last copy: the last block is still to be computed then",
+    lambda copying, time, tokens, *cycles: copying / _clocks(tokens, *cycles)[0][-1],
+)
+_wrong_mbu(
+    "it is the part of the time in which the core computes; asked is that of the HBM",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: len(tokens) * compute_cycles / time,
+)
+_wrong_mbu(
+    "the fraction is upside down: MBU is at most 1",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: time / copying,
+)
+
+
+@predict_mbu.mistake("computing takes compute_cycles for each token; it does for each block")
+def _compute_a_token(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    cycles = copy_cycles, compute_cycles * block_tokens
+    return _scaled_compute(kv_lens, block_tokens, *cycles)
+
+
+@predict_mbu.mistake("blocks go on over the end of a sequence: each sequence begins a new one")
+def _across_sequences(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    return _mbu(kv_lens.sum(keepdims=True), block_tokens, copy_cycles, compute_cycles)

@@ -70,6 +70,18 @@ def _harmonic(times_us, baseline_us):
     return 1 / (times_us / baseline_us).mean()
 
 
+@overall.mistake(
+    "the median is taken: it looks at one or two cases, and forgets how far off the others are"
+)
+def _median(times_us, baseline_us):
+    return np.median(baseline_us / times_us)
+
+
+@overall.mistake("it is the mean of the logarithms; np.exp brings it back")
+def _logarithm(times_us, baseline_us):
+    return np.log(baseline_us / times_us).mean()
+
+
 # 10.2 the time of a call --------------------------------------------------------------------------
 
 
@@ -234,6 +246,32 @@ def _last_left_out(pages, most):
     return _runs(pages, most)[:-1]
 
 
+@page_runs.mistake(
+    "a page that stands there twice is copied once: each of its places needs its tokens"
+)
+def _once_each(pages, most):
+    return _runs(pages, most, order=lambda pages: dict.fromkeys(pages.tolist()))
+
+
+@page_runs.mistake(
+    "the second number is the last page of the run; it should say how many there are"
+)
+def _last_page(pages, most):
+    return [(first, first + size - 1) for first, size in _page_runs(pages, most)]
+
+
+@page_runs.mistake(
+    "the second number is where the run ends; it should say how many pages there are"
+)
+def _end_of_run(pages, most):
+    return [(first, first + size) for first, size in _page_runs(pages, most)]
+
+
+@page_runs.mistake("each page is a copy of its own: neighbours can share one")
+def _page_by_page(pages, most):
+    return _runs(pages, 1)
+
+
 # 10.4 two parts of one attention ------------------------------------------------------------------
 
 
@@ -305,6 +343,34 @@ def _lse_added(output_a, lse_a, output_b, lse_b):
 @merge.mistake("the larger log-sum-exp is returned: that of both parts is larger than either")
 def _lse_of_larger(output_a, lse_a, output_b, lse_b):
     return _merge(output_a, lse_a, output_b, lse_b)[0], np.maximum(lse_a, lse_b)
+
+
+@merge.mistake(
+    "`lse` lacks what was subtracted: the larger of the two has to be added to the logarithm again"
+)
+def _lse_without_largest(output_a, lse_a, output_b, lse_b):
+    output, lse = _merge(output_a, lse_a, output_b, lse_b)
+    return output, lse - np.maximum(lse_a, lse_b)
+
+
+@merge.mistake("the mean of the log-sum-exps is returned: it is their exponentials that add up")
+def _lse_mean(output_a, lse_a, output_b, lse_b):
+    return _merge(output_a, lse_a, output_b, lse_b)[0], (lse_a + lse_b) / 2
+
+
+@merge.mistake("powers and logarithms are those of 2; `lse` is a natural logarithm")
+def _powers_of_two(output_a, lse_a, output_b, lse_b):
+    factor = np.float32(np.log(2))  # 2^x is e^(x log 2)
+    output, lse = _merge(output_a, lse_a * factor, output_b, lse_b * factor)
+    return output, lse / factor
+
+
+@merge.mistake("the smaller of the two is subtracted: then the larger weight overflows")
+def _smaller_subtracted(output_a, lse_a, output_b, lse_b):
+    smallest = np.minimum(lse_a, lse_b)
+    with np.errstate(over="ignore", invalid="ignore"):
+        output, lse = _no_maximum(output_a, lse_a - smallest, output_b, lse_b - smallest)
+        return output, smallest + lse
 
 
 # 10.5 the challenge -------------------------------------------------------------------------------
