@@ -319,8 +319,8 @@ for num_ahead, bundles in enumerate(recorded("orders")):
 # behind the next product; the second one hides most of what is left; after that the gain is a few
 # per cent, and with more rows a head (a prefill) every head that waits takes registers, and spills
 # eat the gain: rung 7 runs two ahead there, and seven in a decode (`loop.DOTS_AHEAD`,
-# `plan.CHAINS_AHEAD`; three ahead in the mixed kernel of a TPU7x cost 5,240 bundles in place of
-# 4,992, see `docs/ablations.md`).
+# `plan.CHAINS_AHEAD`; three ahead were 5 % slower in the mixed kernel of a TPU7x when they were
+# tried, see `docs/ablations.md`).
 
 
 # %% tags=["wrong"] refused="in an order in which the matrix unit waits for every softmax"
@@ -431,8 +431,9 @@ def attend_heads(q, k, v):
 rpa.check("8.4", attend_heads)
 
 # %% [markdown]
-# How many heads should share a product? From `docs/ablations.md`, 1,024 tokens on a TPU7x: two
-# heads 1,954 bundles, four 1,706, all eight 1,942. And in the small kernel of exercise 8.3:
+# How many heads should share a product? When it was tried in rung 7 on a TPU7x, two and all eight
+# both took about an eighth more bundles than four (`docs/ablations.md`). And in the small kernel of
+# exercise 8.3:
 
 # %%
 for step in ("two heads ahead", "four heads a product"):
@@ -747,9 +748,9 @@ for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.i
 # than it is computed, only the first copy and the last computation are lost, and a long batch comes
 # near 1. On a TPU7x a block of 512 tokens arrives in 1,250 cycles and is computed in 1,900: then
 # HBM waits for the core, and MBU is their ratio. The real kernel is better there, because it takes
-# two sequences a turn and only the products that a block needs: it is what made 0.48 of HBM's
-# bandwidth 0.95 (`docs/ablations.md`). The lab's `predict_batch` does what you did, with the
-# executed schedule in place of a constant and every single copy on the queue.
+# two sequences a turn and only the products that a block needs: when that came, half of HBM's
+# bandwidth became nearly all of it (`docs/ablations.md`). The lab's `predict_batch` does what you
+# did, with the executed schedule in place of a constant and every single copy on the queue.
 
 
 # %% tags=["wrong"] refused="copies and computations take turns"

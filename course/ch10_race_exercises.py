@@ -261,9 +261,9 @@ for name, pages in {"a new pool": np.arange(64), "a used pool": in_use}.items():
 
 # %% [markdown] tags=["explanation"]
 # One pass, and the only state is the last run. The kernel of this repository does not do it: at
-# page 128 a copy is half a megabyte, and issuing it costs 6 of some 2,000 bundles. With pages of 16
-# tokens, one KV head a chip and a pool that keeps sequences together it might pay, and nobody has
-# measured it. The gain depends on the allocator as much as on the kernel.
+# page 128 a copy is half a megabyte, and issuing it costs a few of some 2,000 bundles. With pages
+# of 16 tokens, one KV head a chip and a pool that keeps sequences together it might pay, and nobody
+# has measured it. The gain depends on the allocator as much as on the kernel.
 
 
 # %% tags=["wrong"] refused="the pages are sorted first"
@@ -487,11 +487,12 @@ leaderboard.enter(my_attention, "my first entry")
 # compiles it for a v5e and executes its schedule. That takes some minutes, so it is not run here.
 
 # %% [markdown] tags=["explanation"]
-# One query block instead of four: the sequence of the chunk is read once, which saves a fifth of
-# all bytes of this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so they
-# shrink to 512. Rung 7 does not choose this by itself, because a prefill waits for the matrix units
-# and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt once
-# saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that yet.
+# One query block instead of four: the sequence of the chunk is read once, and the table says how
+# many MB that saves in this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so
+# they shrink to 512. Rung 7 does not choose this by itself, because a prefill waits for the matrix
+# units and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt
+# once saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that
+# yet.
 
 
 # %% tags=["wrong"] refused="the scores are not scaled"
