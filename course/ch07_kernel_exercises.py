@@ -554,8 +554,8 @@ def find_distribution(q_lens, chunk_prefill_size):
 #   before.
 # - The caller keeps its cache: `donate=False`.
 #
-# `kv_lens` includes the new tokens, as always. All arrays are NumPy; the two cases of the check
-# have the same shapes, so that the kernel is compiled once.
+# `kv_lens` includes the new tokens, as always. All arrays but the cache are NumPy; the two cases of
+# the check have the same shapes, so that the kernel is compiled once.
 #
 # **Teaches:** everything around the kernel, which is where servers go wrong.
 
@@ -667,6 +667,30 @@ def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
     rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     tokens = (queries[rows], values[rows], keys[rows])
+    output, kv_cache = rpa.ragged_paged_attention(
+        *tokens, kv_cache, *metadata, sm_scale=64**-0.5, donate=False
+    )
+    return output[np.argsort(rows)], kv_cache
+
+
+# %% tags=["wrong"] refused="gives the caller's cache away"
+def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    batch, order = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, page_table)
+    ends = np.cumsum(q_lens)
+    rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    tokens = (queries[rows], keys[rows], values[rows])
+    output, kv_cache = rpa.ragged_paged_attention(*tokens, kv_cache, *metadata, sm_scale=64**-0.5)
+    return output[np.argsort(rows)], kv_cache
+
+
+# %% tags=["wrong"] refused="the page table is passed as it arrived"
+def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    batch, order = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, page_table)
+    ends = np.cumsum(q_lens)
+    rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
+    metadata = (batch.kv_lens, page_table.reshape(-1), batch.cu_q_lens, batch.distribution)
+    tokens = (queries[rows], keys[rows], values[rows])
     output, kv_cache = rpa.ragged_paged_attention(
         *tokens, kv_cache, *metadata, sm_scale=64**-0.5, donate=False
     )

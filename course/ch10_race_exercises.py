@@ -528,3 +528,10 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     arrays = (queries, keys, values, kv_cache)
     return rpa.ref_ragged_paged_attention(*arrays, *metadata, sm_scale=sm_scale)[0]
+
+
+# %% tags=["wrong"] refused="gives the caller's cache away"
+def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    arrays = (queries, keys, values, kv_cache)
+    return rpa.ragged_paged_attention(*arrays, *metadata, sm_scale=sm_scale, backend=backend)

@@ -410,20 +410,34 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
     """(output, kv_cache) of an entry in the interpreter.
 
     Raises:
-        WrongResult: if it returns something else than two arrays.
+        WrongResult: if it donates the cache, or returns something else than two arrays.
     """
     options = {"sm_scale": SCALE, "backend": compat.interpreter_params()}
-    attend = jax.jit(
-        lambda *arrays: function(*arrays, batch, **options), compiler_options=haste.options()
-    )
+    attend = jax.jit(lambda *arrays: function(*arrays, batch, **options))
     with jax.default_device(jax.devices("cpu")[0]):
-        results = attend(queries, keys, values, kv_cache)
+        traced = attend.trace(queries, keys, values, kv_cache)
+        if _gives_away(traced.jaxpr.jaxpr, argument=3):
+            raise WrongResult(
+                "your function gives the caller's cache away: pass donate=False to rung 7, which "
+                "otherwise updates it in place"
+            )
+        compiled = traced.lower().compile(compiler_options=haste.options())
+        results = compiled(queries, keys, values, kv_cache)
     if not (isinstance(results, tuple | list) and len(results) == 2):
         raise WrongResult(
             f"your function returns a {type(results).__name__}, expected a tuple of two arrays: "
             "(output, kv_cache)"
         )
     return tuple(np.asarray(result) for result in results)
+
+
+def _gives_away(jaxpr, argument) -> bool:
+    """Whether a trace donates this argument to a function that it calls."""
+    return any(
+        donated and variable is jaxpr.invars[argument]
+        for eqn in jaxpr.eqns
+        for variable, donated in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+    )
 
 
 def _attend(queries, keys, values, kv_cache, batch, *, sm_scale=SCALE, store=True, mask=True,
