@@ -303,6 +303,26 @@ def row_sums(x, block_rows, block_columns):
     )(x)
 
 
+# %% tags=["wrong"] refused="comes back to an output block that it had left"
+def row_sums(x, block_rows, block_columns):
+    def kernel(x_ref, out_ref):
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            out_ref[...] = jnp.zeros_like(out_ref)
+
+        out_ref[...] += x_ref[...].sum(axis=1, keepdims=True)
+
+    rows, columns = x.shape
+    return pl.pallas_call(
+        kernel,
+        grid=(columns // block_columns, rows // block_rows),
+        in_specs=[pl.BlockSpec((block_rows, block_columns), lambda j, i: (i, j))],
+        out_specs=pl.BlockSpec((block_rows, 1), lambda j, i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, 1), x.dtype),
+        interpret=choose_interpret(None),
+    )(x)
+
+
 # %% [markdown]
 # ## Exercise 4.3: One step of the online softmax
 #

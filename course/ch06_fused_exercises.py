@@ -114,7 +114,7 @@ def moved_bytes(q_lens, kv_lens, token_bytes):
     return (kv + 2 * q) * token_bytes, (kv + q) * token_bytes
 
 
-# %% tags=["wrong"] refused="the fused kernel does not write"
+# %% tags=["wrong"] refused="the fused kernel moves a new token only once"
 def moved_bytes(q_lens, kv_lens, token_bytes):
     active = q_lens > 0
     q, kv = int(q_lens[active].sum()), int(kv_lens[active].sum())
@@ -445,6 +445,19 @@ def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
 # %% tags=["wrong"] refused="expected a list of tuples"
 def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
     return np.zeros((1, 4), int)
+
+
+# %% tags=["wrong"] refused="the last page is written to its end"
+def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
+    begin_of_block = block * block_tokens
+    num_cached = max(kv_len - q_len - begin_of_block, 0)
+    num_valid = min(kv_len - begin_of_block, block_tokens)
+    copies = []
+    for p in range(num_cached // page_size, cdiv(num_valid, page_size)):
+        begin = max(num_cached, p * page_size)
+        page = pages[begin_of_block // page_size + p]
+        copies.append((begin, page, begin % page_size, page_size - begin % page_size))
+    return copies
 
 
 # %% [markdown]

@@ -16,7 +16,7 @@
 # can do by hand, stops at the first difference, and says what it recognises.
 #
 # **Time:** about 90 minutes; 7.2 and 7.5 take longest. The check of 7.5 runs the kernel in the
-# interpreter, which takes some ten seconds.
+# interpreter, which takes some seconds.
 
 # %%
 import numpy as np
@@ -298,6 +298,19 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
     return seq, 0, 0
 
 
+# %% tags=["wrong"] refused="the end of the next query block is taken"
+def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
+    kv_end = kv_lens[seq] - q_lens[seq] + min((q_block + 2) * bq, q_lens[seq])
+    if kv_block + 1 < cdiv(kv_end, bkv):
+        return seq, q_block, kv_block + 1
+    if q_block + 1 < cdiv(q_lens[seq], bq):
+        return seq, q_block + 1, 0
+    seq += 1
+    while seq < len(q_lens) and q_lens[seq] == 0:
+        seq += 1
+    return seq, 0, 0
+
+
 # %% [markdown]
 # ## Exercise 7.3: Which tiles need a mask?
 #
@@ -541,8 +554,8 @@ def find_distribution(q_lens, chunk_prefill_size):
 #   before.
 # - The caller keeps its cache: `donate=False`.
 #
-# `kv_lens` includes the new tokens, as always. All arrays are NumPy; the two cases of the check
-# have the same shapes, so that the kernel is compiled once.
+# `kv_lens` includes the new tokens, as always. All arrays but the cache are NumPy; the two cases of
+# the check have the same shapes, so that the kernel is compiled once.
 #
 # **Teaches:** everything around the kernel, which is where servers go wrong.
 
@@ -654,6 +667,30 @@ def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
     rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     tokens = (queries[rows], values[rows], keys[rows])
+    output, kv_cache = rpa.ragged_paged_attention(
+        *tokens, kv_cache, *metadata, sm_scale=64**-0.5, donate=False
+    )
+    return output[np.argsort(rows)], kv_cache
+
+
+# %% tags=["wrong"] refused="gives the caller's cache away"
+def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    batch, order = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, page_table)
+    ends = np.cumsum(q_lens)
+    rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    tokens = (queries[rows], keys[rows], values[rows])
+    output, kv_cache = rpa.ragged_paged_attention(*tokens, kv_cache, *metadata, sm_scale=64**-0.5)
+    return output[np.argsort(rows)], kv_cache
+
+
+# %% tags=["wrong"] refused="the page table is passed as it arrived"
+def serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    batch, order = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, page_table)
+    ends = np.cumsum(q_lens)
+    rows = np.concatenate([np.arange(ends[a] - q_lens[a], ends[a]) for a in order])
+    metadata = (batch.kv_lens, page_table.reshape(-1), batch.cu_q_lens, batch.distribution)
+    tokens = (queries[rows], keys[rows], values[rows])
     output, kv_cache = rpa.ragged_paged_attention(
         *tokens, kv_cache, *metadata, sm_scale=64**-0.5, donate=False
     )

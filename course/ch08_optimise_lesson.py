@@ -30,7 +30,7 @@ from rpa.figures import optimise as pictures
 from rpa.figures import show_source
 from rpa.kernel import blocks, cases, decode, loop, spare
 from rpa.kernel.plan import Plan, Problem
-from rpa.lab import inner_loop, race, traffic
+from rpa.lab import inner_loop, race, traffic, tune
 from rpa.lab.recorded import Occupancy, compile_step, recorded, recorded_step
 from rpa.lab.roofline import Point
 from rpa.lab.schedule import NoSchedule
@@ -123,6 +123,8 @@ for chip in CHIPS:
     print(f"{chip:6} HBM {hbm_cycles(chip):5,.0f} cycles, MATPUSH {least['MATPUSH']:4.0f}, "
           f"MATMUL {least['MATMUL']:4.0f}; the loop as it is: {one.bundles:,}")  # fmt: skip
     assert hbm_cycles(chip) > least["MATPUSH"] > least["MATMUL"]
+v5e_slots = recorded_step("v5e", "odd stride").slots
+assert (v5e_slots["MATPUSH"], v5e_slots["MATMUL"]) == (3072, 1024)
 
 # %% [markdown]
 # So a decode *should* be bound by HBM, on every chip: its units have work for less time than that.
@@ -167,6 +169,8 @@ kernels = {
 for name, row in kernels.items():
     points[name] = Point(decode_cost.flops, row["num_bytes"], row["time_us"]["tpu7x"])
 rungs = {f"rung {rung.number}": points[rung.name] for rung in LADDER if rung.name in points}
+slowness = {name: row["time_us"]["tpu7x"] for name, row in kernels.items()}
+assert min(slowness["streamed"], slowness["fused"]) > 9 * found["least_us"]["tpu7x"]
 under_roof("tpu7x", rungs, title="16 decodes on a TPU7x (predicted)")
 
 # %% [markdown]
@@ -208,6 +212,7 @@ written, strided = (recorded_step("v5e", step) for step in ("as written", "strid
 for unit in ("VALU", "load", "store", "MATMUL"):
     print(f"{unit:7} {written.slots[unit]:6,} slots; with strided loads {strided.slots[unit]:5,}")
 assert written.slots["MATMUL"] == strided.slots["MATMUL"]
+assert (written.bundles, strided.bundles) == (11_318, 2_530)
 
 # %% [markdown]
 # The products are the same 1,024 slots. All the rest is `kv_ref[:, head, 0]`, which reads like a
@@ -259,17 +264,20 @@ for chip in CHIPS:
     print(f"{chip:6} loads {even.slots['load']:5,} and {odd.slots['load']:4,}, "
           f"bundles {even.bundles:5,} and {odd.bundles:5,}")  # fmt: skip
     assert odd.slots["load"] < 0.6 * even.slots["load"]
+    assert 0.94 < odd.bundles / even.bundles < 0.97
 
 # %% [markdown]
-# Half of the loads, and only 4 % of the bundles? Nobody waits for loads *yet*. Take the last step
-# of this chapter, with all that comes below, and give it the even distance again:
+# Half of the loads, and only 4 or 5 % of the bundles? Nobody waits for loads *yet*. Take the last
+# step of this chapter, with all that comes below, and give it the even distance again:
 
 # %%
+more = {}
 for chip in CHIPS:
     even = recorded("even_stride_at_the_end")[chip]
     odd = recorded_step(chip, "two sequences a turn").bundles
-    print(f"{chip:6} at the end: {even:5,} bundles even, {odd:5,} odd, {even / odd - 1:+.0%}")
-    assert even > odd
+    more[chip] = even / odd - 1
+    print(f"{chip:6} at the end: {even:5,} bundles even, {odd:5,} odd, {more[chip]:+.0%}")
+assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
 
 # %% [markdown]
 # A fifth on v6e, a third on a TPU7x; on a v5e another unit is full by then. An optimisation is
@@ -346,8 +354,8 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 
 # %% [markdown]
 # With that a TPU7x is below its HBM time for the first time. Not more heads: with all eight in one
-# product there is a single chain, and nothing overlaps it (1,942 bundles a 1,024 tokens in place of
-# 1,706; two heads: 1,954; `docs/ablations.md`).
+# product there is a single chain, and nothing overlaps it. When it was tried in rung 7, eight heads
+# and two heads a product both took about an eighth more bundles than four (`docs/ablations.md`).
 #
 # **Takeaway.** Where the MXU is bound by its weights, rows are free. Fill them with other heads.
 
@@ -386,6 +394,7 @@ for chip in CHIPS:
     print(f"{chip:6} {values[0]:6,.0f} bundles to {values[-1]:4,.0f}, {less:4.1f} times fewer; "
           f"HBM {hbm_cycles(chip):5,.0f} cycles")  # fmt: skip
     assert values == sorted(values, reverse=True) and values[-1] < hbm_cycles(chip)
+assert list(bundles["v5e"].values())[-1] == 854
 
 # %% [markdown]
 # The price: of two sequences of unequal length, the shorter one waits for the longer. What is
@@ -430,9 +439,9 @@ for chip in CHIPS:
     assert mixed["floor"] < inner < masked
 
 # %% [markdown]
-# It once was 18 % more on v6e (6,052 against 5,116), because masks were compared anew for every
-# head: 2.6 instructions a register of scores. Now they are computed once, stored as *limits*, and a
-# score becomes `min(score, limit)`: a load and one instruction.
+# It once was 18 % on v6e, because masks were compared anew for every head: 2.6
+# instructions a register of scores. Now they are computed once, stored as *limits*, and a score
+# becomes `min(score, limit)`: a load and one instruction.
 #
 # And third, on v6e and TPU7x, **the idle half**. Their MXU is 256 wide, a head is 128: half of it
 # multiplies nothing, while the vector unit is the one that is full. So the idle half does the
@@ -452,14 +461,14 @@ print("P V:", float(with_ones[0, 0]), " sum P:", float(with_ones[0, 1]))
 assert with_ones[0, :2].tolist() == [80.0, 5.0]
 
 # %% [markdown]
-# On v6e, one idea on top of the other, bundles without and with a mask (`docs/ablations.md`): 5,116
+# What each idea brought on v6e on the day it came, one on top of the other, bundles without and
+# with a mask (history, from `docs/ablations.md`; what the kernel has today is printed above): 5,116
 # and 6,052 before; row sums by ones 4,629 and 5,651; masks as limits 4,629 and 5,398; two heads
 # ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945.
 #
-# What did *not* help is worth as much: three heads ahead spills (4,612 to 4,638 on v6e, 4,992 to
-# 5,240 on TPU7x); the same sums without any head ahead make the MXU wait (4,629 to 5,862 on v6e); a
-# third copy of the code for full masked blocks saves 5 % of those, and compiles longer for
-# everybody.
+# What did *not* help is worth as much: three heads ahead spills, and was 5 % slower on a TPU7x; the
+# same sums without any head ahead make the MXU wait, a quarter longer on v6e; a third copy of the
+# code for full masked blocks saves 5 % of those, and compiles longer for everybody.
 #
 # **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
 # they matter, sums and scales where a unit idles.
@@ -508,12 +517,20 @@ except ValueError as error:
     print(str(error).split(" (MiB")[0])
 
 # %% [markdown]
-# Is larger better, where it fits? With KV blocks of 2,048 tokens in place of 1,024, a decode takes
-# 1,558 bundles a 1,024 tokens on v6e in place of 1,759, and 1,522 on a TPU7x in place of 1,756:
-# half as many ends. But there a batch of real lengths (median 665) reaches 80 % of the bandwidth
-# with blocks of 1,024 and 71 % with 2,048, because the shorter of two sequences waits
-# (`docs/ablations.md`). No default can know your lengths: who knows that all contexts are long
-# passes `d_block_sizes=(1, 2048, 1, 1024)`, and `make tune` sweeps them.
+# Is larger better, where it fits? `make tune` sweeps the blocks of a decode on a TPU7x and keeps
+# what it predicts:
+
+# %%
+swept = tune.read()["tpu7x llama-3-8b decode"]
+small_us, large_us = (swept[f"1,{bkv},1,512"]["at peak"] for bkv in (1024, 2048))
+for name, time_us in small_us.items():
+    print(f"{name:20} in KV blocks of 1,024 {time_us:5.0f} us, of 2,048 {large_us[name]:5.0f} us")
+assert large_us["64 of real lengths"] > small_us["64 of real lengths"]
+
+# %% [markdown]
+# Larger blocks have half as many ends. Long contexts gain nothing from it as long as HBM is slower
+# anyway, and a batch of real lengths loses, because the shorter of two sequences waits. No default
+# can know your lengths: who knows better passes `d_block_sizes=(1, 2048, 1, 512)`.
 #
 # **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 8.5 chooses.
 
@@ -521,7 +538,7 @@ except ValueError as error:
 # ## 10. From bundles to a time
 #
 # Copies run beside bundles, as long as there are two buffers. Three blocks on a TPU7x, 1,024
-# tokens each, 2,494 cycles of HBM, and 1,900 to compute:
+# tokens each, 2,494 cycles of HBM, and about 1,900 to compute:
 
 
 # %%
@@ -551,6 +568,8 @@ for copy_cycles, compute_cycles in [(2494, 1900), (1900, 2494)]:
         _, computes = double_buffer(copy_cycles, compute_cycles, num_blocks)
         mbu = num_blocks * copy_cycles / computes[-1][1]
         print(f"copy {copy_cycles:,}, compute {compute_cycles:,}, {num_blocks:3} blocks: {mbu:.0%}")
+assert round(hbm_cycles("tpu7x", 1024)) == 2494
+assert 1700 < recorded("kernels")["tpu7x"]["decode"]["step_1024"] < 2100
 
 # %% [markdown]
 # The lab does this with everything in it: the kernel's scalar instructions are *executed* with the
@@ -589,9 +608,8 @@ for chip in CHIPS:
 
 # %% [markdown]
 # - **Short sequences on a fast chip.** A sequence costs some 200 bundles besides its tokens, and a
-#   block's ends as much again. From 1,024 tokens on HBM is slower, even on a TPU7x; below that it
-#   is not. A batch of real lengths (median 665 tokens) uses 99 % of the bandwidth of a v5e, 95 % of
-#   a v6e's, and 80 % of a TPU7x's.
+#   block has ends. From 1,024 tokens on HBM is slower, even on a TPU7x; below that it need not be.
+#   So the batch of section 10 uses nearly all of a v5e's bandwidth, and less of the faster chips'.
 
 # %%
 for chip in CHIPS:
@@ -599,18 +617,28 @@ for chip in CHIPS:
     tokens = per_sequence_bundles / hbm_cycles(chip, 1)
     print(f"{chip:6} besides its tokens a sequence takes {per_sequence_bundles:3.0f} bundles, in "
           f"which HBM delivers {tokens:3.0f} tokens")  # fmt: skip
+    assert 100 < per_sequence_bundles < 300
+assert mbu["v5e"] > 0.95
 
 # %% [markdown]
-# - **Small pages.** A copy takes 6.1 bundles to issue, a page of 128 tokens or one of 16. That is
-#   49 a block with pages of 128 and 392 with pages of 16. Pages that lie side by side could be one
-#   copy.
-# - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), a TPU7x needs 394 bundles
-#   for what HBM delivers in 312 cycles; with heads of 64, 1,808 for 1,247. MATPUSH again: K and V
-#   go through the MXU as weights, for a few rows.
-# - **Windows.** With a sliding window of 128, reading and computing take 1.06 times the least on a
-#   v5e and 1.95 times on a TPU7x: there are not enough tokens to hide anything behind.
-# - **The ends of a block** in a prefill: 100 bundles until the first K is in place, some hundred in
-#   the last softmax, 12 % on v6e and 18 % on a TPU7x.
+# - **Small pages.** A copy takes the same few bundles to issue, whether its page has 128 tokens or
+#   16, and so eight times as many with pages of 16. Pages that lie side by side could be one copy.
+# - **The ends of a block** in a prefill: until the first K is in place, and in the last softmax.
+
+# %%
+for chip in CHIPS:
+    kernel = recorded("kernels")[chip]
+    issue, mixed = kernel["decode"]["page_issue_per_chunk"], kernel["mixed"]
+    beside = 1 - mixed["floor"] / mixed["interior_region"]
+    print(f"{chip:6} decode, 1,024 tokens: {issue:2.0f} bundles issue pages of 128, and "
+          f"{8 * issue:3.0f} pages of 16; prefill: {beside:3.0%} beside MATMUL")  # fmt: skip
+
+# %% [markdown]
+# - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), or with heads of 64, a
+#   TPU7x needs more bundles for a block than HBM has cycles (`docs/ablations.md`). MATPUSH again: K
+#   and V go through the MXU as weights, for a few rows.
+# - **Windows.** With a sliding window of 128, reading and computing take hardly more than the least
+#   on a v5e and far more on a TPU7x: there are not enough tokens to hide anything behind.
 # - **And what no schedule holds**: launching, instruction fetch, and how HBM really behaves. That
 #   takes a TPU.
 #

@@ -680,6 +680,20 @@ def quantize(sample, x, dtype):
     return jnp.clip(x.astype(jnp.float32) / scale, -largest, largest), scale
 
 
+# %% tags=["wrong"] refused="x is divided as it comes, in bfloat16"
+def quantize(sample, x, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    scale = float(jnp.abs(sample.astype(jnp.float32)).max()) / largest or 1.0
+    return jnp.clip(x / scale, -largest, largest).astype(dtype), scale
+
+
+# %% tags=["wrong"] refused="the scale is computed in bfloat16"
+def quantize(sample, x, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    scale = float(jnp.abs(sample).max() / largest) or 1.0
+    return jnp.clip(x.astype(jnp.float32) / scale, -largest, largest).astype(dtype), scale
+
+
 # %% [markdown]
 # ## Exercise 9.7: A validator
 #

@@ -14,7 +14,7 @@
 # Read the lesson first: `notebooks/10_race.ipynb`.
 #
 # **Time:** about 60 minutes for 10.1 to 10.4. 10.5 takes ten minutes or the rest of the year. Its
-# check runs your entry in the interpreter, which takes some ten seconds.
+# check runs your entry in the interpreter, which takes some seconds.
 
 # %%
 import numpy as np
@@ -184,6 +184,17 @@ def call_time_us(once_us, twice_us, calls):
     return (np.median(twice_us) - np.median(once_us)) / calls
 
 
+# %% tags=["wrong"] refused="the sign of the differences is taken away"
+def call_time_us(once_us, twice_us, calls):
+    return np.median(abs(twice_us - once_us)) / calls
+
+
+# %% tags=["wrong"] refused="samples with a negative difference are left out"
+def call_time_us(once_us, twice_us, calls):
+    samples_us = (twice_us - once_us) / calls
+    return np.median(samples_us[samples_us >= 0])
+
+
 # %% [markdown]
 # ## Exercise 10.3: Neighbours in one copy
 #
@@ -250,9 +261,9 @@ for name, pages in {"a new pool": np.arange(64), "a used pool": in_use}.items():
 
 # %% [markdown] tags=["explanation"]
 # One pass, and the only state is the last run. The kernel of this repository does not do it: at
-# page 128 a copy is half a megabyte, and issuing it costs 6 of some 2,000 bundles. With pages of 16
-# tokens, one KV head a chip and a pool that keeps sequences together it might pay, and nobody has
-# measured it. The gain depends on the allocator as much as on the kernel.
+# page 128 a copy is half a megabyte, and issuing it costs a few of some 2,000 bundles. With pages
+# of 16 tokens, one KV head a chip and a pool that keeps sequences together it might pay, and nobody
+# has measured it. The gain depends on the allocator as much as on the kernel.
 
 
 # %% tags=["wrong"] refused="the pages are sorted first"
@@ -476,11 +487,12 @@ leaderboard.enter(my_attention, "my first entry")
 # compiles it for a v5e and executes its schedule. That takes some minutes, so it is not run here.
 
 # %% [markdown] tags=["explanation"]
-# One query block instead of four: the sequence of the chunk is read once, which saves a fifth of
-# all bytes of this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so they
-# shrink to 512. Rung 7 does not choose this by itself, because a prefill waits for the matrix units
-# and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt once
-# saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that yet.
+# One query block instead of four: the sequence of the chunk is read once, and the table says how
+# many MB that saves in this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so
+# they shrink to 512. Rung 7 does not choose this by itself, because a prefill waits for the matrix
+# units and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt
+# once saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that
+# yet.
 
 
 # %% tags=["wrong"] refused="the scores are not scaled"
@@ -516,3 +528,10 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     arrays = (queries, keys, values, kv_cache)
     return rpa.ref_ragged_paged_attention(*arrays, *metadata, sm_scale=sm_scale)[0]
+
+
+# %% tags=["wrong"] refused="gives the caller's cache away"
+def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    arrays = (queries, keys, values, kv_cache)
+    return rpa.ragged_paged_attention(*arrays, *metadata, sm_scale=sm_scale, backend=backend)

@@ -109,11 +109,16 @@ for name in ("streamed", "fused", "kernel", "v3"):
     bundles = rows[name]["bundles"]
     parts = [f"{c} {bundles[c] / chips.chip(c).clock_hz * 1e6:6.1f}" for c in race.CHIPS]
     print(f"{rows[name]['title']:11} us of bundles alone: {', '.join(parts)}")
+rung5_over_hbm = {
+    c: rows["streamed"]["bundles"][c] / chips.chip(c).clock_hz * 1e6 / found["least_us"][c]
+    for c in race.CHIPS
+}
+assert 3.5 < rung5_over_hbm["v5e"] < 4.5 and 9 < rung5_over_hbm["tpu7x"] < 11
 
 # %% [markdown]
 # Its bundles take four times as long as the HBM on a v5e, ten times on a TPU7x: one head after the
-# other, short products, masks everywhere. That is what chapter 8 took away: rung 7 issues a tenth
-# of rung 5's bundles for the same copies.
+# other, short products, masks everywhere. That is what chapter 8 took away: rung 7 issues about a
+# tenth of rung 5's bundles for the same copies.
 
 # %%
 over = {}
@@ -122,11 +127,12 @@ for chip in race.CHIPS:
     over[chip] = v3 / ours
     print(f"{chip:6} {rung5 / ours:.1f} times as fast as rung 5, "
           f"{over[chip]:.2f} times as fast as v3 (predicted)")  # fmt: skip
+    assert rows["kernel"]["bundles"][chip] < 0.12 * rows["streamed"]["bundles"][chip]
 assert min(over.values()) > 1
 
 # %% [markdown]
 # **Takeaway.** Bytes decide who may win: until rung 5 the ladder is about them. Bundles decide who
-# does: the same bytes, four to eight times apart.
+# does: the same bytes, and times that lie far apart.
 
 # %% [markdown]
 # ## 4. Can you check it?
@@ -168,6 +174,8 @@ for row in found["prefill"]:
     ratio = row["bundles"] / row["floor"]
     print(f"{row['chip']:6} {row['title']:9} {row['bundles']:7,} bundles, floor "
           f"{row['floor']:6,.0f}: {ratio:.2f} times")  # fmt: skip
+ours = {r["chip"]: r["bundles"] / r["floor"] for r in found["prefill"] if r["title"] == "7 kernel"}
+assert ours["v5e"] < ours["v6e"] < ours["tpu7x"]
 
 # %% [markdown]
 # Here v6e and TPU7x have the longest way to go: their products are twice as fast, and the softmax
@@ -207,17 +215,19 @@ for chip in race.CHIPS:
     least_us, ours_us = found["least_us"][chip], rows["kernel"]["time_us"][chip]
     print(f"{chip:6} rung 7 {ours_us:6.1f} us, least {least_us:6.1f} us: "
           f"{least_us / ours_us:.0%} of the HBM's peak (predicted)")  # fmt: skip
+assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 
 # %% [markdown]
-# On a v5e nothing is left. On a TPU7x a fifth is, because sequences of unequal lengths are computed
-# in pairs and the shorter one waits. The open problems of this kernel, each of which would make a
-# chapter 11:
+# On a v5e next to nothing is left. On a TPU7x more is, because sequences of unequal lengths are
+# computed in pairs and the shorter one waits. The open problems of this kernel, each of which would
+# make a chapter 11:
 #
 # - **Shared prompts are read by everyone who shares them.** The next table has a step in which that
-#   is a quarter of all bytes. Reading them once needs the merge of exercise 10.4, and a grid that
-#   walks over groups of sequences.
-# - **Small pages.** At 16 tokens a page the issue of copies takes a sixth of the schedule.
-#   Neighbouring pages could travel together (exercise 10.3), if the allocator kept neighbours.
+#   is more than a quarter of rung 7's bytes. Reading them once needs the merge of exercise 10.4,
+#   and a grid that walks over groups of sequences.
+# - **Small pages.** At 16 tokens a page there are eight times as many copies to issue, each as dear
+#   as one of 128. Neighbouring pages could travel together (exercise 10.3), if the allocator kept
+#   neighbours.
 # - **Unequal pairs.** Two decodes of very different lengths, computed together, waste the shorter
 #   one's turns. Who should be paired with whom?
 # - **A few new tokens a sequence**, as in speculative decoding: neither decode nor prefill, and the
@@ -233,6 +243,8 @@ from rpa.check import leaderboard
 
 print(leaderboard.table([]))
 assert rows["kernel"]["challenge_bytes"] > 1.5 * found["challenge_least_bytes"]
+read_again = 7 * 1024 * 4096  # bytes of the shared prompt, by all that read it but one
+assert read_again > rows["kernel"]["challenge_bytes"] / 4
 
 # %% [markdown]
 # **Before you go:** the exercises of this chapter are in `exercises/10_race.ipynb`. After them

@@ -114,6 +114,29 @@ def _sides_swapped(shape, item_bytes):
     return _padded_bytes((*untiled, columns, rows), item_bytes)
 
 
+@vmem_bytes.mistake("there is one tile too many: what is a whole number of tiles already stays")
+def _one_tile_more(shape, item_bytes):
+    *untiled, rows, columns = shape
+    sublanes = 8 * (4 // item_bytes)
+    return _padded_bytes((*untiled, rows // sublanes * sublanes + 1, columns), item_bytes)
+
+
+@vmem_bytes.mistake(
+    "the lanes of a tile grow with a narrow dtype, too: it has more rows, and always 128 lanes"
+)
+def _more_lanes(shape, item_bytes):
+    return _padded_bytes(shape, item_bytes, lanes=128 * (4 // item_bytes))
+
+
+@vmem_bytes.mistake(
+    "rows are filled up to one tile, and what is more than one not to a whole number"
+)
+def _one_tile_at_least(shape, item_bytes):
+    *untiled, rows, columns = shape
+    rows = max(rows, 8 * (4 // item_bytes))
+    return _padded_bytes((*untiled, rows, columns), item_bytes, sublanes=1)
+
+
 # 4.2 a first kernel -------------------------------------------------------------------------------
 
 
@@ -129,6 +152,9 @@ def _blocks(x, block_rows, block_columns):
 
 OUT_OF_BOUNDS = re.compile(r'Out-of-bounds block index (.*?) for .*?"(\w+)" in iteration (.*?) on')
 """What the interpreter says, among the lines of its own files, about a block that is not there."""
+
+REVISITED = re.compile(r"Revisited block .*? of output")
+"""The same about an output block that is left and visited again; the oldest JAX does not say it."""
 
 
 def run_blocks(function, x, block_rows, block_columns):
@@ -146,6 +172,12 @@ def run_blocks(function, x, block_rows, block_columns):
     try:
         return jax.block_until_ready(function(x, block_rows, block_columns))
     except jax.errors.JaxRuntimeError as error:
+        if REVISITED.search(str(error)):
+            raise WrongResult(
+                "your grid comes back to an output block that it had left: a block stays in VMEM "
+                "only from one step to the next. The last axis of the grid runs fastest, and has "
+                "to be the columns of blocks: (rows of blocks, columns of blocks)"
+            ) from None
         found = OUT_OF_BOUNDS.search(str(error))
         if not found:
             raise
@@ -229,6 +261,13 @@ def _running(sums, block_rows):
 def _columns(x, block_rows, block_columns):
     x = np.asarray(x)
     return x.reshape(-1, block_rows, x.shape[1]).sum(axis=1)
+
+
+@row_sums.mistake("each row gets the sum of its whole block: sum over axis 1, and keep the rows")
+def _whole_block(x, block_rows, block_columns):
+    sums = _row_sums(x, block_rows, block_columns)
+    whole = sums.reshape(-1, block_rows).sum(axis=1)
+    return np.repeat(whole, block_rows)[:, None]
 
 
 # 4.3 online softmax -------------------------------------------------------------------------------
@@ -365,6 +404,33 @@ def _one_maximum(row_max, row_sum, acc, scores, values):
     return _online_step(row_max, row_sum, acc, scores, values, largest=of_all)
 
 
+@online_step.mistake(
+    "the new weights are taken against the maximum of their own block: where the old one is larger "
+    "they are too large"
+)
+def _against_block(row_max, row_sum, acc, scores, values):
+    def against_block(scores, old, new):
+        return np.exp(scores - scores.max(1, keepdims=True))
+
+    return _online_step(row_max, row_sum, acc, scores, values, new=against_block)
+
+
+@online_step.mistake("the new weights are rescaled, too: they have the new maximum already")
+def _all_rescaled(row_max, row_sum, acc, scores, values):
+    def rescaled(scores, old, new):
+        return np.exp(scores - new) * np.exp(old - new)
+
+    return _online_step(row_max, row_sum, acc, scores, values, new=rescaled)
+
+
+@online_step.mistake("weights are powers of 2 (exp2), and here they are powers of e")
+def _powers_of_two(row_max, row_sum, acc, scores, values):
+    return _online_step(
+        row_max, row_sum, acc, scores, values,
+        old=lambda old, new: np.exp2(old - new), new=lambda scores, old, new: np.exp2(scores - new),
+    )  # fmt: skip
+
+
 # 4.4 a flash attention kernel ---------------------------------------------------------------------
 
 
@@ -491,6 +557,14 @@ def _hidden_are_zero(q, k, v, block_q, block_kv):
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     return (weights[:, : len(k)] @ v).astype(np.float32)
+
+
+@flash.mistake(
+    "the scale is the root of the number of queries in a block: q_ref is [block_q, head_dim], and "
+    "head_dim is its last dimension"
+)
+def _scaled_by_rows(q, k, v, block_q, block_kv):
+    return _attend(q, k, v, scale=block_q**-0.5)
 
 
 # 4.5 which blocks to skip -------------------------------------------------------------------------
@@ -622,6 +696,20 @@ def _in_keys(q_block, q_len, kv_len, block_q, block_kv):
     return start + 1, min(start + block_q, kv_len)
 
 
+@key_blocks.mistake("`end` is cut at q_len: the keys go on to kv_len")
+def _cut_at_q_len(q_block, q_len, kv_len, block_q, block_kv):
+    whole, _ = _key_blocks(q_block, q_len, kv_len, block_q, block_kv)
+    start = kv_len - q_len + q_block * block_q
+    return whole, cdiv(min(start + block_q, q_len), block_kv)
+
+
+@key_blocks.mistake(
+    "every block of queries is taken for the first: block i begins i * block_q later"
+)
+def _first_block_only(q_block, q_len, kv_len, block_q, block_kv):
+    return _formula(0, q_len, kv_len, block_q, block_kv)
+
+
 # 4.6 GQA rows -------------------------------------------------------------------------------------
 
 
@@ -718,3 +806,9 @@ def _modulo(q, num_kv_heads, kv_len):
 def _positions_from_zero(q, num_kv_heads, kv_len):
     rows, positions = _grouped_rows(q, num_kv_heads, kv_len)
     return rows, positions - np.int32(kv_len - len(q))
+
+
+@grouped_rows.mistake("positions are counted in steps of q_len: row r belongs to token r // group")
+def _divided_by_q_len(q, num_kv_heads, kv_len):
+    rows, positions = _grouped_rows(q, num_kv_heads, kv_len)
+    return rows, np.int32(kv_len - len(q)) + np.arange(len(positions), dtype=np.int32) // len(q)

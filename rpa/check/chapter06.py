@@ -63,8 +63,11 @@ def _separate_moves_twice(q_lens, kv_lens, token_bytes):
     return _sums(q_lens, kv_lens, token_bytes, lambda q, kv: kv + q, lambda q, kv: kv + q)
 
 
-@moved.mistake("the fused kernel does not write: its tokens have to be in the cache afterwards")
-def _fused_writes_nothing(q_lens, kv_lens, token_bytes):
+@moved.mistake(
+    "the fused kernel moves a new token only once: it reads it from where the model put it, and "
+    "does not write less than the store does, for it has to be in the cache afterwards"
+)
+def _fused_moves_once(q_lens, kv_lens, token_bytes):
     return _sums(q_lens, kv_lens, token_bytes, lambda q, kv: kv + 2 * q, lambda q, kv: kv)
 
 
@@ -169,6 +172,22 @@ def _rows_of_new_only(kv_len, q_len, pages, page_size, block_tokens):
 def _page_row_of_block(kv_len, q_len, pages, page_size, block_tokens):
     blocks, rows, page, _ = _token_addresses(kv_len, q_len, pages, page_size, block_tokens)
     return blocks, rows, page, rows
+
+
+@addresses.mistake(
+    "the page is looked up by the number of the block: a block has several pages, and the entry is "
+    "position // page_size"
+)
+def _page_of_block(kv_len, q_len, pages, page_size, block_tokens):
+    positions = _new_positions(kv_len, q_len)
+    return _addresses(positions, pages, page_size, block_tokens, positions // block_tokens)
+
+
+@addresses.mistake("blocks are counted in pages: a block has block_tokens tokens")
+def _blocks_are_pages(kv_len, q_len, pages, page_size, block_tokens):
+    _, rows, page, slots = _token_addresses(kv_len, q_len, pages, page_size, block_tokens)
+    columns = _new_positions(kv_len, q_len) // page_size
+    return columns.astype(np.int32), rows, page, slots
 
 
 # 6.3 cached and new tokens in one block -----------------------------------------------------------
@@ -293,6 +312,30 @@ def _one_row_too_many(from_pages, new_kv, start, q_len, kv_len, block):
     end = kv_len - block * len(merged)
     if 0 <= end < len(merged):
         merged[end] = new_kv[min(start + q_len, len(new_kv) - 1)]
+    return merged
+
+
+@merge.mistake("the cached prefix is taken one too long: the first new token stands at its end")
+def _prefix_too_long(from_pages, new_kv, start, q_len, kv_len, block):
+    prefix = kv_len - q_len + 1
+    return _merged(from_pages, new_kv, start, q_len, kv_len, block, prefix=prefix)
+
+
+@merge.mistake(
+    "every block is taken for the first one: row r of a block stands at position "
+    "block * block_tokens + r"
+)
+def _block_0(from_pages, new_kv, start, q_len, kv_len, block):
+    return _merge_block(from_pages, new_kv, start, q_len, kv_len, 0)
+
+
+@merge.mistake(
+    "kv_len is compared with the row of the block: what earlier blocks hold has to be counted off"
+)
+def _tail_by_row(from_pages, new_kv, start, q_len, kv_len, block):
+    size, end = len(from_pages), (block + 1) * len(from_pages)
+    merged = _merged(from_pages, new_kv, start, q_len, end, block, prefix=kv_len - q_len)
+    merged[min(kv_len, size) :] = 0
     return merged
 
 
@@ -471,6 +514,36 @@ def _last_page_missing(kv_len, q_len, block, pages, page_size, block_tokens):
     found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
     _, last = _bounds(kv_len, q_len, block, block_tokens)
     return found if last % page_size == 0 else found[:-1]
+
+
+@stores.mistake(
+    "the last page is written to its end: rows behind kv_len hold nothing, and the page's next "
+    "tokens may be somebody's"
+)
+def _to_the_end_of_the_page(kv_len, q_len, block, pages, page_size, block_tokens):
+    found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
+    return [(row, page, slot, page_size - slot) for row, page, slot, _ in found]
+
+
+@stores.mistake("the page table is not asked: that is the page of the sequence, not of the cache")
+def _table_not_asked(kv_len, q_len, block, pages, page_size, block_tokens):
+    first, last = _bounds(kv_len, q_len, block, block_tokens)
+    own = np.arange(max(len(pages), kv_len))
+    return _store_runs(first, last, block, own, page_size, block_tokens)
+
+
+@stores.mistake("buffer rows are those of the page: a block has several pages")
+def _buffer_row_of_page(kv_len, q_len, block, pages, page_size, block_tokens):
+    found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
+    return [(slot, page, slot, size) for _, page, slot, size in found]
+
+
+@stores.mistake(
+    "buffer rows are positions in the sequence: what earlier blocks hold has to be counted off"
+)
+def _buffer_row_of_sequence(kv_len, q_len, block, pages, page_size, block_tokens):
+    found = _stores(kv_len, q_len, block, pages, page_size, block_tokens)
+    return [(block * block_tokens + row, page, slot, size) for row, page, slot, size in found]
 
 
 # 6.5 the write-back and its waits -----------------------------------------------------------------

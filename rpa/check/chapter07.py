@@ -3,14 +3,15 @@
 References and mistakes are NumPy and plain Python, and say the same as the kernel by brute force.
 """
 
-import contextlib
 import operator
 from functools import partial
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rpa.check.exercise import Exercise, call
+from rpa.check import haste
+from rpa.check.errors import WrongResult
+from rpa.check.exercise import Exercise
 from rpa.dense import oracle
 from rpa.paging import cdiv
 
@@ -131,6 +132,21 @@ def _negative(kv_len, q_len, q_block, bq, sliding_window):
     return start, end
 
 
+@block_keys.mistake(
+    "every block is taken for the first one: block q_block begins q_block * bq later"
+)
+def _first_block_only(kv_len, q_len, q_block, bq, sliding_window):
+    return _block_keys(kv_len, q_len, 0, bq, sliding_window)
+
+
+@block_keys.mistake(
+    "the window is counted from kv_len, as for a decode; the block's first query stands earlier"
+)
+def _window_from_kv_len(kv_len, q_len, q_block, bq, sliding_window):
+    _, end = _block_keys(kv_len, q_len, q_block, bq, sliding_window)
+    return _first_seen(kv_len - 1, sliding_window), end
+
+
 # 7.2 the next step --------------------------------------------------------------------------------
 
 
@@ -161,6 +177,7 @@ next_step = Exercise("7.2", _next_step, outputs=("seq", "q_block", "kv_block"), 
 next_step.case("the next KV block of a decode", **_at([1, 1, 1], [7, 9, 20], (2, 0, 0)))
 next_step.case("the next sequence", **_at([1, 1, 1], [9, 20, 3], (1, 0, 2)))
 next_step.case("the next query block of a chunk", **_at([14], [30], (0, 1, 2)))
+next_step.case("the second query block of four", **_at([16], [23], (0, 1, 1)))
 next_step.case("a query block that needs one KV block more", **_at([8], [21], (0, 0, 1)))
 next_step.case(
     "an early query block, which sees less than there is", **_at([12, 1], [20, 5], (0, 0, 1))
@@ -227,6 +244,11 @@ _wrong_step(
     "a query block ends where it begins: block q_block ends with token (q_block + 1) * bq",
     end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + q_block * bq,
 )
+_wrong_step(
+    "the end of the next query block is taken: block q_block ends with token (q_block + 1) * bq, "
+    "so a later block's keys, which it does not see, are fetched",
+    end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + min((q_block + 2) * bq, q_len),
+)
 _wrong_step("the KV blocks are not begun anew with a new query block", keeps_kv=True)
 _wrong_step("the query blocks are not begun anew with a new sequence", keeps_q=True)
 _wrong_step(
@@ -241,6 +263,14 @@ _wrong_step(
     "there is one query block too many: where q_len ends exactly with a block, no other one "
     "follows",
     num_q=_one_more,
+)
+_wrong_step(
+    "every sequence has one query block too many: their numbers end at cdiv(q_len, bq) - 1",
+    num_q=lambda q_len, bq: cdiv(q_len, bq) + 1,
+)
+_wrong_step(
+    "every query block has one KV block too many: their numbers end at cdiv(end, bkv) - 1",
+    num_kv=lambda end, bkv: cdiv(end, bkv) + 1,
 )
 _wrong_step(
     "there is one KV block too many: where the keys end exactly with a block, no other one follows",
@@ -374,6 +404,13 @@ def _names_swapped(q_position, bq_c, kv_position, bkv_c, sliding_window):
     return {"interior": "masked", "masked": "interior"}.get(kind, kind)
 
 
+@tile_kind.mistake("the last query is taken one too late: it stands at q_position + bq_c - 1")
+def _last_query_too_late(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    if q_position + bq_c == kv_position:
+        return "masked"
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+
+
 # 7.4 the distribution of a batch whose order is fixed ---------------------------------------------
 
 
@@ -471,12 +508,40 @@ def _decode_ends_chunks(q_lens, chunk_prefill_size):
     return ints(i, min([j, *short]), k)
 
 
+@distribution.mistake("idle slots are not counted in k: it is where the last range ends, a slot")
+def _without_idle(q_lens, chunk_prefill_size):
+    i, j, _ = _distribution(q_lens, chunk_prefill_size)
+    return ints(i, j, int((q_lens > 0).sum()))
+
+
+@distribution.mistake("a decode is not counted as one: it has one new token, so <= 1 and not < 1")
+def _no_decode(q_lens, chunk_prefill_size):
+    i = int(np.logical_and.accumulate(q_lens < 1).sum())
+    rest = _distribution(np.maximum(q_lens[i:], 2), chunk_prefill_size)
+    return ints(i, i + rest[1], len(q_lens))
+
+
+@distribution.mistake(
+    "without a chunk_prefill_size j is 0: the ranges are neighbours, so an empty one begins and "
+    "ends at i"
+)
+def _j_is_zero(q_lens, chunk_prefill_size):
+    i, j, k = _distribution(q_lens, chunk_prefill_size)
+    return ints(i, 0 if chunk_prefill_size is None else j, k)
+
+
 # 7.5 run it ---------------------------------------------------------------------------------------
 
 
 def _arrival_spans(q_lens):
     ends = np.cumsum(q_lens)
     return [(int(end - q_len), int(end)) for q_len, end in zip(q_lens, ends, strict=True)]
+
+
+GIVEN_AWAY = (
+    "your function gives the caller's cache away: unless it is told donate=False, rung 7 updates "
+    "the cache in place, and the array that it was called with is deleted"
+)
 
 
 def _numpy_step(
@@ -505,13 +570,16 @@ def _serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
 
 
 def _step_arguments(q_lens, kv_lens, page_table):
-    """A case of 4 query heads and 2 KV heads of 64, pages of 8; the lengths stay NumPy."""
-    num_tokens, kv_cache = sum(q_lens), RNG.standard_normal((12, 8, 4, 1, 128))
+    """A case of 2 query heads and a KV head of 64, rows of two pages of 128; lengths stay NumPy.
+
+    Every head, and every page of a block, is code that has to be compiled.
+    """
+    num_tokens, kv_cache = sum(q_lens), RNG.standard_normal((8, 128, 2, 1, 128))
     kv_cache[..., 64:] = 0
     return {
-        "queries": RNG.standard_normal((num_tokens, 4, 64)).astype(np.float32),
-        "keys": RNG.standard_normal((num_tokens, 2, 64)).astype(np.float32),
-        "values": RNG.standard_normal((num_tokens, 2, 64)).astype(np.float32),
+        "queries": RNG.standard_normal((num_tokens, 2, 64)).astype(np.float32),
+        "keys": RNG.standard_normal((num_tokens, 1, 64)).astype(np.float32),
+        "values": RNG.standard_normal((num_tokens, 1, 64)).astype(np.float32),
         "kv_cache": kv_cache.astype(np.float32),
         "q_lens": ints(*q_lens),
         "kv_lens": ints(*kv_lens),
@@ -519,22 +587,16 @@ def _step_arguments(q_lens, kv_lens, page_table):
     }
 
 
-@contextlib.contextmanager
-def _compiled_in_haste():
-    """What runs for a moment need not be optimised: that is a quarter of the time of this check."""
-    name, on_tpu = "jax_disable_most_optimizations", jax.default_backend() == "tpu"
-    before = jax.config.values[name]
-    jax.config.update(name, before or not on_tpu)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-def drive_step(function, *arguments):
+def drive_step(function, queries, keys, values, kv_cache, *lengths):
     """The results of a step by the learner's function, or by a model of it."""
-    with _compiled_in_haste():
-        return call(function, *arguments)
+    if function.__module__ == __name__:
+        return function(queries, keys, values, kv_cache, *lengths)
+    callers = jnp.array(kv_cache)
+    with haste.rung_7():
+        results = function(queries, keys, values, callers, *lengths)
+    if callers.is_deleted():
+        raise WrongResult(GIVEN_AWAY)
+    return results
 
 
 serve_step = Exercise(
@@ -548,11 +610,11 @@ serve_step = Exercise(
 )
 serve_step.case(
     "two decodes and a chunk, in order",
-    **_step_arguments([1, 1, 6], [5, 17, 9], [[3, 0, 0], [7, 1, 4], [2, 5, 0]]),
+    **_step_arguments([1, 1, 6], [5, 217, 133], [[3, 0], [7, 1], [2, 5]]),
 )
 serve_step.case(
     "a prompt arrives first, and a chunk last",
-    **_step_arguments([4, 1, 3], [4, 12, 20], [[6, 0, 0], [9, 8, 0], [11, 2, 10]]),
+    **_step_arguments([4, 1, 3], [4, 140, 250], [[6, 0], [4, 3], [2, 5]]),
 )
 
 
@@ -626,3 +688,36 @@ def _old_cache(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
 @serve_step.mistake("keys and values are swapped")
 def _swapped(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
     return _numpy_step(queries, values, keys, kv_cache, q_lens, kv_lens, page_table)
+
+
+@serve_step.mistake(
+    "the scale is that of a row of the cache, which is padded to 128 lanes: heads have head_dim of "
+    "them, queries.shape[-1]"
+)
+def _scaled_by_lanes(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    arguments = queries, keys, values, kv_cache, q_lens, kv_lens, page_table
+    return _numpy_step(*arguments, sm_scale=kv_cache.shape[-1] ** -0.5)
+
+
+@serve_step.mistake(
+    "the page table is passed as it arrived, and the sequences are in another order: everybody "
+    "gets somebody else's pages. batch.page_indices has its rows in order"
+)
+def _table_not_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    table = np.asarray(page_table)[np.argsort(_order(q_lens))]
+    return _serve_step(queries, keys, values, kv_cache, q_lens, kv_lens, table)
+
+
+@serve_step.mistake(
+    "the kv_lens are passed as they arrived, and the sequences are in another order: batch.kv_lens"
+)
+def _lens_not_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    lens = np.asarray(kv_lens)[np.argsort(_order(q_lens))]
+    return _serve_step(queries, keys, values, kv_cache, q_lens, lens, page_table)
+
+
+@serve_step.mistake("the queries were put in order, and keys and values were not")
+def _only_queries_ordered(queries, keys, values, kv_cache, q_lens, kv_lens, page_table):
+    back = np.argsort(_rows_in_order(q_lens))
+    new = np.asarray(keys)[back], np.asarray(values)[back]
+    return _serve_step(queries, *new, kv_cache, q_lens, kv_lens, page_table)

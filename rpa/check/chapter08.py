@@ -52,6 +52,7 @@ name_the_bound = Exercise(
 )
 name_the_bound.case("ten bundles", **_listing(10, 4, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("more slots, less full", **_listing(10, 4, MATMUL=(9, 1), VALU=(28, 4)))
+name_the_bound.case("two are full", **_listing(20, 4, MATMUL=(17, 1), VALU=(76, 4)))
 name_the_bound.case("nobody is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
 name_the_bound.case("busy, and waiting for HBM", **_listing(10, 12, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("idle, and waiting for HBM", **_listing(10, 11, MATMUL=(2, 1), VALU=(8, 4)))
@@ -124,6 +125,29 @@ def _parts_are_units(bundles, slots, capacity, hbm_cycles):
     return _fullest(last_first), bundles
 
 
+@name_the_bound.mistake("the first unit with 80 % or more is named; asked is the fullest one")
+def _first_full(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    share = _shares(bundles, slots, capacity)
+    return next((unit for unit in share if share[unit] >= 0.8), "latency"), bundles
+
+
+@name_the_bound.mistake(
+    "no unit is ever full: a share is a part between 0 and 1 (0.8, not 80), and the fullest unit "
+    "decides, not the mean of all"
+)
+def _always_latency(bundles, slots, capacity, hbm_cycles):
+    return ("HBM", hbm_cycles) if hbm_cycles > bundles else ("latency", bundles)
+
+
+@name_the_bound.mistake("HBM binds where it needs just as many cycles: it has to need more")
+def _hbm_when_equal(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles >= bundles:
+        return "HBM", hbm_cycles
+    return _name_the_bound(bundles, slots, capacity, hbm_cycles)
+
+
 # 8.2 banks ----------------------------------------------------------------------------------------
 
 
@@ -181,6 +205,13 @@ def _without_stride(stride, num_banks, rows):
 )
 def _divisor(stride, num_banks, rows):
     return int(np.gcd(stride, num_banks))
+
+
+@loads_per_register.mistake(
+    "the bank of a row is r // num_banks: neighbours lie in different banks"
+)
+def _divided(stride, num_banks, rows):
+    return int(np.bincount(stride * np.arange(rows) // num_banks).max())
 
 
 # 8.3 the order of the products --------------------------------------------------------------------
@@ -393,6 +424,52 @@ def _no_sum(q, k, v):
     return (_stacked(q, k, v) * sums).astype(np.float32)
 
 
+def _blocks(q, k, v):
+    """Weights of each head times the values of each: f32[heads, rows, heads, lanes]."""
+    heads = range(len(q))
+    return np.stack(
+        [np.stack([_attend_one(q[h], k[h], v[other]) for other in heads], axis=1) for h in heads]
+    ).astype(np.float32)
+
+
+@two_products.mistake(
+    "the rows of head 0 are taken for all heads: row h * rows + r belongs to row r of head h"
+)
+def _first_rows(q, k, v):
+    return _blocks(q, k, v)[0].swapaxes(0, 1)
+
+
+@two_products.mistake("the columns of all heads are added: each head wants its own only")
+def _all_columns(q, k, v):
+    return _blocks(q, k, v).sum(axis=2)
+
+
+@two_products.mistake("weights are powers of e (exp); rung 7 and this exercise take powers of 2")
+def _powers_of_e(q, k, v):
+    return _stacked(np.asarray(q) * np.float32(np.log2(np.e)), k, v)
+
+
+@two_products.mistake(
+    "the largest score is not subtracted: exp2 of a large one is infinite, and inf / inf is NaN"
+)
+def _no_maximum(q, k, v):
+    out = _stacked(q, k, v)
+    scores = np.asarray(q) @ np.swapaxes(np.asarray(k), 1, 2)
+    out[scores.max(axis=2) >= 128] = np.nan
+    return out
+
+
+@two_products.mistake(
+    "one largest score is subtracted for all rows: beside that of another head a row's own are so "
+    "small that all its weights are 0, and 0 / 0 is NaN"
+)
+def _one_maximum(q, k, v):
+    out = _stacked(q, k, v)
+    scores = np.asarray(q) @ np.swapaxes(np.asarray(k), 1, 2)
+    out[scores.max(axis=2) < scores.max() - 149] = np.nan
+    return out
+
+
 # 8.5 blocks under a budget ------------------------------------------------------------------------
 
 TOKEN_BYTES, ROW_BYTES, STATE_BYTES, SCORE_BYTES = 4096, 8192, 49_152, 24
@@ -412,8 +489,14 @@ def _steps(q_len, kv_len, bq, bkv, causal=True):
 
 def _cycles(q_len, kv_len, bq, bkv, **options):
     steps = _steps(q_len, kv_len, bq, bkv, **options)
-    hbm = steps * bkv * TOKEN_BYTES + 2 * q_len * ROW_BYTES
-    return max(hbm / BYTES_A_CYCLE, steps * bq * bkv / PAIRS_A_CYCLE) + STEP_CYCLES * steps
+    return _time(steps, q_len, bq, bkv)
+
+
+def _time(steps, q_len, bq, bkv, kv_tokens=None):
+    """Cycles of a chunk; K and V of `kv_tokens` are read, by default a block a step."""
+    kv_tokens = steps * bkv if kv_tokens is None else kv_tokens
+    hbm = (kv_tokens * TOKEN_BYTES + 2 * q_len * ROW_BYTES) / BYTES_A_CYCLE
+    return max(hbm, steps * bq * bkv / PAIRS_A_CYCLE) + STEP_CYCLES * steps
 
 
 def _best(candidates, fits, cost):
@@ -519,6 +602,51 @@ def _added_times(candidates, q_len, kv_len, vmem_budget_bytes):
     return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
 
 
+def _wrong_time(words, time):
+    """A mistake of the model of time: `time(steps, q_len, kv_len, bq, bkv)` in cycles."""
+
+    def choose(candidates, q_len, kv_len, vmem_budget_bytes):
+        def cost(bq, bkv):
+            return time(_steps(q_len, kv_len, bq, bkv), q_len, kv_len, bq, bkv)
+
+        return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+    choose_blocks.mistake(words)(choose)
+
+
+_wrong_time(
+    "K and V are read once, for all query blocks together: each query block reads them again, and "
+    "so larger ones save bytes",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv, cdiv(kv_len, bkv) * bkv),
+)
+_wrong_time(
+    "HBM is left out: with few queries a block it takes longer than the products",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, 0, bq, bkv, 0),
+)
+_wrong_time(
+    "the products are left out: with many queries a block they take longer than HBM",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, 0, bkv),
+)
+_wrong_time(
+    "the ends of the steps are left out: 300 cycles each",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv) - STEP_CYCLES * steps,
+)
+_wrong_time(
+    "the cached tokens are forgotten: a query block ends at kv_len - q_len + min(end, q_len)",
+    lambda _, q_len, kv_len, bq, bkv: _time(_steps(q_len, q_len, bq, bkv), q_len, bq, bkv),
+)
+
+
+@choose_blocks.mistake("a pair that takes just the budget is refused: it fits, <= and not <")
+def _not_quite(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates, q_len, kv_len, vmem_budget_bytes - 1)
+
+
+@choose_blocks.mistake("of two alike the last one is taken")
+def _last_of_alike(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates[::-1], q_len, kv_len, vmem_budget_bytes)
+
+
 # 8.6 predict MBU ----------------------------------------------------------------------------------
 
 
@@ -531,15 +659,20 @@ def _blocks_of(kv_lens, block_tokens):
     ]
 
 
-def _pipeline(tokens, copy_cycles, compute_cycles, buffers=2):
-    """When the last block is computed: copies in a row, each into a buffer that is free again."""
+def _clocks(tokens, copy_cycles, compute_cycles, buffers=2):
+    """When each block is copied and computed: copies in a row, each into a buffer that is free."""
     copied, computed = [], []
     for n, block_tokens in enumerate(tokens):
         free = computed[n - buffers] if n >= buffers else 0
         start = max(copied[-1] if copied else 0, free)
         copied.append(start + block_tokens * copy_cycles)
         computed.append(max(copied[-1], computed[-1] if computed else 0) + compute_cycles)
-    return computed[-1]
+    return copied, computed
+
+
+def _pipeline(*arguments, **options):
+    """When the last block is computed."""
+    return _clocks(*arguments, **options)[1][-1]
 
 
 def _mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
@@ -631,3 +764,43 @@ def _scaled_compute(kv_lens, block_tokens, copy_cycles, compute_cycles):
         share = compute_cycles * size / block_tokens
         computed.append(max(copied[-1], computed[-1] if computed else 0) + share)
     return sum(tokens) * copy_cycles / computed[-1]
+
+
+def _wrong_mbu(words, mbu):
+    """A mistake in the end: `mbu(copying, time, tokens, copy_cycles, compute_cycles)`."""
+
+    def predict(kv_lens, block_tokens, copy_cycles, compute_cycles):
+        tokens = _blocks_of(kv_lens, block_tokens)
+        time = _pipeline(tokens, copy_cycles, compute_cycles)
+        return mbu(sum(tokens) * copy_cycles, time, tokens, copy_cycles, compute_cycles)
+
+    predict_mbu.mistake(words)(predict)
+
+
+_wrong_mbu(
+    "there are three buffers: with two, a copy waits until the block before the last is computed",
+    lambda copying, time, tokens, *cycles: copying / _pipeline(tokens, *cycles, buffers=3),
+)
+_wrong_mbu(
+    "the time ends with the last copy: the last block is still to be computed then",
+    lambda copying, time, tokens, *cycles: copying / _clocks(tokens, *cycles)[0][-1],
+)
+_wrong_mbu(
+    "it is the part of the time in which the core computes; asked is that of the HBM",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: len(tokens) * compute_cycles / time,
+)
+_wrong_mbu(
+    "the fraction is upside down: MBU is at most 1",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: time / copying,
+)
+
+
+@predict_mbu.mistake("computing takes compute_cycles for each token; it does for each block")
+def _compute_a_token(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    cycles = copy_cycles, compute_cycles * block_tokens
+    return _scaled_compute(kv_lens, block_tokens, *cycles)
+
+
+@predict_mbu.mistake("blocks go on over the end of a sequence: each sequence begins a new one")
+def _across_sequences(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    return _mbu(kv_lens.sum(keepdims=True), block_tokens, copy_cycles, compute_cycles)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from rpa import compat
+from rpa.check import haste
 from rpa.check.errors import CannotShip, WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.shipping import pack
@@ -69,6 +70,18 @@ def _harmonic(times_us, baseline_us):
     return 1 / (times_us / baseline_us).mean()
 
 
+@overall.mistake(
+    "the median is taken: it looks at one or two cases, and forgets how far off the others are"
+)
+def _median(times_us, baseline_us):
+    return np.median(baseline_us / times_us)
+
+
+@overall.mistake("it is the mean of the logarithms; np.exp brings it back")
+def _logarithm(times_us, baseline_us):
+    return np.log(baseline_us / times_us).mean()
+
+
 # 10.2 the time of a call --------------------------------------------------------------------------
 
 
@@ -95,6 +108,13 @@ call_time.case(
     once_us=floats(480, 450, 450),
     twice_us=floats(500, 850, 852),
     calls=100,
+)
+
+call_time.case(
+    "a shorter loop was disturbed so much that the longer one took less time",
+    once_us=floats(80, 80, 200, 81, 80),
+    twice_us=floats(111, 110, 110, 110, 112),
+    calls=10,
 )
 
 
@@ -129,6 +149,23 @@ def _divided_twice(once_us, twice_us, calls):
 )
 def _medians_first(once_us, twice_us, calls):
     return (np.median(twice_us) - np.median(once_us)) / calls
+
+
+@call_time.mistake(
+    "the sign of the differences is taken away: where the shorter loop was disturbed one may be "
+    "negative, and has to stay below the median, not go above it"
+)
+def _absolute(once_us, twice_us, calls):
+    return np.median(np.abs(twice_us - once_us) / calls)
+
+
+@call_time.mistake(
+    "samples with a negative difference are left out: then only those that were disturbed upwards "
+    "are left, and the median moves with them"
+)
+def _positive_only(once_us, twice_us, calls):
+    samples_us = (twice_us - once_us) / calls
+    return np.median(samples_us[samples_us > 0])
 
 
 # 10.3 neighbours in one copy ----------------------------------------------------------------------
@@ -209,6 +246,32 @@ def _last_left_out(pages, most):
     return _runs(pages, most)[:-1]
 
 
+@page_runs.mistake(
+    "a page that stands there twice is copied once: each of its places needs its tokens"
+)
+def _once_each(pages, most):
+    return _runs(pages, most, order=lambda pages: dict.fromkeys(pages.tolist()))
+
+
+@page_runs.mistake(
+    "the second number is the last page of the run; it should say how many there are"
+)
+def _last_page(pages, most):
+    return [(first, first + size - 1) for first, size in _page_runs(pages, most)]
+
+
+@page_runs.mistake(
+    "the second number is where the run ends; it should say how many pages there are"
+)
+def _end_of_run(pages, most):
+    return [(first, first + size) for first, size in _page_runs(pages, most)]
+
+
+@page_runs.mistake("each page is a copy of its own: neighbours can share one")
+def _page_by_page(pages, most):
+    return _runs(pages, 1)
+
+
 # 10.4 two parts of one attention ------------------------------------------------------------------
 
 
@@ -282,12 +345,43 @@ def _lse_of_larger(output_a, lse_a, output_b, lse_b):
     return _merge(output_a, lse_a, output_b, lse_b)[0], np.maximum(lse_a, lse_b)
 
 
+@merge.mistake(
+    "`lse` lacks what was subtracted: the larger of the two has to be added to the logarithm again"
+)
+def _lse_without_largest(output_a, lse_a, output_b, lse_b):
+    output, lse = _merge(output_a, lse_a, output_b, lse_b)
+    return output, lse - np.maximum(lse_a, lse_b)
+
+
+@merge.mistake("the mean of the log-sum-exps is returned: it is their exponentials that add up")
+def _lse_mean(output_a, lse_a, output_b, lse_b):
+    return _merge(output_a, lse_a, output_b, lse_b)[0], (lse_a + lse_b) / 2
+
+
+@merge.mistake("powers and logarithms are those of 2; `lse` is a natural logarithm")
+def _powers_of_two(output_a, lse_a, output_b, lse_b):
+    factor = np.float32(np.log(2))  # 2^x is e^(x log 2)
+    output, lse = _merge(output_a, lse_a * factor, output_b, lse_b * factor)
+    return output, lse / factor
+
+
+@merge.mistake("the smaller of the two is subtracted: then the larger weight overflows")
+def _smaller_subtracted(output_a, lse_a, output_b, lse_b):
+    smallest = np.minimum(lse_a, lse_b)
+    with np.errstate(over="ignore", invalid="ignore"):
+        output, lse = _no_maximum(output_a, lse_a - smallest, output_b, lse_b - smallest)
+        return output, smallest + lse
+
+
 # 10.5 the challenge -------------------------------------------------------------------------------
 
 SCALE = 128**-0.5
 
+PAGE_SIZE = 128
+"""That of the challenge. Smaller pages are more copies in a row, and take longer to compile."""
 
-_results = {}  # of entries that have run, by `_fingerprint`: one takes ten seconds
+
+_results = {}  # of entries that have run, by `_fingerprint`: one takes some seconds
 
 
 def _fingerprint(function) -> str | None:
@@ -316,22 +410,34 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
     """(output, kv_cache) of an entry in the interpreter.
 
     Raises:
-        WrongResult: if it returns something else than two arrays.
+        WrongResult: if it donates the cache, or returns something else than two arrays.
     """
     options = {"sm_scale": SCALE, "backend": compat.interpreter_params()}
-    # It runs for a moment: optimising its interpreter would take longer.
-    attend = jax.jit(
-        lambda *arrays: function(*arrays, batch, **options),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    attend = jax.jit(lambda *arrays: function(*arrays, batch, **options))
     with jax.default_device(jax.devices("cpu")[0]):
-        results = attend(queries, keys, values, kv_cache)
+        traced = attend.trace(queries, keys, values, kv_cache)
+        if _gives_away(traced.jaxpr.jaxpr, argument=3):
+            raise WrongResult(
+                "your function gives the caller's cache away: pass donate=False to rung 7, which "
+                "otherwise updates it in place"
+            )
+        compiled = traced.lower().compile(compiler_options=haste.options())
+        results = compiled(queries, keys, values, kv_cache)
     if not (isinstance(results, tuple | list) and len(results) == 2):
         raise WrongResult(
             f"your function returns a {type(results).__name__}, expected a tuple of two arrays: "
             "(output, kv_cache)"
         )
     return tuple(np.asarray(result) for result in results)
+
+
+def _gives_away(jaxpr, argument) -> bool:
+    """Whether a trace donates this argument to a function that it calls."""
+    return any(
+        donated and variable is jaxpr.invars[argument]
+        for eqn in jaxpr.eqns
+        for variable, donated in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+    )
 
 
 def _attend(queries, keys, values, kv_cache, batch, *, sm_scale=SCALE, store=True, mask=True,
@@ -372,10 +478,10 @@ def _right(queries, keys, values, kv_cache, batch):
 
 
 def _step_arguments():
-    """Two decodes that share their first page, one of its own, a chunk behind 10 cached tokens."""
-    table = [[3, 1, 0], [3, 5, 0], [7, 2, 0], [6, 4, 8]]
-    batch, _ = RaggedBatch.from_lengths([1, 1, 1, 10], [11, 15, 5, 20], table)
-    shapes = [(13, 2, 128), (13, 1, 128), (13, 1, 128), (9, 8, 2, 1, 128)]
+    """Two decodes that share their first page, one of its own, a chunk behind 123 cached tokens."""
+    table = [[3, 1], [3, 5], [7, 2], [6, 4]]
+    batch, _ = RaggedBatch.from_lengths([1, 1, 1, 10], [131, 140, 77, 133], table)
+    shapes = [(13, 2, 128), (13, 1, 128), (13, 1, 128), (8, PAGE_SIZE, 2, 1, 128)]
     names = ("queries", "keys", "values", "kv_cache")
     arrays = {
         name: RNG.standard_normal(shape).astype(np.float32)
@@ -423,7 +529,7 @@ def _entry_rounded(*arrays):
     "the shared page is read for the first sequence only, and its part is merged into nobody else"
 )
 def _entry_prefix_dropped(*arrays):
-    return _attend(*arrays, seen=lambda s, kv_len: 8 if s == 1 else 0)
+    return _attend(*arrays, seen=lambda s, kv_len: PAGE_SIZE if s == 1 else 0)
 
 
 @entry.mistake("the cached tokens are not read: only the new ones are attended to")
