@@ -124,7 +124,8 @@ peers: env
 	$(BIN)/python -m pip $(PIP_INSTALL) --no-deps tpu-inference==$(PEER_VERSION)
 
 # Under an hour on two cores from an empty cache; BENCH=--quick under 10 minutes: the last line says
-# what it took, and how much was kept before. By its cells 55 minutes of one processor, --quick 5
+# what it took, and how much was kept before. Estimated from its cells: 55 minutes of one processor;
+# --quick took 5 with one worker
 # (2026-11, jax 0.10.2). BENCH takes any option of `python -m rpa lab all`.
 BENCH ?=
 bench: env peers
