@@ -376,12 +376,20 @@ for size in (None, 512):
 # %%
 bf16 = np.dtype(jnp.bfloat16)
 llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
+
+
+def plan_for(case, max_q_len):
+    def plan(sizes, turns_ahead):
+        return Plan(llama, case, sizes, False, True, max_q_len, turns_ahead=turns_ahead)
+
+    sizes = blocks.default_block_sizes(llama, case, max_q_len)
+    return blocks.plan_ahead(plan, sizes, chips.chip("tpu7x").vmem_bytes)
+
+
 for case, max_q_len in cases.cases_of(512):
-    chosen = blocks.default_block_sizes(llama, case, max_q_len)
-    plan = Plan(llama, case, chosen, False, True, max_q_len)
-    print(
-        f"{case.label:8} {chosen}, {sum(blocks.vmem_bytes(plan).values()) / 2**20:5.1f} MiB of VMEM"
-    )
+    plan = plan_for(case, max_q_len)
+    needed_mib = sum(blocks.vmem_bytes(plan).values()) / 2**20
+    print(f"{case.label:8} {plan.blocks}, {plan.turns_ahead} turns ahead: {needed_mib:4.1f} MiB")
 
 # %% [markdown]
 # What is in a promise? The decode kernel looks at one query of each of its sequences and no more. A
