@@ -19,8 +19,8 @@ from rpa._repository import BRANCH, REPOSITORY  # noqa: E402
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
 
-TABLES = ("decode", "step", "mixed", "whole batches", "prefill", "mixed batch", "sliding window")
-"""Tables of the lab between `<!-- schedule -->` and its end; the others are in `make bench`."""
+TABLES = ("decode", "mixed", "whole batches")
+"""Tables of the lab between `<!-- schedule -->` and its end; docs/bench.md has all of them."""
 
 
 def chapter_table() -> str:
