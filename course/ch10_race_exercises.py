@@ -484,7 +484,7 @@ leaderboard.enter(my_attention, "my first entry")
 
 # %% [markdown]
 # Where libtpu is installed, `leaderboard.enter(my_attention, "my first entry", chip="v5e")` also
-# compiles it for a v5e and executes its schedule. That takes some minutes, so it is not run here.
+# compiles it for a v5e and executes its schedule. That takes a minute, so it is not run here.
 
 # %% [markdown] tags=["explanation"]
 # One query block instead of four: the sequence of the chunk is read once, and the table says how

@@ -116,6 +116,20 @@ def test_shrinking_keeps_blocks_legal_and_ends():
         blocks.shrink_to_fit(make_plan, big, 2**20)
 
 
+def test_copies_run_as_far_ahead_as_vmem_allows():
+    problem = make_problem((32, 8), 128, page_size=128, pages_per_seq=64)
+    options = {"interpret": False, "is_last": False, "max_q_len": 1}
+
+    def make_plan(sizes, turns_ahead):
+        return Plan(problem, Case.DECODE, sizes, turns_ahead=turns_ahead, **options)
+
+    sizes = BlockSizes(1, 1024, 1, 512)
+    needed = [sum(blocks.vmem_bytes(make_plan(sizes, turns)).values()) for turns in (1, 2, 3)]
+    assert needed == sorted(needed)
+    for limit, turns in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
+        assert blocks.plan_ahead(make_plan, sizes, limit).turns_ahead == turns
+
+
 def test_decode_stacks_heads_until_the_rows_are_full():
     """(num_q_heads, num_kv_heads): KV heads in one dot."""
     expected = {(32, 8): 4, (8, 1): 1, (9, 3): 3, (12, 2): 2, (32, 32): 4, (64, 8): 2}

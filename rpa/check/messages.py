@@ -78,8 +78,10 @@ def praise(exercise: Exercise, function: Callable) -> str:
     """What was verified, for a right answer."""
     name = getattr(function, "__name__", "your function")
     titles = "; ".join(case.title for case in exercise.cases)
+    count = len(exercise.cases)
+    agree = "1 case agrees" if count == 1 else f"{count} cases agree"
     text = (
-        f"✓ Exercise {exercise.number}: {name} is right. {len(exercise.cases)} cases agree with "
-        f"the reference ({titles}), and none of the {len(exercise.mistakes)} known mistakes."
+        f"✓ Exercise {exercise.number}: {name} is right. {agree} with the reference ({titles}), "
+        f"and none of the {len(exercise.mistakes)} known mistakes."
     )
     return textwrap.fill(text, 100)

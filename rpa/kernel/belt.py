@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 
 from rpa import compat
 from rpa.kernel import walk
-from rpa.kernel.plan import STEP_WORDS, TABLE_TURNS
+from rpa.kernel.plan import TABLE_TURNS
+from rpa.kernel.walk import STEP_WORDS
 
 
 class Turn(NamedTuple):

@@ -27,6 +27,7 @@ import numpy as np
 from rpa import compat
 from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
+from rpa.kernel.walk import STEP_WORDS
 from rpa.paging import LANES, cdiv, packing_of
 
 TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
@@ -37,9 +38,6 @@ PAGES_PER_TURN = 8
 
 TABLE_TURNS = 2
 """Turns from a copy of page-table entries to its use: a short turn ends before it arrives."""
-
-STEP_WORDS = 8
-"""Words of a step on the belt."""
 
 MAX_TOKENS_OF_FOUR = 256
 """KV blocks of a decode with a window this short are computed by fours, not by twos."""

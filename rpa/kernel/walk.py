@@ -44,6 +44,10 @@ class Step(NamedTuple):
     kv_slot: Any  # which buffer holds the KV block
 
 
+STEP_WORDS = len(Sequence._fields) + len(Step._fields) - 1
+"""Words of a step on the belt, see `belt`."""
+
+
 class QueryBlock(NamedTuple):
     """bq query tokens of a sequence, and the keys that at least one of them sees."""
 
