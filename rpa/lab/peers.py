@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable
 from unittest import mock
@@ -41,6 +42,10 @@ V3_BLOCKS_TPU7X = (256, 1024, 128, 512)
 _V3 = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 _BATCHED = "tpu_inference.kernels.experimental.batched_rpa."
 _JAX = "jax.experimental.pallas.ops.tpu.ragged_paged_attention."
+
+
+_patching = threading.Lock()
+"""Of two threads that patch the same module, one would put back what the other has put there."""
 
 
 class PeerAbsent(ImportError):
@@ -92,7 +97,7 @@ def v3(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distri
     kernel = _load("v3", _V3)
     # The function inside its jit: the caller's own jit says what is donated.
     attend = inspect.unwrap(kernel.ragged_paged_attention)
-    with mock.patch.object(kernel, "get_tpu_version", lambda: generation):
+    with _patching, mock.patch.object(kernel, "get_tpu_version", lambda: generation):
         return attend(
             *(queries, keys, values, kv_cache),
             *(kv_lens, page_indices, cu_q_lens, distribution),
