@@ -603,6 +603,7 @@ copy_cycles, compute_cycles = hbm_cycles("tpu7x", 1024), 2400
 latency_cycles = FITTED.latency_us * 1e-6 * chips.chip("tpu7x").clock_hz
 
 
+# %%
 def cycles_per_turn(ahead, num_turns=200):
     """What a turn takes, if HBM takes one copy after the other and each arrives late."""
     ends, hbm_free = [0], 0
@@ -612,6 +613,7 @@ def cycles_per_turn(ahead, num_turns=200):
     return ends[-1] / num_turns
 
 
+# %%
 for ahead in (1, 2, 3, 4):
     cycles = cycles_per_turn(ahead)
     print(f"{ahead} ahead: {cycles:5,.0f} cycles a turn, MBU {copy_cycles / cycles:4.0%}")
