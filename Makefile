@@ -123,10 +123,10 @@ $(NEWEST_VENV)/ready: pyproject.toml
 peers: env
 	$(BIN)/python -m pip $(PIP_INSTALL) --no-deps tpu-inference==$(PEER_VERSION)
 
-# Under an hour on two cores from an empty cache; BENCH=--quick under 10 minutes: the last line says
-# what it took, and how much was kept before. Estimated from its cells: 55 minutes of one processor;
-# --quick took 5 with one worker
-# (2026-11, jax 0.10.2). BENCH takes any option of `python -m rpa lab all`.
+# Under an hour on two cores from an empty cache: 33 minutes, 49 of one processor, table by table
+# (2026-11, jax 0.10.2; docs/bench.md is its output). BENCH=--quick takes under 10: it took 5 with one
+# worker. The last line says what it took, and how much was kept before. BENCH takes any option of
+# `python -m rpa lab all`.
 BENCH ?=
 bench: env peers
 	$(BIN)/python -m rpa lab all $(BENCH)
