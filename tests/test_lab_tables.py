@@ -102,6 +102,7 @@ def test_quick_is_a_part_of_the_whole():
 
 def test_the_command_prints_tables_or_json(capsys, monkeypatch):
     monkeypatch.setattr(moved, "BATCHES", {"2 decodes": [(1, 300)] * 2})
+    monkeypatch.setattr(peers, "absence", lambda name: f"{name} is not installed.")
     assert main(["lab", "all", "--quick", "--table", "bytes moved", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     (ours, *_) = rows = told["tables"]["bytes moved"]["rows"]
@@ -119,9 +120,10 @@ def test_the_command_prints_tables_or_json(capsys, monkeypatch):
 
 def test_the_command_says_what_it_took(capsys, monkeypatch):
     monkeypatch.setattr(moved, "BATCHES", {"2 decodes": [(1, 300)] * 2})
+    monkeypatch.setattr(peers, "absence", lambda name: f"{name} is not installed.")
     assert main(["lab", "all", "--quick", "--table", "bytes moved"]) == 0
     *_, of_table, _, of_all = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"Cells: 2, the longest \d+ s: [\d.]+ minutes \(.* processor\)\.", of_table)
+    assert re.fullmatch(r"Cells: 1, the longest \d+ s: [\d.]+ minutes \(.* processor\)\.", of_table)
     assert re.fullmatch(r"All tables: .*; 0 schedules were compiled, \d+ kept before\.", of_all)
 
 
