@@ -5,8 +5,6 @@ table behind the live pages and in the metadata behind the last sequence. Tests 
 shape and options share one compilation, which is nearly all that a test costs.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,14 +162,14 @@ def test_13_default_blocks_fit_in_vmem(chip):
         problem = make_problem(heads, head_dim, kv=dtype, page_size=16, pages_per_seq=8192)
         for case in (Case.DECODE, Case.MIXED):
             sizes = blocks.default_block_sizes(problem, case, None)
-            options = {"interpret": False, "is_last": True}
-            make_plan = partial(_planned, problem, case, **options)
-            plan = blocks.shrink_to_fit(make_plan, sizes, limit)
+            plan = blocks.shrink_to_fit(
+                lambda sizes, problem=problem, case=case: Plan(
+                    problem, case, sizes, interpret=False, is_last=True
+                ),
+                sizes,
+                limit,
+            )
             assert sum(blocks.vmem_bytes(plan).values()) <= limit
-
-
-def _planned(problem, case, sizes, turns_ahead, **options):
-    return Plan(problem, case, sizes, turns_ahead=turns_ahead, **options)
 
 
 def test_13_blocks_that_do_not_fit_name_what_to_shrink():

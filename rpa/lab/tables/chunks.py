@@ -20,6 +20,9 @@ SWEPT = {
 contain: v3's is 4,096 with 8 heads. `batched` sizes its block by bytes and has no block of 1,024
 that is the same."""
 
+TOO_LARGE = {("tpu7x", 8, 4096), ("tpu7x", 2, 4096)}
+"""(chip, KV heads, block) of rung 7 that VMEM has no room for: not tried."""
+
 V3_FEW_HEADS = (BLOCK, 4096, 8192)
 """With 2 heads v3's own block is 16,384 tokens, with 1 as large as the table of pages: the runs
 that are compared would be one block each. 8,192 is the largest that they are whole blocks of."""
@@ -33,6 +36,7 @@ def _decode_cells(heads):
             for chip in scope.chips
             for kernel in scope.kernels
             for block in swept(kernel, n)
+            if not (kernel == "rpa" and (chip, n, block) in TOO_LARGE)
             if not (scope.quick and block not in (None, BLOCK))
         ]
 
@@ -64,10 +68,7 @@ def _decode(**cell):
 
 
 def _finish_decode(rows):
-    """The row at BLOCK and the best row of each kernel, each beside v3's.
-
-    A block that does not fit in the chip's VMEM is no row of its own, where another one does.
-    """
+    """The row at BLOCK and the best row of each kernel, each beside v3's."""
     kept = []
     for place in dict.fromkeys((row["kv heads"], row["chip"]) for row in rows):
         mine = [row for row in rows if (row["kv heads"], row["chip"]) == place]
@@ -78,6 +79,7 @@ def _finish_decode(rows):
             best = min(known, key=lambda row: row["bundles"], default=of_kernel[0])
             tried = "own" if best["block"] is None else f"{best['block']:,}"
             kept.append(best | {"at": "best", "best block": tried})
+            kept += [row | {"at": "best"} for row in of_kernel if "note" in row and row != best]
     return beside_v3(kept, ["kv heads", "chip", "at"], "bundles")
 
 
