@@ -5,13 +5,15 @@ table behind the live pages and in the metadata behind the last sequence. Tests 
 shape and options share one compilation, which is nearly all that a test costs.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rpa import chips, compat
-from rpa.kernel import blocks, ragged_paged_attention
+from rpa.kernel import blocks, ragged_paged_attention, walk
 from rpa.kernel.cases import Case
 from rpa.kernel.plan import TABLE_TILE_WORDS, Plan
 from tests.batches import Shape, bits, make_case
@@ -49,6 +51,14 @@ def test_03_wrong_distribution_is_refused():
     case.batch = with_distribution(case.batch, 3, 3, 3)
     with pytest.raises(ValueError, match="sequence 1 has q_len 3, but distribution says"):
         ragged_paged_attention(*case.arrays, *case.metadata)
+
+
+def test_03_a_negative_distribution_reads_nothing_before_the_arrays():
+    plan = SimpleNamespace(max_q_len=1, problem=SimpleNamespace(max_num_seqs=2))
+    lengths = SimpleNamespace(kv_lens=jnp.array([3, 5]), cu_q_lens=jnp.array([0, 1, 2]))
+    for first, end in [(0, -1), (-2, -1), (-2, 2)]:
+        step = walk.first_step(plan, lengths, jnp.int32(first), jnp.int32(end))
+        assert step.seq.index == 0, "an index that is not below `end` ends the walk"
 
 
 def test_03_wrong_distribution_harms_nobody_else():

@@ -120,7 +120,9 @@ def first_active(plan, refs, index, end):
 def first_step(plan, refs, first, end):
     """The first step of the batch."""
     zero = jnp.int32(0)
-    index = first_active(plan, refs, jnp.minimum(first, end), end)
+    # From here on indices only grow, so a wrong `distribution` cannot make one negative.
+    first = jnp.maximum(jnp.minimum(first, end), 0)
+    index = first_active(plan, refs, first, end)
     return Step(_sequence_or_end(plan, refs, index, end), zero, zero, zero, zero)
 
 
