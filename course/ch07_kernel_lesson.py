@@ -279,8 +279,8 @@ assert by_kernel == by_walk
 
 # %% [markdown]
 # And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
-# the buffers that are not computed on begin before the computation ends, also from C to D; and each
-# piece of the table is there before the pages that it names are asked for.
+# the buffers that are not computed on begin before the computation ends, also from C to D. Above
+# them the pieces of the table: they overlap, and each tick asks for one, for pages of later turns.
 
 # %%
 labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")
@@ -379,11 +379,9 @@ llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
 
 
 def plan_for(case, max_q_len):
-    def plan(sizes, turns_ahead):
-        return Plan(llama, case, sizes, False, True, max_q_len, turns_ahead=turns_ahead)
-
     sizes = blocks.default_block_sizes(llama, case, max_q_len)
-    return blocks.plan_ahead(plan, sizes, chips.chip("tpu7x").vmem_bytes)
+    plan = Plan(llama, case, sizes, False, True, max_q_len)
+    return blocks.plan_ahead(plan, chips.chip("tpu7x").vmem_bytes)
 
 
 for case, max_q_len in cases.cases_of(512):

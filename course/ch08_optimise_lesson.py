@@ -490,11 +490,7 @@ llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
 
 def plan_for(case, max_q_len, sizes=None):
     chosen = sizes or blocks.default_block_sizes(llama, case, max_q_len)
-
-    def plan(sizes, turns_ahead):
-        return Plan(llama, case, sizes, False, True, max_q_len, turns_ahead=turns_ahead)
-
-    return blocks.plan_ahead(plan, chosen, 64 * 2**20)
+    return blocks.plan_ahead(Plan(llama, case, chosen, False, True, max_q_len), 64 * 2**20)
 
 
 for case, max_q_len in cases.cases_of(512):

@@ -1,5 +1,7 @@
 """The public function of rung 7: backends, block sizes, and errors in words before any work."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,9 +104,8 @@ def test_default_blocks_are_legal(case, page_size):
 def test_shrinking_keeps_blocks_legal_and_ends():
     problem = make_problem((64, 8), 256, kv="float32", page_size=16, pages_per_seq=4096)
 
-    def make_plan(sizes, turns_ahead):
-        options = {"interpret": False, "is_last": True, "turns_ahead": turns_ahead}
-        return Plan(problem, Case.MIXED, sizes, **options)
+    def make_plan(sizes):
+        return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
 
     big = BlockSizes(128, 8192, 128, 1024)
     for limit_mib in (256, 64, 48, 32):
@@ -118,16 +119,14 @@ def test_shrinking_keeps_blocks_legal_and_ends():
 
 def test_copies_run_as_far_ahead_as_vmem_allows():
     problem = make_problem((32, 8), 128, page_size=128, pages_per_seq=64)
-    options = {"interpret": False, "is_last": False, "max_q_len": 1}
-
-    def make_plan(sizes, turns_ahead):
-        return Plan(problem, Case.DECODE, sizes, turns_ahead=turns_ahead, **options)
-
     sizes = BlockSizes(1, 1024, 1, 512)
-    needed = [sum(blocks.vmem_bytes(make_plan(sizes, turns)).values()) for turns in (1, 2, 3)]
+    plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False, max_q_len=1)
+    needed = [
+        sum(blocks.vmem_bytes(replace(plan, turns_ahead=turns)).values()) for turns in (1, 2, 3)
+    ]
     assert needed == sorted(needed)
     for limit, turns in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
-        assert blocks.plan_ahead(make_plan, sizes, limit).turns_ahead == turns
+        assert blocks.plan_ahead(plan, limit).turns_ahead == turns
 
 
 def test_decode_stacks_heads_until_the_rows_are_full():

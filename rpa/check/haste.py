@@ -54,9 +54,7 @@ def rung_7() -> Iterator[None]:
 @functools.cache
 def _runs_in_haste():
     """By name in `api`; made once, because a `jax.jit` remembers what it has compiled."""
-    haste = functools.partial(
-        jax.jit, static_argnames=("plans", "options"), compiler_options=options()
-    )
+    haste = functools.partial(jax.jit, static_argnames=api.STATIC, compiler_options=options())
     return {
         "_run_on_copy": haste(api._run_on_copy),
         "_run_in_place": haste(api._run_in_place, donate_argnames="kv_cache"),

@@ -184,11 +184,11 @@ def ragged_paged_attention(
     )
 
 
-_STATIC = ("plans", "options")
-_run_in_place = partial(jax.jit, static_argnames=_STATIC, donate_argnames="kv_cache")(
+STATIC = ("plans", "options")
+_run_in_place = partial(jax.jit, static_argnames=STATIC, donate_argnames="kv_cache")(
     launch.run_plans
 )
-_run_on_copy = partial(jax.jit, static_argnames=_STATIC)(launch.run_plans)
+_run_on_copy = partial(jax.jit, static_argnames=STATIC)(launch.run_plans)
 
 
 def _choose_backend(backend):
@@ -276,12 +276,11 @@ def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, mach
         else:
             name = f"{letter}_block_sizes"
             sizes = blocks.check_block_sizes(name, sizes, problem)
-            plan = blocks.plan_ahead(make_plan, sizes, vmem_limit_bytes)
+            plan = blocks.plan_ahead(make_plan(sizes), vmem_limit_bytes)
             blocks.check_fits(name, plan, vmem_limit_bytes)
             plans.append(plan)
     return tuple(plans)
 
 
-def _make_plan(problem, case, max_q_len, is_last, machine, sizes, turns_ahead):
-    options = {"is_last": is_last, "max_q_len": max_q_len, "turns_ahead": turns_ahead}
-    return Plan(problem, case, sizes, **options, **machine)
+def _make_plan(problem, case, max_q_len, is_last, machine, sizes):
+    return Plan(problem, case, sizes, is_last=is_last, max_q_len=max_q_len, **machine)

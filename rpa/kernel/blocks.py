@@ -4,6 +4,8 @@ A larger KV block means fewer waits and fewer turns of the loops; a larger query
 cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from rpa.chips import SUBLANES
@@ -145,30 +147,31 @@ def _down(x, multiple):
     return max(multiple, x // multiple * multiple)
 
 
-def plan_ahead(make_plan, sizes, vmem_limit_bytes):
-    """The plan for given blocks with as many turns ahead as fit, at least one.
+def plan_ahead(plan: Plan, vmem_limit_bytes) -> Plan:
+    """A plan with as many turns ahead as fit, at least one.
 
     Args:
-        make_plan: (BlockSizes, turns_ahead) to Plan.
-        sizes: the `BlockSizes`.
-        vmem_limit_bytes: VMEM that the plan may take.
-
-    Returns:
-        The `Plan`; it may take more than the limit if it is only one turn ahead.
+        plan: with its blocks; how far it runs ahead does not matter.
+        vmem_limit_bytes: VMEM that the plan may take; one turn ahead it may take more.
     """
-    plan = make_plan(sizes, 1)
     for turns in range(DECODE_TURNS_AHEAD if plan.is_decode else TURNS_AHEAD, 1, -1):
-        ahead = make_plan(sizes, turns)
-        if sum(vmem_bytes(ahead).values()) <= vmem_limit_bytes:
+        ahead = replace(plan, turns_ahead=turns)
+        if _fits(ahead, vmem_limit_bytes):
             return ahead
-    return plan
+    return replace(plan, turns_ahead=1)
+
+
+def _fits(plan, vmem_limit_bytes):
+    return sum(vmem_bytes(plan).values()) <= vmem_limit_bytes
 
 
 def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
     """Halve default sizes until they fit: first the KV block, then the tile.
 
     Args:
-        make_plan, sizes, vmem_limit_bytes: as for `plan_ahead`; the sizes to begin with.
+        make_plan: BlockSizes to Plan.
+        sizes: the `BlockSizes` to begin with.
+        vmem_limit_bytes: VMEM that the plan may take.
 
     Returns:
         The first Plan that fits.
@@ -176,12 +179,12 @@ def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
     Raises:
         ValueError: if not even the smallest blocks fit.
     """
-    plan = plan_ahead(make_plan, sizes, vmem_limit_bytes)
-    while sum(vmem_bytes(plan).values()) > vmem_limit_bytes:
+    plan = plan_ahead(make_plan(sizes), vmem_limit_bytes)
+    while not _fits(plan, vmem_limit_bytes):
         smaller = _smaller(plan)
         if smaller is None:
             check_fits("default blocks", plan, vmem_limit_bytes)
-        plan = plan_ahead(make_plan, smaller, vmem_limit_bytes)
+        plan = plan_ahead(make_plan(smaller), vmem_limit_bytes)
     return plan
 
 

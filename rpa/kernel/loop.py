@@ -21,7 +21,7 @@ def kernel(plan, names, *args):
     """The body of the `pallas_call`; `names` says what each positional ref is (see `launch`)."""
     refs = _Refs(names, args)
     first, end = plan.case.bounds(refs.distribution)
-    transfers.start(plan, refs)
+    transfers.clear(plan, refs)
     belt.clear(plan, refs, end)
 
     def serve_stations(carry):

@@ -30,8 +30,8 @@ STORE_LIMIT_BYTES = 4 * 2**20
 # --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
 
 
-def start(plan, refs):
-    """Nothing is on its way yet."""
+def clear(plan, refs):
+    """Note that nothing is on its way yet."""
     for word in range(walk.ROWS_LEAVING + plan.num_slots):
         refs.state[word] = jnp.int32(0)
 
