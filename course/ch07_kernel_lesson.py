@@ -272,8 +272,8 @@ def pages_fetched(step, bkv=16, page_size=8):
 
 
 by_walk = [page for step in decode_steps + mixed_steps for page in pages_fetched(step)]
-from_cache = [c for c in timeline.copies if c.source.buffer.shape == kv_cache.shape]
-by_kernel = [copy.source.index[0] for copy in from_cache if copy.target.buffer.space == "VMEM"]
+from_cache = [c for c in timeline.copies if c.source.buffer.name == "kv_cache"]
+by_kernel = [copy.source.index[0].start // 8 for copy in from_cache]
 print(by_kernel)
 assert by_kernel == by_walk
 
@@ -344,7 +344,7 @@ show_source(transfers._start_store)
 
 # %%
 token_bytes = kv_token_bytes(kv_cache.shape, f32)
-stores = [copy for copy in timeline.copies if copy.target.buffer.shape == kv_cache.shape]
+stores = [copy for copy in timeline.copies if copy.target.buffer.name == "kv_cache"]
 stored_tokens = sum(copy.num_bytes for copy in stores) // token_bytes
 print(f"{stored_tokens} tokens are stored by {len(stores)} copies, from "
       f"{stores[0].source.buffer.space} to {stores[0].target.buffer.space}")  # fmt: skip
@@ -513,7 +513,7 @@ for name in ("v5e", "v6e", "tpu7x"):
 
 # %%
 decodes = [c for c in run.timeline.copies if c.kernel == 0]
-page_copies = [c for c in decodes if c.source.buffer.shape == cache_shape]
+page_copies = [c for c in decodes if c.source.buffer.name == "kv_cache"]
 table_bytes = sum(c.num_bytes for c in decodes if c.target.buffer.space == "SMEM")
 hbm_us = 1e6 * sum(c.num_bytes for c in page_copies) / chips.chip("v5e").hbm_bytes_per_s
 

@@ -74,7 +74,9 @@ def bits(array) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def make_case(shape: Shape, lengths, *, seed=0, share=False, new_tokens_only=True) -> Case:
+def make_case(
+    shape: Shape, lengths, *, seed=0, share=False, adjacent=False, new_tokens_only=True
+) -> Case:
     """Build a case from (q_len, kv_len) pairs in batch order (they are sorted decode first).
 
     Args:
@@ -82,11 +84,14 @@ def make_case(shape: Shape, lengths, *, seed=0, share=False, new_tokens_only=Tru
         lengths: (q_len, kv_len) of each sequence.
         seed: of the values and of the page shuffle.
         share: whether sequences share the full pages of a common prefix where they can.
+        adjacent: whether the pages of a sequence lie side by side, as in a new pool.
         new_tokens_only: False writes the new tokens to the cache as well (for KV sharing).
     """
     rng = np.random.default_rng(seed)
     ps = shape.page_size
     free = list(rng.permutation(shape.num_pages))
+    if adjacent:
+        free.sort(reverse=True)
     tables = []
     for s, (q_len, kv_len) in enumerate(lengths):
         shared = 0

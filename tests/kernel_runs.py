@@ -68,10 +68,10 @@ def check(case, mode, **options):
     return output
 
 
-def check_lengths(shape, lengths, mode, *, seed=0, num_chunked=0, **options):
+def check_lengths(shape, lengths, mode, *, seed=0, num_chunked=0, adjacent=False, **options):
     """`check` a batch of (q_len, kv_len) pairs; `num_chunked` of the longer ones are chunks."""
     stored = options.get("update_kv_cache", True)
-    case = make_case(shape, lengths, seed=seed, new_tokens_only=stored)
+    case = make_case(shape, lengths, seed=seed, adjacent=adjacent, new_tokens_only=stored)
     i, _, k = case.batch.distribution
     case.batch = with_distribution(case.batch, i, i + num_chunked, k)
     return check(case, mode, **options)

@@ -73,7 +73,9 @@ def check_batches(name, mode, seeds):
         num_chunked = int(rng.integers(0, short + 1))
         try:
             check_lengths(
-                shape, lengths, mode, seed=seed, num_chunked=num_chunked, **(BLOCKS | options)
+                *(shape, lengths, mode),
+                **{"seed": seed, "num_chunked": num_chunked, "adjacent": seed % 3 == 0},
+                **(BLOCKS | options),
             )
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {lengths}, {num_chunked} chunked") from error

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from rpa.kernel import layout
 from rpa.kernel.cases import Case
+from rpa.kernel.layout import WordRows
 from rpa.kernel.plan import BlockSizes, Plan
 from rpa.paging import get_kv_cache_shape, lanes_are_shared, pack_kv, packing_of
 from tests.kernel_plans import make_problem
@@ -94,18 +95,8 @@ class ChipRef(ValueRef):
 
 
 class _Words(ValueRef):
-    at = property(lambda self: _At(self.array))
-
     def reshape(self, *shape):
         return _Words(self.array.reshape(shape))  # a view: stores reach the buffer
-
-
-class _At:
-    def __init__(self, array):
-        self.array = array
-
-    def __getitem__(self, slot):
-        return _Words(self.array[slot])
 
 
 def make_plan(heads=(4, 2), head_dim=128, blocks=PREFILL, **options):
@@ -155,14 +146,14 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
     o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
     for piece in range(plan.num_q_pieces):
         for dot in range(plan.num_dots):
-            tile = layout.load_q_tile(plan, ValueRef(buffer), 1, piece, dot)
+            tile = layout.load_q_tile(plan, WordRows(plan, ValueRef(buffer)), 1, piece, dot)
             expected = np.stack([heads[owner] for owner in row_owners(plan, piece, dot)])
             np.testing.assert_array_equal(tile, expected)
             np.testing.assert_array_equal(
-                layout.load_q_tile(chip, ChipRef(buffer), 1, piece, dot), expected
+                layout.load_q_tile(chip, WordRows(chip, ChipRef(buffer)), 1, piece, dot), expected
             )
-            layout.store_o_tile(plan, o_value, 1, piece, dot, tile)
-            layout.store_o_tile(chip, o_chip, 1, piece, dot, tile)
+            layout.store_o_tile(plan, WordRows(plan, o_value), 1, piece, dot, tile)
+            layout.store_o_tile(chip, WordRows(chip, o_chip), 1, piece, dot, tile)
     for stored in (o_value.array, o_chip.values()):
         assert not stored[0].any(), "the other slot was written"
         stored_heads = stored[1].reshape(heads.shape).astype(np.float32)
@@ -193,8 +184,8 @@ def test_keys_and_values(name, dtype, blocks):
         kept = slice(8, 16 if num_valid is None else 8 + num_valid)
         for dot in range(plan.num_dots):
             args = (1, 8, dot, num_valid)
-            by_value = layout.load_kv(plan, ValueRef(buffer), *args)
-            by_words = layout.load_kv(chip, ChipRef(buffer), *args)
+            by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
+            by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
             for loaded, from_words, given in zip(by_value, by_words, (k, v), strict=True):
                 np.testing.assert_array_equal(loaded, from_words)
                 expected = np.zeros((8, plan.heads_per_dot, p.lanes), np.float32)
@@ -227,8 +218,8 @@ def test_keys_and_values_that_share_lanes(name, dtype, blocks):
         kept = 8 if num_valid is None else num_valid
         for dot in range(plan.num_dots):
             args = (1, 8, dot, num_valid)
-            by_value = layout.load_kv(plan, ValueRef(buffer), *args)
-            by_words = layout.load_kv(chip, ChipRef(buffer), *args)
+            by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
+            by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
             heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
             expected = np.zeros((8, plan.heads_per_dot, 128), np.float32)
             both = np.concatenate([k, v], axis=2)[8 : 8 + kept, heads]

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, ragged_paged_attention, softmax, transfers, walk
+from rpa.kernel import blocks, layout, loop, ragged_paged_attention, softmax, table, transfers, walk
 from tests import mutants
 from tests.batches import Shape, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
@@ -93,6 +93,8 @@ WRONG_PARTS = {
         "_chunk_start",
         lambda plan, entry: 0 * entry + 128,
     ),
+    "every block taken for a run": (table, "is_run", lambda entry: entry >= -(2**31)),
+    "mark of a run left on its page": (table, "page", lambda entry: entry),
     "stale rows behind the last token kept": (
         layout,
         "_keep_first",

@@ -134,7 +134,7 @@ def _start_chain(plan, refs, work, token, dot, is_masked):
         num_valid = jnp.clip(work.num_tokens - token, 0, columns)
         column = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, columns), 1)
         limits = jnp.where(column < num_valid, jnp.inf, -jnp.inf)
-    k, v = layout.load_kv(plan, refs.kv_buffer, work.step.kv_slot, token, dot, num_valid)
+    k, v = layout.load_kv(plan, refs.kv_rows, work.step.kv_slot, token, dot, num_valid)
     tile = tiles.load_queries(plan, refs, work.step.q_slot, 0, dot)
     q = softmax.queries(plan, refs.scalars, tile)
     s = softmax.scores(plan, refs.scalars, q, k, limits)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, softmax, walk
+from rpa.kernel import blocks, layout, loop, softmax, table, walk
 from rpa.paging import pack_kv, packing_of
 
 
@@ -43,20 +43,20 @@ def run_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, o
         "distribution": batch.distribution,
         "scalars": softmax.make_scalars(*scales),
         "queries": layout.view_heads(problem, queries),
-        "kv_cache": kv_cache,
+        # Token by token: pages that are neighbours are one copy.
+        "kv_cache": kv_cache.reshape(-1, *kv_cache.shape[2:]),
     }
     if problem.update_kv_cache:
         arrays["new_kv"] = pack_kv(keys, values, share_lanes=problem.shares_lanes)
     for plan in plans:
-        arrays["page_table"] = jnp.pad(
-            batch.page_indices, (0, plan.table_words - batch.page_indices.size)
-        )
+        arrays["page_table"] = table.prepare(plan, batch.page_indices, batch.kv_lens)
         if sinks is not None:
             arrays["sinks"] = layout.sink_tiles(plan, sinks)
         results = _call(plan, arrays, options)
         arrays["output_before"] = results["output"]
-        arrays["kv_cache"] = results.get("kv_cache_out", kv_cache)
-    return layout.unview_heads(problem, arrays["output_before"]), arrays["kv_cache"]
+        arrays["kv_cache"] = results.get("kv_cache_out", arrays["kv_cache"])
+    output = layout.unview_heads(problem, arrays["output_before"])
+    return output, arrays["kv_cache"].reshape(kv_cache.shape)
 
 
 _IN_SMEM = ("kv_lens", "cu_q_lens", "distribution", "scalars")

@@ -6,8 +6,8 @@ is a plain matrix of word rows, token by token, and "head h of n tokens" is ever
 it, which is one strided load on the chip. `ref[:, h]` says the same and costs 4 to 5 times as much.
 
 The interpreter knows neither bitcasts nor reshapes of a ref. There the same rows are read by value
-and packed into words (`_value_words`), so that all code but the four functions that touch a ref
-(`_rows_over_*`, `_put_over_*`) is the same in both worlds.
+and packed into words (`_value_words`), so that all code but that of `WordRows`, which alone touches
+a ref, is the same in both worlds.
 
 **Rows of a tile.** A tile is the queries (or the output) of one dot, [tile_rows, lanes]. Row order:
 first the place in the word (0 .. row_packing), then the word row, then the token. So a tile is put
@@ -84,93 +84,102 @@ def _word_values(words, dtype):
 # --- Rows of a buffer ------------------------------------------------------------------------
 
 
-def _word_matrix(ref, slot):
-    """A slot of a buffer as a matrix of words, u32[tokens * words * (lanes / 128), 128]."""
-    _, tokens, words, _, lanes = ref.shape
-    matrix = ref.bitcast(jnp.uint32).at[slot].reshape(tokens * words, lanes)
-    return matrix.reshape(tokens * words * (lanes // LANES), LANES)
+class WordRows:
+    """The word rows of a buffer in VMEM, to load and to store.
 
+    One is made for each buffer at the start of the kernel: JAX works out anew what a bitcast of a
+    ref is whenever one is written down, and a third of the time to trace the kernel went there.
 
-def _strided_load(ref, slot, first, n, step):
-    """u32[n, lanes]: word rows first, first + step, ...; a row of 256 lanes is two of 128."""
-    matrix, folds = _word_matrix(ref, slot), ref.shape[-1] // LANES
-    parts = [matrix[pl.ds(first * folds + fold, n, stride=step * folds)] for fold in range(folds)]
-    return jnp.concatenate(parts, axis=1)
+    Attributes:
+        dtype: of the values in the words.
+    """
 
+    def __init__(self, plan, ref):
+        """See ref, [slots, tokens, words, packing, lanes], as u32[..., 128] if it is on a chip."""
+        slots, self._tokens, self._words, _, lanes = ref.shape
+        self.dtype, self._ref, self._folds = ref.dtype, ref, lanes // LANES
+        self._matrix = None
+        if not plan.interpret:
+            rows = slots * self._tokens * self._words
+            by_row = ref.bitcast(jnp.uint32).reshape(rows, lanes)
+            self._matrix = by_row.reshape(rows * self._folds, LANES)
 
-def _strided_store(ref, slot, first, step, words):
-    """Put u32[n, lanes] to word rows first, first + step, ...; undoes `_strided_load`."""
-    matrix, folds = _word_matrix(ref, slot), ref.shape[-1] // LANES
-    for fold in range(folds):
-        part = words[:, fold * LANES : (fold + 1) * LANES]
-        matrix[pl.ds(first * folds + fold, len(words), stride=step * folds)] = part
+    def load_over_tokens(self, slot, token, n, word):
+        """Word row `word` of n tokens, u32[n, lanes]."""
+        if self._matrix is None:
+            return _value_words(self._ref[slot, pl.ds(token, n), word])
+        return self._load(self._place(slot, token, word), n, self._words)
 
+    def load_over_words(self, slot, word, n, step):
+        """Word rows word, word + step, ... of token 0, u32[n, lanes]."""
+        if self._matrix is None:
+            return _value_words(self._ref[slot, 0, pl.ds(word, (n - 1) * step + 1)][::step])
+        return self._load(self._place(slot, 0, word), n, step)
 
-def _rows_over_tokens(plan, ref, slot, token, n, word):
-    """Word row `word` of n tokens, u32[n, lanes]."""
-    if plan.interpret:
-        return _value_words(ref[slot, pl.ds(token, n), word])
-    words = ref.shape[2]
-    return _strided_load(ref, slot, token * words + word, n, words)
+    def store_over_tokens(self, slot, token, word, words):
+        """Write u32[n, lanes] to word row `word` of n tokens."""
+        if self._matrix is None:
+            self._ref[slot, pl.ds(token, len(words)), word] = _word_values(words, self.dtype)
+        else:
+            self._store(self._place(slot, token, word), self._words, words)
 
+    def store_over_words(self, slot, word, step, words):
+        """Write u32[n, lanes] to word rows word, word + step, ... of token 0."""
+        if self._matrix is None:
+            for i, row in enumerate(_word_values(words, self.dtype)):
+                self._ref[slot, 0, word + i * step] = row
+        else:
+            self._store(self._place(slot, 0, word), step, words)
 
-def _rows_over_words(plan, ref, slot, word, n, step):
-    """Word rows word, word + step, ... of token 0, u32[n, lanes]."""
-    if plan.interpret:
-        return _value_words(ref[slot, 0, pl.ds(word, (n - 1) * step + 1)][::step])
-    return _strided_load(ref, slot, word, n, step)
+    def _place(self, slot, token, word):
+        return (slot * self._tokens + token) * self._words + word
 
+    def _load(self, first, n, step):
+        """Word rows first, first + step, ...; a row of 256 lanes is two of 128."""
+        strides = self._strides(first, n, step)
+        return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
 
-def _put_over_tokens(plan, ref, slot, token, word, words):
-    """Write u32[n, lanes] to word row `word` of n tokens."""
-    if plan.interpret:
-        ref[slot, pl.ds(token, len(words)), word] = _word_values(words, ref.dtype)
-    else:
-        _strided_store(ref, slot, token * ref.shape[2] + word, ref.shape[2], words)
+    def _store(self, first, step, words):
+        for fold, rows in enumerate(self._strides(first, len(words), step)):
+            self._matrix[rows] = words[:, fold * LANES : (fold + 1) * LANES]
 
-
-def _put_over_words(plan, ref, slot, word, step, words):
-    """Write u32[n, lanes] to word rows word, word + step, ... of token 0."""
-    if plan.interpret:
-        for i, row in enumerate(_word_values(words, ref.dtype)):
-            ref[slot, 0, word + i * step] = row
-    else:
-        _strided_store(ref, slot, word, step, words)
+    def _strides(self, first, n, step):
+        folds = self._folds
+        return [pl.ds(first * folds + fold, n, stride=step * folds) for fold in range(folds)]
 
 
 # --- Tiles -----------------------------------------------------------------------------------
 
 
-def load_q_tile(plan, ref, slot, piece, dot):
+def load_q_tile(plan, rows, slot, piece, dot):
     """The queries of one dot, f32[tile_rows, lanes].
 
     Args:
-        ref: the q buffer [num_slots, buffer_tokens, head words, packing, lanes].
+        rows: `WordRows` of the q buffer [num_slots, buffer_tokens, head words, packing, lanes].
         piece: which bq_c tokens of the block.
         dot: which heads_per_dot KV heads.
     """
-    packing = packing_of(ref.dtype)
-    rows = []
+    packing = packing_of(rows.dtype)
+    parts = []
     for place in range(plan.problem.row_packing):
         word, inner = divmod(place, packing)
-        for run in _runs(plan, ref, piece, dot):
-            words = run.load(plan, ref, slot, word)
-            rows.append(unpack(words, inner, ref.dtype, jnp.float32))
-    return jnp.concatenate(rows, axis=0)
+        for run in _runs(plan, packing, piece, dot):
+            parts.append(unpack(run.load(rows, slot, word), inner, rows.dtype, jnp.float32))
+    return jnp.concatenate(parts, axis=0)
 
 
-def store_o_tile(plan, ref, slot, piece, dot, tile):
+def store_o_tile(plan, rows, slot, piece, dot, tile):
     """Write the output of one dot, f32[tile_rows, lanes], to the o buffer; undoes `load_q_tile`."""
-    packing = packing_of(ref.dtype)
-    runs = _runs(plan, ref, piece, dot)
+    packing = packing_of(rows.dtype)
+    runs = _runs(plan, packing, piece, dot)
     run_rows = plan.tile_rows // (plan.problem.row_packing * len(runs))
     for word in range(plan.problem.row_packing // packing):
         for r, run in enumerate(runs):
             starts = [
                 ((word * packing + inner) * len(runs) + r) * run_rows for inner in range(packing)
             ]
-            words = pack([tile[start : start + run_rows] for start in starts], ref.dtype)
-            run.store(plan, ref, slot, word, words)
+            words = pack([tile[start : start + run_rows] for start in starts], rows.dtype)
+            run.store(rows, slot, word, words)
 
 
 class _TokenRun:
@@ -179,11 +188,11 @@ class _TokenRun:
     def __init__(self, token, word, n):
         self.token, self.word, self.n = token, word, n
 
-    def load(self, plan, ref, slot, offset):
-        return _rows_over_tokens(plan, ref, slot, self.token, self.n, self.word + offset)
+    def load(self, rows, slot, offset):
+        return rows.load_over_tokens(slot, self.token, self.n, self.word + offset)
 
-    def store(self, plan, ref, slot, offset, words):
-        _put_over_tokens(plan, ref, slot, self.token, self.word + offset, words)
+    def store(self, rows, slot, offset, words):
+        rows.store_over_tokens(slot, self.token, self.word + offset, words)
 
 
 class _HeadRun:
@@ -192,17 +201,17 @@ class _HeadRun:
     def __init__(self, word, n, step):
         self.word, self.n, self.step = word, n, step
 
-    def load(self, plan, ref, slot, offset):
-        return _rows_over_words(plan, ref, slot, self.word + offset, self.n, self.step)
+    def load(self, rows, slot, offset):
+        return rows.load_over_words(slot, self.word + offset, self.n, self.step)
 
-    def store(self, plan, ref, slot, offset, words):
-        _put_over_words(plan, ref, slot, self.word + offset, self.step, words)
+    def store(self, rows, slot, offset, words):
+        rows.store_over_words(slot, self.word + offset, self.step, words)
 
 
-def _runs(plan, ref, piece, dot):
+def _runs(plan, packing, piece, dot):
     """The strided runs of word rows that make up a tile, for one place in the word."""
     p = plan.problem
-    step = p.row_packing // packing_of(ref.dtype)  # word rows that hold row_packing heads
+    step = p.row_packing // packing  # word rows that hold row_packing heads
     per_head = p.padded_group // p.row_packing
     first = dot * plan.heads_per_dot * per_head
     if plan.blocks.bq == 1:
@@ -248,7 +257,7 @@ def gather_heads(plan, tile):
     return result
 
 
-def load_kv(plan, ref, slot, token, dot, num_valid=None):
+def load_kv(plan, rows, slot, token, dot, num_valid=None):
     """K and V of one dot, each [bkv_c, heads_per_dot * lanes] in the compute dtype.
 
     Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
@@ -256,7 +265,7 @@ def load_kv(plan, ref, slot, token, dot, num_valid=None):
     `unview_heads` takes the second half. No value moves to another lane.
 
     Args:
-        ref: the KV buffer [num_slots, bkv, kv_buffer_words, packing, lanes].
+        rows: `WordRows` of the KV buffer [num_slots, bkv, kv_buffer_words, packing, lanes].
         token: first token in the buffer.
         num_valid: tokens from there that hold a key; rows after them are zeros. Without it
             stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
@@ -265,22 +274,23 @@ def load_kv(plan, ref, slot, token, dot, num_valid=None):
     combined = range(2 * first, 2 * (first + plan.heads_per_dot))
     if plan.problem.shares_lanes:
         combined = range(first, first + plan.heads_per_dot)
-    rows = _load_rows(plan, ref, slot, token, combined, num_valid)
+    heads = _load_heads(plan, rows, slot, token, combined, num_valid)
     if plan.problem.shares_lanes:
-        both = jnp.concatenate(rows, axis=1)
+        both = jnp.concatenate(heads, axis=1)
         return both, both
-    return jnp.concatenate(rows[::2], axis=1), jnp.concatenate(rows[1::2], axis=1)
+    return jnp.concatenate(heads[::2], axis=1), jnp.concatenate(heads[1::2], axis=1)
 
 
-def _load_rows(plan, ref, slot, token, combined, num_valid):
+def _load_heads(plan, rows, slot, token, combined, num_valid):
     """Combined heads of bkv_c tokens, each [bkv_c, lanes]; those of one word are loaded once."""
-    packing, dtype = packing_of(ref.dtype), plan.problem.compute_dtype
+    packing, dtype = packing_of(rows.dtype), plan.problem.compute_dtype
     words = {}
-    for row in combined:
-        if row // packing not in words:
-            args = (plan, ref, slot, token, plan.blocks.bkv_c, row // packing)
-            words[row // packing] = _keep_first(_rows_over_tokens(*args), num_valid)
-    return [unpack(words[row // packing], row % packing, ref.dtype, dtype) for row in combined]
+    for head in combined:
+        word = head // packing
+        if word not in words:
+            loaded = rows.load_over_tokens(slot, token, plan.blocks.bkv_c, word)
+            words[word] = _keep_first(loaded, num_valid)
+    return [unpack(words[h // packing], h % packing, rows.dtype, dtype) for h in combined]
 
 
 def _keep_first(words, num_valid):

@@ -19,7 +19,7 @@ DOTS_AHEAD = 2
 
 def kernel(plan, names, *args):
     """The body of the `pallas_call`; `names` says what each positional ref is (see `launch`)."""
-    refs = _Refs(names, args)
+    refs = _Refs(plan, names, args)
     first, end = plan.case.bounds(refs.distribution)
     transfers.clear(plan, refs)
     belt.clear(plan, refs, end)
@@ -61,7 +61,7 @@ class _Refs:
         HBM    queries, output         [num_tokens, head_words, packing, lanes]
                output_before           the output of the kernel before, the same memory as output
                new_kv                  [num_tokens, kv_words, packing, lanes]
-               kv_cache, kv_cache_out  [num_pages, page_size, kv_words, packing, lanes], one memory
+               kv_cache, kv_cache_out  [num_pages * page_size, kv_words, packing, lanes], one memory
                page_table              i32[table_words]
         VMEM   sinks                   f32[num_dots, tile_rows / piece_rows, 128]
                q_buffer, o_buffer      [num_slots, buffer_tokens, head_words, packing, lanes]
@@ -77,10 +77,14 @@ class _Refs:
 
     There are num_q_pieces states, in decode num_slots. With a spare half of the MXU the row sums
     are the last 128 columns of acc, and there is no l; the queries are two parts side by side.
+    q_rows, o_rows and kv_rows are the three buffers as `layout.WordRows`.
     """
 
-    def __init__(self, names, args):
+    def __init__(self, plan, names, args):
         self.__dict__.update(zip(names, args, strict=True))
+        self.q_rows = layout.WordRows(plan, self.q_buffer)
+        self.o_rows = layout.WordRows(plan, self.o_buffer)
+        self.kv_rows = layout.WordRows(plan, self.kv_buffer)
 
 
 def _compute(plan, refs, step):
@@ -111,8 +115,7 @@ def _for_each_tile(plan, block, body):
 
     @_for_each_piece(plan, block)
     def _(piece):
-        for dot in range(plan.num_dots):
-            body(piece, dot)
+        _repeat(plan.num_dots)(partial(body, piece))
 
 
 def _for_each_piece(plan, block):
@@ -214,7 +217,7 @@ def _attend_tiles(plan, refs, slot, token, piece, area):
         limits, num_valid = refs.limits, area.num_valid
     waiting = []
     for dot in range(plan.num_dots):
-        k, v = layout.load_kv(plan, refs.kv_buffer, slot, token, dot, num_valid)
+        k, v = layout.load_kv(plan, refs.kv_rows, slot, token, dot, num_valid)
         s = softmax.scores(plan, refs.scalars, refs.q_tiles[piece, dot], k, limits)
         if len(waiting) == DOTS_AHEAD:
             softmax.accumulate(plan, *waiting.pop(0))
@@ -233,5 +236,5 @@ def _zero_padding_rows(plan, refs):
         zeros = jnp.zeros((plan.tile_rows, plan.problem.lanes), jnp.float32)
         for piece in range(plan.num_q_pieces):
             for dot in range(plan.num_dots):
-                layout.store_o_tile(plan, refs.o_buffer, 0, piece, dot, zeros)
+                layout.store_o_tile(plan, refs.o_rows, 0, piece, dot, zeros)
         transfers.write_zero_rows(plan, refs, num_used)

@@ -8,7 +8,7 @@ from rpa.kernel import layout, softmax
 def load_queries(plan, refs, slot, piece, dot):
     """The queries of a dot, f32[tile_rows, tile_lanes]."""
     p = plan.problem
-    tile = layout.load_q_tile(plan, refs.q_buffer, slot, piece, dot)
+    tile = layout.load_q_tile(plan, refs.q_rows, slot, piece, dot)
     if p.has_q_scale:
         largest = float(jnp.finfo(p.kv_dtype).max)
         tile = jnp.clip(tile / refs.scalars[softmax.QUERY_SCALE], -largest, largest)
@@ -19,4 +19,4 @@ def load_queries(plan, refs, slot, piece, dot):
 def store_output(plan, refs, slot, piece, dot, acc, row_sums):
     """Normalise the accumulator of a dot, f32[tile_rows, tile_lanes], into the o buffer."""
     output = softmax.normalise(plan, refs.scalars, layout.gather_heads(plan, acc), row_sums)
-    layout.store_o_tile(plan, refs.o_buffer, slot, piece, dot, output)
+    layout.store_o_tile(plan, refs.o_rows, slot, piece, dot, output)

@@ -1,7 +1,8 @@
 """Every copy of the kernel: what is started, where it lands, and who waits for it.
 
     page table   HBM -> SMEM   one chunk a step, some turns ahead of the step's own copies
-    KV pages     HBM -> VMEM   one copy a page; the first and the last may be part of a page
+    KV pages     HBM -> VMEM   one copy a page, or of a block whose pages lie side by side, see
+                               `table`; the first and the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
     new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
     queries      HBM -> VMEM   with the first KV block of their query block
@@ -19,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.kernel import walk
+from rpa import compat
+from rpa.kernel import table, walk
 from rpa.kernel.plan import TABLE_TILE_WORDS
 from rpa.paging import cdiv
 
@@ -46,6 +48,7 @@ def fetch(plan, refs, step):
     """Start all copies of a step that was looked up."""
     block = walk.query_block(plan, step.seq, step.q_index)
     _table_copy(plan, refs, step).wait()
+    is_run = _unmark(plan, refs, step, block)
 
     @pl.when(step.kv_index == 0)
     def _():
@@ -54,7 +57,7 @@ def fetch(plan, refs, step):
     # Whole pages come last: the loop over them is the end of what the compiler can interleave.
     if plan.problem.update_kv_cache:
         _start_store(plan, refs, block, step)
-    _start_kv(plan, refs, step, block)
+    _start_kv(plan, refs, step, block, is_run)
 
 
 def _entry(plan, seq, page):
@@ -93,6 +96,16 @@ def _place_in_chunks(plan, step, block, entry):
     return step.kv_slot * plan.table_chunk_words + entry - chunk
 
 
+def _unmark(plan, refs, step, block):
+    """Take the mark of `table` off a block's first entry; return whether the block is a run."""
+    if not table.marks(plan):
+        return False
+    place = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
+    entry = refs.table_chunks[place]
+    refs.table_chunks[place] = table.page(entry)
+    return table.is_run(entry)
+
+
 def _start_queries(refs, step, block):
     rows = pl.ds(block.row, block.num_rows)
     target = refs.q_buffer.at[step.q_slot, pl.ds(0, block.num_rows)]
@@ -105,7 +118,7 @@ def wait_queries(refs, block, slot):
     pltpu.make_async_copy(target, target, refs.q_sems.at[slot]).wait()
 
 
-def _start_kv(plan, refs, step, block):
+def _start_kv(plan, refs, step, block, is_run):
     """Start the copies of a KV block: pages from the cache, then the new tokens after them."""
     slot, kv_index = step.kv_slot, step.kv_index
     start = walk.kv_block_start(plan, block, kv_index)
@@ -124,10 +137,10 @@ def _start_kv(plan, refs, step, block):
 
     entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, kv_index))
     if plan.problem.sliding_window is None:
-        _start_pages(plan, refs, slot, entry, 0, num_cached)
+        _start_pages(plan, refs, slot, entry, 0, num_cached, is_run)
     else:
         num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
-        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head)
+        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head, is_run)
 
 
 def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
@@ -143,14 +156,15 @@ def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
     return num_head
 
 
-def _start_pages(plan, refs, slot, entry, row, num_tokens):
+def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
     """Copy num_tokens of the pages from `entry` of the chunk on to a row of the KV buffer.
 
     Whole pages have a static size, which halves the work of issuing a copy. The last copy stops at
     the last token: what lies after it in the page is not ours, and a new token will land there.
+    Of a run it is the only copy.
     """
     page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
-    num_whole = num_tokens // page_size
+    num_whole = jnp.where(is_run, 0, num_tokens // page_size)
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
@@ -158,7 +172,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens):
         rest = num_tokens - num_copied
         _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
 
-    @pl.loop(0, cdiv(num_whole, pages_per_turn))
+    @compat.loop_once(0, cdiv(num_whole, pages_per_turn))
     def _(turn):
         first = turn * pages_per_turn
         for i in range(pages_per_turn):
@@ -170,7 +184,8 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens):
 
 def _page_copy(plan, refs, slot, entry, row, num_tokens, offset=0):
     """The copy of tokens of the page in an entry of the chunk to a row of the KV buffer."""
-    source = refs.kv_cache.at[refs.table_chunks[entry], pl.ds(offset, num_tokens)]
+    first = refs.table_chunks[entry] * plan.problem.page_size + offset
+    source = refs.kv_cache.at[pl.ds(first, num_tokens)]
     target = _kv_tokens(plan, refs, slot, row, num_tokens)
     return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
 
@@ -215,7 +230,8 @@ def _store_in_page(plan, refs, block, step, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
     page, offset = position // plan.problem.page_size, position % plan.problem.page_size
     entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
-    target = refs.kv_cache_out.at[refs.table_chunks[entry], pl.ds(offset, num_tokens)]
+    first = refs.table_chunks[entry] * plan.problem.page_size + offset
+    target = refs.kv_cache_out.at[pl.ds(first, num_tokens)]
     row = block.seq.q_start + position - block.seq.first_new
     source = refs.new_kv.at[pl.ds(row, num_tokens)]
     pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()

@@ -199,7 +199,8 @@ def page_labels(page_indices, pages_per_seq, *, page_size=None, block_tokens=Non
             sequences share is labelled with the first.
         pages_per_seq: pages of a row of the table.
         page_size, block_tokens: if both are given, blocks are named instead of pages.
-        cache: name of the cache's buffer; None takes any HBM array indexed by a page first.
+        cache: name of the cache's buffer, which may be indexed by tokens if page_size is given;
+            None takes any HBM array indexed by a page first.
 
     Returns:
         A function from a Copy to its label, or None where it does not know.
@@ -219,10 +220,13 @@ def page_labels(page_indices, pages_per_seq, *, page_size=None, block_tokens=Non
 
     def label(copy):
         end = copy.source if copy.source.buffer.space == HBM else copy.target
+        place = end.index[0]
+        if cache is not None and page_size and isinstance(place, range):
+            place = place.start // page_size
         known = cache is None or end.buffer.name == cache
-        if not (known and isinstance(end.index[0], int) and end.index[0] in owners):
+        if not (known and isinstance(place, int) and place in owners):
             return None
-        seq, page = owners[end.index[0]]
+        seq, page = owners[place]
         if pages_per_block:
             return f"seq {seq} block {page // pages_per_block}"
         return f"seq {seq} page {page}"

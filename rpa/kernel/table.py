@@ -1,0 +1,75 @@
+"""The page table as the kernel reads it: blocks whose pages lie side by side are marked.
+
+In a new pool the pages of a sequence lie one after the other, and a KV block of 64 pages is one
+copy. To find that out, the scalar core would compare 64 entries: more work than to start 64 copies
+(some five cycles each). So it is found out before the kernel, for all blocks at once, and told in a
+bit of the page table that nothing else uses: the sign of a block's first entry.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from rpa.paging import cdiv
+
+
+def prepare(plan, page_indices, kv_lens):
+    """The page table of one kernel: padded, so that every chunk of it ends inside, and marked.
+
+    Args:
+        page_indices: i32[max_num_seqs * pages_per_seq]; kv_lens: i32[max_num_seqs].
+
+    Returns:
+        i32[plan.table_words].
+    """
+    p = plan.problem
+    if marks(plan):
+        rows = page_indices.reshape(p.max_num_seqs, p.pages_per_seq)
+        page_indices = mark_runs(rows, cdiv(kv_lens, p.page_size), plan.whole_pages).reshape(-1)
+    return jnp.pad(page_indices, (0, plan.table_words - page_indices.size))
+
+
+def mark_runs(rows, num_pages, whole_pages):
+    """Mark the first entry of each block whose pages lie side by side.
+
+    Args:
+        rows: i32[max_num_seqs, pages_per_seq], the page table.
+        num_pages: i32[max_num_seqs], how many entries of a row are in use.
+        whole_pages: entries of a block; the last block of a row may have fewer.
+
+    Returns:
+        i32, shaped like rows: `~page` where a block is a run, else `page`. What is not in use does
+        not matter.
+
+    >>> mark_runs(jnp.array([[4, 5, 6, 9, 3, 0]]), jnp.array([5]), whole_pages=2)
+    Array([[-5,  5,  6,  9, -4,  0]], dtype=int32)
+    """
+    place = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
+    # Whether an entry continues the one before; what a block begins with, and what is not in use,
+    # does not break it.
+    goes_on = jnp.pad(rows[:, 1:] == rows[:, :-1] + 1, ((0, 0), (1, 0)))
+    goes_on |= (place % whole_pages == 0) | (place >= num_pages[:, None])
+    num_blocks = cdiv(rows.shape[1], whole_pages)
+    missing = num_blocks * whole_pages - rows.shape[1]
+    blocks = jnp.pad(goes_on, ((0, 0), (0, missing)), constant_values=True)
+    is_run = jnp.all(blocks.reshape(len(rows), num_blocks, whole_pages), axis=2)
+    is_run = jnp.repeat(is_run, whole_pages, axis=1)[:, : rows.shape[1]]
+    return jnp.where(is_run & (place % whole_pages == 0), ~rows, rows)
+
+
+def marks(plan):
+    """Whether blocks are marked: with a window they do not begin where a page does."""
+    return plan.problem.sliding_window is None
+
+
+def is_run(entry):
+    """Whether the block that begins with an entry is a run."""
+    return entry < 0
+
+
+def page(entry):
+    """The page of an entry, marked or not.
+
+    >>> page(jnp.array([-5, 5])).tolist()
+    [4, 5]
+    """
+    return jnp.maximum(entry, ~entry)
