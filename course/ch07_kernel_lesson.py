@@ -56,6 +56,7 @@ pictures.diagram()
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
 # | `walk.py` | what comes next? | 7.1, 7.2 |
 # | `belt.py` | how far do copies run ahead? | 5.5 |
+# | `table.py` | which pages are one copy? | 10.3 |
 # | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
 # | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 8 |
 # | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
@@ -233,8 +234,9 @@ show_source(transfers.fetch)
 
 # %% [markdown]
 # Wait for the page numbers, then start everything that the step needs: queries, pages, new tokens,
-# and the store of the new tokens. To see it, run the kernel on our batch in the interpreter, with
-# the blocks of the pictures, and record it:
+# and the store of the new tokens. (`_unmark` looks whether the pages of the block lie side by side
+# and are one copy: 10.3. In our batch they do not.) To see it, run the kernel on our batch in the
+# interpreter, with the blocks of the pictures, and record it:
 
 # %%
 rng = np.random.default_rng(7)

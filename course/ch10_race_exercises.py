@@ -198,8 +198,9 @@ def call_time_us(once_us, twice_us, calls):
 # %% [markdown]
 # ## Exercise 10.3: Neighbours in one copy
 #
-# One of the open problems. A kernel starts a copy for each page. If two pages of a sequence lie
-# beside each other in the cache, one copy could bring both: the same bytes, fewer copies to issue.
+# A kernel starts a copy for each page. If two pages of a sequence lie beside each other in the
+# cache, one copy could bring both: the same bytes, fewer copies to issue. Rung 7 does so where all
+# pages of a block are neighbours (`rpa/kernel/table.py`); runs of any length are open.
 #
 # Write `page_runs(pages, most)`: the copies for the pages of a block, as a list of tuples
 # `(first_page, num_pages)` in the order of the tokens. `pages` i32[num_pages] is the block's part
@@ -260,10 +261,12 @@ for name, pages in {"a new pool": np.arange(64), "a used pool": in_use}.items():
     print(f"{name}: {len(page_runs(pages, 8))} copies for 64 pages")
 
 # %% [markdown] tags=["explanation"]
-# One pass, and the only state is the last run. The kernel of this repository does not do it: at
-# page 128 a copy is half a megabyte, and issuing it costs a few of some 2,000 bundles. With pages
-# of 16 tokens, one KV head a chip and a pool that keeps sequences together it might pay, and nobody
-# has measured it. The gain depends on the allocator as much as on the kernel.
+# One pass, and the only state is the last run. On the scalar core of a TPU it would not pay:
+# comparing page numbers takes longer than starting the copies. So rung 7 has it done before the
+# kernel and only asks, of a whole block: is this a run? With pages of 16 tokens, one KV head a chip
+# and a pool that keeps sequences together that saves a third of a decode's bundles, with one that
+# does not it costs a tenth (predicted, `docs/ablations.md`). At page 128 a copy is half a megabyte,
+# and it hardly matters. The gain depends on the allocator as much as on the kernel.
 
 
 # %% tags=["wrong"] refused="the pages are sorted first"
@@ -309,7 +312,7 @@ def page_runs(pages, most):
 # %% [markdown]
 # ## Exercise 10.4: Two parts of one attention
 #
-# The other open problem. Eight sequences begin with the same 1,024 tokens, on the same pages, and
+# An open problem. Eight sequences begin with the same 1,024 tokens, on the same pages, and
 # every kernel of the race reads those pages eight times. To read them once, attention to the shared
 # part is computed for all eight together, attention to the rest for each, and then both parts are
 # **merged**.

@@ -226,8 +226,8 @@ assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 #   is more than a quarter of rung 7's bytes. Reading them once needs the merge of exercise 10.4,
 #   and a grid that walks over groups of sequences.
 # - **Small pages.** At 16 tokens a page there are eight times as many copies to issue, each as dear
-#   as one of 128. Neighbouring pages could travel together (exercise 10.3), if the allocator kept
-#   neighbours.
+#   as one of 128. Rung 7 makes one copy of a block whose pages are all neighbours; shorter runs
+#   travel page by page (exercise 10.3), and whether there are any the allocator decides.
 # - **Unequal pairs.** Two decodes of very different lengths, computed together, waste the shorter
 #   one's turns. Who should be paired with whom?
 # - **A few new tokens a sequence**, as in speculative decoding: neither decode nor prefill, and the

@@ -1,10 +1,11 @@
 """Rung 7: the complete kernel, in rooms.
 
 `api` is the public function. `cases` says which kernel computes which sequences, `plan` what is
-static about one of them, `blocks` how large its blocks are, `launch` how it is called. Inside it,
-`loop` is the loop nest (`decode` the one of decode), `tiles` brings queries in and results out,
-`walk` is the order of the blocks, `transfers` every copy, `layout` how values lie in memory,
-`softmax` the arithmetic of one tile, and `spare` what the idle half of a wide MXU does.
+static about one of them, `blocks` how large its blocks are, `launch` how it is called, `table` what
+it is told about neighbouring pages. Inside it, `loop` is the loop nest (`decode` the one of
+decode), `belt` how far copies run ahead, `tiles` brings queries in and results out, `walk` is the
+order of the blocks, `transfers` every copy, `layout` how values lie in memory, `softmax` the
+arithmetic of one tile, and `spare` what the idle half of a wide MXU does.
 
 What it does otherwise than the production kernel, and why, is in docs/kernel.md.
 """
