@@ -504,6 +504,14 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     return rpa.ref_ragged_paged_attention(queries, keys, values, kv_cache, *metadata)
 
 
+# %% tags=["wrong"] refused="does not run where `backend` says"
+def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    arrays = (queries, keys, values, kv_cache)
+    options = {"sm_scale": sm_scale, "donate": False, "m_block_sizes": (512, 512, 128, 512)}
+    return rpa.ragged_paged_attention(*arrays, *metadata, **options)
+
+
 # %% tags=["wrong"] refused="a chunk sees its own future"
 def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)

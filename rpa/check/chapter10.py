@@ -7,12 +7,14 @@ once: its kernels take most of the check's time.
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
 from rpa.check import haste
 from rpa.check.errors import CannotShip, WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.shipping import pack
+from rpa.lab.schedule_trace import pallas_calls
 from rpa.ragged import RaggedBatch
 
 RNG = np.random.default_rng(10)
@@ -410,9 +412,10 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
     """(output, kv_cache) of an entry in the interpreter.
 
     Raises:
-        WrongResult: if it donates the cache, or returns something else than two arrays.
+        WrongResult: if it donates the cache, takes no notice of its backend, or returns something
+            else than two arrays.
     """
-    options = {"sm_scale": SCALE, "backend": compat.interpreter_params()}
+    options = {"sm_scale": SCALE, "backend": _Given(**vars(compat.interpreter_params()))}
     attend = jax.jit(lambda *arrays: function(*arrays, batch, **options))
     with jax.default_device(jax.devices("cpu")[0]):
         traced = attend.trace(queries, keys, values, kv_cache)
@@ -421,6 +424,14 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
                 "your function gives the caller's cache away: pass donate=False to rung 7, which "
                 "otherwise updates it in place"
             )
+        for call in pallas_calls(traced.jaxpr):
+            if not isinstance(call.eqn.params["interpret"], _Given):
+                raise WrongResult(
+                    f"the kernel {call.name!r} does not run where `backend` says: pass "
+                    "backend=backend to rung 7, and to a kernel of your own "
+                    'interpret=False if backend == "tpu" else backend. Otherwise it cannot be '
+                    "counted"
+                )
         compiled = traced.lower().compile(compiler_options=haste.options())
         results = compiled(queries, keys, values, kv_cache)
     if not (isinstance(results, tuple | list) and len(results) == 2):
@@ -429,6 +440,10 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
             "(output, kv_cache)"
         )
     return tuple(np.asarray(result) for result in results)
+
+
+class _Given(pltpu.InterpretParams):
+    """The backend of the check, told apart from one that an entry has chosen itself."""
 
 
 def _gives_away(jaxpr, argument) -> bool:
