@@ -138,8 +138,8 @@ assert min(over.values()) > 1
 # ## 4. Can you check it?
 #
 # A number that only its author can make is an advertisement. So make one here: rung 5, compiled for
-# a v5e that is not there. Where libtpu is absent, or too old to show its schedule, the record stays
-# what it is, and the cell says so.
+# a v5e that is not there. Where libtpu is absent, too old to show its schedule or slow in doing so,
+# the record stays what it is, and the cell says so.
 
 # %%
 show_source(race.predict_kernel)
@@ -147,7 +147,7 @@ show_source(race.predict_kernel)
 # %%
 recorded_us = rows["streamed"]["time_us"]["v5e"]
 try:
-    now_us = race.predict(race.RACERS["streamed"], "v5e", batch).time_us
+    now_us = race.predict(race.RACERS["streamed"], "v5e", batch, timeout_s=60).time_us
     print(f"now {now_us:.1f} us, recorded {recorded_us:.1f} us (predicted)")
     assert 0.8 < now_us / recorded_us < 1.25
 except NoSchedule as reason:

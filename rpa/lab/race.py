@@ -172,13 +172,13 @@ def arguments(racer: Racer, batch) -> tuple:
     return *arrays, cache, *metadata
 
 
-def predict(racer: Racer, chip, batch) -> "Predicted":
-    """A racer's decode kernel on a chip: predicted."""
+def predict(racer: Racer, chip, batch, timeout_s=1200.0) -> "Predicted":
+    """A racer's decode kernel on a chip: predicted; timeout_s as in `predict_kernel`."""
     args = arguments(racer, batch)
     kwargs = dict(racer.kwargs) | {"sm_scale": LAYER.head_dim**-0.5}
     if racer.takes == "metadata":
         kwargs["chip"] = chip
-    return predict_kernel(racer.schedule, args, kwargs, racer.kernel, chip)
+    return predict_kernel(racer.schedule, args, kwargs, racer.kernel, chip, timeout_s)
 
 
 class Predicted(NamedTuple):
@@ -189,7 +189,7 @@ class Predicted(NamedTuple):
     hbm_bytes: int
 
 
-def predict_kernel(function, args, kwargs, kernel, chip) -> Predicted:
+def predict_kernel(function, args, kwargs, kernel, chip, timeout_s=1200.0) -> Predicted:
     """How long one kernel of a function takes: predicted from its schedule.
 
     Args:
@@ -198,13 +198,16 @@ def predict_kernel(function, args, kwargs, kernel, chip) -> Predicted:
         kwargs: static keyword arguments, what JSON can hold.
         kernel: pattern that finds exactly one of its kernels.
         chip: anything that `rpa.chips.chip` knows.
+        timeout_s: end the compiler after this many seconds; some of the older ones need minutes.
 
     Raises:
-        rpa.lab.schedule.NoSchedule: if it does not compile.
+        rpa.lab.schedule.NoSchedule: if it does not compile, or not in time.
         rpa.lab.schedule_run.CannotRun: if its schedule cannot be executed.
     """
     known = chips.chip(chip)
-    schedule = schedule_for(known.name, function, *args, kwargs=kwargs, kernel=kernel)
+    schedule = schedule_for(
+        known.name, function, *args, kwargs=kwargs, kernel=kernel, timeout_s=timeout_s
+    )
     run = schedule.execute(*args, keep_events=True)
     cycles = cycles_with_waits(run, known.hbm_bytes_per_s / known.clock_hz)
     return Predicted(cycles / known.clock_hz * 1e6, run.bundles, run.hbm_bytes)
