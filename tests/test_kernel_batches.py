@@ -73,8 +73,12 @@ def check_batches(name, mode, seeds):
         num_chunked = int(rng.integers(0, short + 1))
         try:
             check_lengths(
-                *(shape, lengths, mode),
-                **{"seed": seed, "num_chunked": num_chunked, "adjacent": seed % 3 == 0},
+                shape,
+                lengths,
+                mode,
+                seed=seed,
+                num_chunked=num_chunked,
+                adjacent=seed % 3 == 0,
                 **(BLOCKS | options),
             )
         except AssertionError as error:
@@ -86,11 +90,11 @@ def test_some_batches():
 
 
 def test_some_batches_have_no_race():
-    check_batches("MQA 2/1, float32", EAGER, range(4))
+    check_batches("MQA 2/1, float32", EAGER, range(6))
 
 
 def test_some_batches_with_shared_lanes_have_no_race():
-    check_batches("9/3 of 64, shared lanes, bfloat16, sinks", EAGER, range(3))
+    check_batches("9/3 of 64, shared lanes, bfloat16, sinks", EAGER, range(4))
 
 
 @pytest.mark.full

@@ -201,8 +201,8 @@ def test_validation_takes_at_most_a_millisecond():
     batch, _ = RaggedBatch.from_lengths(
         [1] * 256, [256 * 16] * 256, np.arange(num_pages).reshape(256, 256)
     )
-    times_s = []
-    while not times_s or min(times_s) > 1e-3 and len(times_s) < 2000:
+    times_s = [np.inf]
+    while min(times_s) > 1e-3 and len(times_s) <= 2000:
         start = time.perf_counter()
         batch.validate(num_tokens=256, num_pages=num_pages, page_size=16)
         times_s.append(time.perf_counter() - start)

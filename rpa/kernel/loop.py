@@ -111,7 +111,10 @@ def _compute(plan, refs, step):
 
 
 def _for_each_tile(plan, block, body):
-    """Call body(piece, dot) for all tiles of a query block that hold at least one of its tokens."""
+    """Call body(piece, dot) for all tiles of a query block that hold at least one of its tokens.
+
+    Both in loops: the dots side by side would be as many copies of the code, to no one's gain.
+    """
 
     @_for_each_piece(plan, block)
     def _(piece):

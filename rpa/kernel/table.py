@@ -7,7 +7,6 @@ bit of the page table that nothing else uses: the sign of a block's first entry.
 """
 
 import jax.numpy as jnp
-from jax import lax
 
 from rpa.paging import cdiv
 
@@ -43,17 +42,16 @@ def mark_runs(rows, num_pages, whole_pages):
     >>> mark_runs(jnp.array([[4, 5, 6, 9, 3, 0]]), jnp.array([5]), whole_pages=2)
     Array([[-5,  5,  6,  9, -4,  0]], dtype=int32)
     """
-    place = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-    # Whether an entry continues the one before; what a block begins with, and what is not in use,
-    # does not break it.
-    goes_on = jnp.pad(rows[:, 1:] == rows[:, :-1] + 1, ((0, 0), (1, 0)))
-    goes_on |= (place % whole_pages == 0) | (place >= num_pages[:, None])
-    num_blocks = cdiv(rows.shape[1], whole_pages)
-    missing = num_blocks * whole_pages - rows.shape[1]
-    blocks = jnp.pad(goes_on, ((0, 0), (0, missing)), constant_values=True)
-    is_run = jnp.all(blocks.reshape(len(rows), num_blocks, whole_pages), axis=2)
-    is_run = jnp.repeat(is_run, whole_pages, axis=1)[:, : rows.shape[1]]
-    return jnp.where(is_run & (place % whole_pages == 0), ~rows, rows)
+    num_seqs, pages_per_seq = rows.shape
+    missing = -pages_per_seq % whole_pages
+    blocks = jnp.pad(rows, ((0, 0), (0, missing))).reshape(num_seqs, -1, whole_pages)
+    in_row = jnp.arange(pages_per_seq + missing).reshape(blocks.shape[1:])
+    in_block = jnp.arange(whole_pages)
+    is_used = in_row < num_pages[:, None, None]
+    goes_on = blocks == blocks[..., :1] + in_block
+    is_run = jnp.all(goes_on | ~is_used, axis=2, keepdims=True)
+    marked = jnp.where(is_run & (in_block == 0), ~blocks, blocks)
+    return marked.reshape(num_seqs, -1)[:, :pages_per_seq]
 
 
 def marks(plan):

@@ -48,7 +48,8 @@ def fetch(plan, refs, step):
     """Start all copies of a step that was looked up."""
     block = walk.query_block(plan, step.seq, step.q_index)
     _table_copy(plan, refs, step).wait()
-    is_run = _unmark(plan, refs, step, block)
+    entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
+    is_run = _unmark(plan, refs, entry)
 
     @pl.when(step.kv_index == 0)
     def _():
@@ -57,7 +58,7 @@ def fetch(plan, refs, step):
     # Whole pages come last: the loop over them is the end of what the compiler can interleave.
     if plan.problem.update_kv_cache:
         _start_store(plan, refs, block, step)
-    _start_kv(plan, refs, step, block, is_run)
+    _start_kv(plan, refs, step, block, entry, is_run)
 
 
 def _entry(plan, seq, page):
@@ -96,14 +97,13 @@ def _place_in_chunks(plan, step, block, entry):
     return step.kv_slot * plan.table_chunk_words + entry - chunk
 
 
-def _unmark(plan, refs, step, block):
+def _unmark(plan, refs, entry):
     """Take the mark of `table` off a block's first entry; return whether the block is a run."""
     if not table.marks(plan):
         return False
-    place = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
-    entry = refs.table_chunks[place]
-    refs.table_chunks[place] = table.page(entry)
-    return table.is_run(entry)
+    value = refs.table_chunks[entry]
+    refs.table_chunks[entry] = table.page(value)
+    return table.is_run(value)
 
 
 def _start_queries(refs, step, block):
@@ -118,8 +118,11 @@ def wait_queries(refs, block, slot):
     pltpu.make_async_copy(target, target, refs.q_sems.at[slot]).wait()
 
 
-def _start_kv(plan, refs, step, block, is_run):
-    """Start the copies of a KV block: pages from the cache, then the new tokens after them."""
+def _start_kv(plan, refs, step, block, entry, is_run):
+    """Start the copies of a KV block: pages from the cache, then the new tokens after them.
+
+    `entry` is where the first page of the block is in the chunks.
+    """
     slot, kv_index = step.kv_slot, step.kv_index
     start = walk.kv_block_start(plan, block, kv_index)
     num_tokens = walk.kv_block_tokens(plan, block, kv_index)
@@ -135,7 +138,6 @@ def _start_kv(plan, refs, step, block, is_run):
             target = _kv_tokens(plan, refs, slot, num_cached, num_new)
             pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
 
-    entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, kv_index))
     if plan.problem.sliding_window is None:
         _start_pages(plan, refs, slot, entry, 0, num_cached, is_run)
     else:
@@ -184,10 +186,14 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
 
 def _page_copy(plan, refs, slot, entry, row, num_tokens, offset=0):
     """The copy of tokens of the page in an entry of the chunk to a row of the KV buffer."""
-    first = refs.table_chunks[entry] * plan.problem.page_size + offset
-    source = refs.kv_cache.at[pl.ds(first, num_tokens)]
+    source = refs.kv_cache.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
     target = _kv_tokens(plan, refs, slot, row, num_tokens)
     return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
+
+
+def _cache_rows(plan, refs, entry, offset, num_tokens):
+    """Where tokens are in the cache, from an offset in the page of an entry on."""
+    return pl.ds(refs.table_chunks[entry] * plan.problem.page_size + offset, num_tokens)
 
 
 def _kv_tokens(plan, refs, slot, first, num_tokens):
@@ -230,8 +236,7 @@ def _store_in_page(plan, refs, block, step, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
     page, offset = position // plan.problem.page_size, position % plan.problem.page_size
     entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
-    first = refs.table_chunks[entry] * plan.problem.page_size + offset
-    target = refs.kv_cache_out.at[pl.ds(first, num_tokens)]
+    target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
     row = block.seq.q_start + position - block.seq.first_new
     source = refs.new_kv.at[pl.ds(row, num_tokens)]
     pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()
