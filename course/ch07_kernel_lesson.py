@@ -455,13 +455,15 @@ if jax.default_backend() == "tpu":
 #
 # The kernel is complete. Is it fast? Count first what it moves at a real size. `dry_run` runs the
 # kernel's own control flow and its copies, and leaves the arithmetic out, so it can take a batch
-# that the interpreter could not: Llama 3 8B, 15 decodes and a chunk of 512, all with 4,096 tokens.
+# that the interpreter could not: Llama 3 8B, 15 decodes and a chunk of 512, all with 4,096 tokens,
+# in a pool that was used for a while, where neighbouring pages are rare.
 
 # %%
 from rpa.lab.dryrun import dry_run
 
 q_lens = np.array([1] * 15 + [512])
-batch, _ = rpa.RaggedBatch.from_lengths(q_lens, [4096] * 16, np.arange(4096).reshape(16, 256))
+pages = rng.permutation(4096).reshape(16, 256)
+batch, _ = rpa.RaggedBatch.from_lengths(q_lens, [4096] * 16, pages)
 arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
 
 
@@ -522,6 +524,7 @@ hbm_us = 1e6 * sum(c.num_bytes for c in page_copies) / chips.chip("v5e").hbm_byt
 print(f"decode: {len(page_copies):,} page copies to issue in {hbm_us:.0f} us (v5e, predicted), "
       f"{1e3 * hbm_us / len(page_copies):.0f} ns each")  # fmt: skip
 print(f"table: {table_bytes:,} bytes moved for {15 * 256 * 4:,} that are looked at")
+assert len(page_copies) == 15 * 256
 
 # %% [markdown]
 # Page after page must be issued by the scalar core; the softmax has to keep up with the matrix
