@@ -69,7 +69,8 @@ test-full: test
 nbtest: env
 	$(BIN)/python -m course.build --check
 	$(BIN)/python tools/update_readme.py --check
-	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
+	XLA_FLAGS="$$($(BIN)/python -m rpa.check.haste)" \
+	  $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
 
 # The committed notebooks, each alone in an empty folder; its first cell installs the last commit.
 # About 20 minutes a platform on two cores (2026-11). A platform whose Python is not on this machine

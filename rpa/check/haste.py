@@ -2,6 +2,9 @@
 
 To compile rung 7 for a CPU takes most of the time of a check that runs it. What makes a program
 fast is left out; the numbers stay the same.
+
+`python -m rpa.check.haste` prints XLA_FLAGS with which a whole process compiles so: all tests, and
+the notebooks in `make test`.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from rpa.kernel import api
 
@@ -28,17 +32,35 @@ def options() -> dict[str, int | bool]:
     >>> options()["xla_backend_optimization_level"]
     0
     """
-    return {name: value for name, value in _IN_HASTE.items() if _is_known(name, value)}
+    return {name: value for name, value in _IN_HASTE.items() if _changes_nothing(name, value)}
 
 
-def _is_known(name, value):
-    """Whether the XLA of this JAX has the option; the names are nobody's promise."""
+def xla_flags() -> str:
+    """The same for the environment variable XLA_FLAGS; XLA would end at one that it does not know.
+
+    >>> xla_flags().split()[0]
+    '--xla_backend_optimization_level=0'
+    """
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options().items())
+
+
+def _changes_nothing(name, value):
+    """Whether the XLA of this JAX knows the option, and rounds as it does without.
+
+    The names are nobody's promise; and the older fusion emitters of JAX 0.7.2 round float8 twice,
+    first to float16: just above a tie of 1 and 1.125 they take the wrong one.
+    """
+    above_tie = jnp.float32(1.0625 + 2**-14)
     try:
         with jax.default_device(jax.devices("cpu")[0]):
-            jax.jit(lambda: 0, compiler_options={name: value})()
+            rounded = jax.jit(_round_to_float8, compiler_options={name: value})(above_tie)
     except jax.errors.JaxRuntimeError:
         return False
-    return True
+    return float(rounded) == 1.125
+
+
+def _round_to_float8(x):
+    return (x + x - x).astype(jnp.float8_e4m3fn)  # not x alone: arithmetic is what gets fused
 
 
 @contextlib.contextmanager
@@ -59,3 +81,7 @@ def _runs_in_haste():
         "_run_on_copy": haste(api._run_on_copy),
         "_run_in_place": haste(api._run_in_place, donate_argnames="kv_cache"),
     }
+
+
+if __name__ == "__main__":
+    print(xla_flags())

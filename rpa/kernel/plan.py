@@ -45,6 +45,9 @@ MAX_TOKENS_OF_FOUR = 256
 CHAINS_AHEAD = 7
 """Chains of a decode (see `decode`) that have started when the values of one are multiplied."""
 
+MIN_LANES_TO_TURN = 384
+"""Dots of a decode with so many lanes turn some of their keys, see `sides`."""
+
 MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
 """How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
 
@@ -226,6 +229,15 @@ class Plan:
     def is_decode(self):
         """Whether there is one query token a sequence, and so the room `decode` computes."""
         return self.blocks.bq == 1 and self.max_q_len == 1
+
+    @property
+    def turns_keys(self):
+        """Whether some keys of a product go through the MXU, instead of being its weights.
+
+        See `sides`. Turned keys cost registers of results, one for 8 keys of a dot; a dot of few
+        lanes saves less than that.
+        """
+        return self.is_decode and self.tile_lanes >= MIN_LANES_TO_TURN
 
     @property
     def steps_per_turn(self):

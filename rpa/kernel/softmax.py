@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa.kernel import spare
+from rpa.kernel import sides, spare
 from rpa.paging import LANES, cdiv
 
 LOWEST_MAX = -1e30
@@ -107,9 +107,13 @@ def scores(plan, scalars_ref, q, k, limits):
             else -inf; None if all see all. Rows repeat: tile_rows is a multiple of mask_rows.
     """
     contract_lanes = (((1,), (1,)), ((), ()))
+
+    def dot(a, b):
+        return lax.dot_general(a, b, contract_lanes, precision=precision(plan), **FLOAT32)
+
     if plan.has_spare_mxu:
         k = spare.double_keys(k)
-    s = lax.dot_general(q, k, contract_lanes, precision=precision(plan), **FLOAT32)
+    s = sides.product(q, k, plan.mxu_size, dot) if plan.turns_keys else dot(q, k)
     if not plan.has_spare_mxu:
         s = s * scalars_ref[SCORE_FACTOR]
     if plan.problem.has_soft_cap:
