@@ -35,17 +35,18 @@ def test_output_where_keys_are_turned(chip):
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "expected"),
+    ("heads", "head_dim", "dtype", "expected"),
     [
-        ((32, 8), 128, True),
-        ((4, 2), 256, True),
-        ((9, 3), 64, True),
-        ((16, 2), 128, False),  # two heads fill the rows of a dot
-        ((8, 1), 128, False),
+        ((32, 8), 128, "bfloat16", True),
+        ((32, 8), 128, "float32", False),
+        ((4, 2), 256, "bfloat16", True),
+        ((9, 3), 64, "bfloat16", True),
+        ((16, 2), 128, "bfloat16", False),  # two heads fill the rows of a dot
+        ((8, 1), 128, "bfloat16", False),
     ],
 )
-def test_whose_keys_are_turned(heads, head_dim, expected):
-    problem = make_problem(heads, head_dim)
+def test_whose_keys_are_turned(heads, head_dim, dtype, expected):
+    problem = make_problem(heads, head_dim, q=dtype, kv=dtype)
     plan = Plan(
         *(problem, Case.DECODE, BlockSizes(1, 1024, 1, 512)),
         interpret=False,

@@ -235,9 +235,10 @@ class Plan:
         """Whether some keys of a product go through the MXU, instead of being its weights.
 
         See `sides`. Turned keys cost registers of results, one for 8 keys of a dot; a dot of few
-        lanes saves less than that.
+        lanes saves less than that. And float32 goes through in six passes: there MATMUL is full.
         """
-        return self.is_decode and self.tile_lanes >= MIN_LANES_TO_TURN
+        is_exact = self.problem.compute_dtype == np.float32
+        return self.is_decode and self.tile_lanes >= MIN_LANES_TO_TURN and not is_exact
 
     @property
     def steps_per_turn(self):
