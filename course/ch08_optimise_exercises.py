@@ -441,8 +441,8 @@ for step in ("two heads ahead", "four heads a product"):
     print(f"{step:22} {bundles}")
 
 # %% [markdown] tags=["explanation"]
-# The MXU has to take in all keys and all values as weights, whichever way: that is MATPUSH, and it
-# does not become more. The rows that go through them are few, so zeros among them cost nothing that
+# Written so, the MXU takes in all keys and all values as weights: that is MATPUSH, and it does
+# not become more. The rows that go through them are few, so zeros among them cost nothing that
 # anybody waits for. What is won is the number of chains: two softmaxes in place of eight, each with
 # 16 rows, that is two full registers a column block in place of one half-empty one. Eight heads in
 # one product are too many: one single chain, with nothing that could overlap it. Off the diagonal

@@ -14,7 +14,7 @@
 # buffer, the rooms of rung 7. No TPU.
 #
 # **You will be able to:** read what a TPU does in each cycle, and say what binds; say why a decode
-# and a prefill want opposite things; take a kernel from 11,318 bundles to 854 in six steps, and
+# and a prefill want opposite things; take a kernel from 11,318 bundles to 763 in seven steps, and
 # give the reason for each; choose block sizes; and predict, in numbers, how much of a chip's
 # bandwidth a batch will use.
 #
@@ -28,7 +28,7 @@ import numpy as np
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, decode, loop, spare
+from rpa.kernel import blocks, cases, decode, loop, sides, spare
 from rpa.kernel.plan import Plan, Problem
 from rpa.lab import inner_loop, race, traffic, tune
 from rpa.lab.recorded import Occupancy, compile_step, recorded, recorded_step
@@ -267,8 +267,8 @@ for chip in CHIPS:
     assert 0.94 < odd.bundles / even.bundles < 0.97
 
 # %% [markdown]
-# Half of the loads, and only 4 or 5 % of the bundles? Nobody waits for loads *yet*. Take the last
-# step of this chapter, with all that comes below, and give it the even distance again:
+# Half of the loads, and only 4 or 5 % of the bundles? Nobody waits for loads *yet*. Take the loop
+# at the end of section 7, with all that comes until then, and give it the even distance again:
 
 # %%
 more = {}
@@ -276,7 +276,7 @@ for chip in CHIPS:
     even = recorded("even_stride_at_the_end")[chip]
     odd = recorded_step(chip, "two sequences a turn").bundles
     more[chip] = even / odd - 1
-    print(f"{chip:6} at the end: {even:5,} bundles even, {odd:5,} odd, {more[chip]:+.0%}")
+    print(f"{chip:6} then: {even:5,} bundles even, {odd:5,} odd, {more[chip]:+.0%}")
 assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
 
 # %% [markdown]
@@ -375,8 +375,64 @@ pictures.before_after(
 )
 
 # %% [markdown]
-# MATPUSH is full from the first bundle to the last: the second floor of section 2. From here on
-# only fewer weights would help, and there are none to spare. All steps, beside HBM:
+# MATPUSH is full from the first bundle to the last: the second floor of section 2.
+#
+# The price: of two sequences of unequal length, the shorter one waits for the longer. What is
+# computed together never changes a result: every chain starts from nothing, and is merged with what
+# its own sequence has summed up before. That is the room `decode` of rung 7:
+
+# %%
+show_source(decode._attend_piece)
+
+# %% [markdown]
+# **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
+# is full, you are done with order.
+
+# %% [markdown]
+# ## 8. Which side goes in?
+#
+# K and V are the weights, so MATPUSH is full; four rows of queries a head go through, so MATMUL
+# idles. But which side of a product is the weights is a matter of writing. By hand, one query
+# (2, 1) and three keys (1, 0), (0, 1), (3, 3):
+
+# %%
+q, k = jnp.array([[2, 1]]), jnp.array([[1, 0], [0, 1], [3, 3]])
+print("Q K^T:", (q @ k.T).tolist(), " 3 keys go in, 1 row goes through")
+print("K Q^T:", (k @ q.T).T.tolist(), " 1 query goes in, 3 rows go through")
+assert (q @ k.T == (k @ q.T).T).all()
+
+# %% [markdown]
+# Turn all keys round, and MATMUL is full instead. Turn *some*, and the two share the work, for both
+# are slots of the same bundle. The scores come out as [keys, queries], and the XLU, which has time,
+# turns them back. How many? Two sequences, by quarters of the keys:
+
+# %%
+print("turned", *(f"{quarters}/4".rjust(7) for quarters in range(4)))
+for chip in CHIPS:
+    print(f"{chip:6}", *(f"{bundles:7,}" for bundles in recorded("turned")[chip]))
+best = {chip: int(np.argmin(recorded("turned")[chip])) for chip in CHIPS}
+assert best == {"v5e": 1, "v6e": 2, "tpu7x": 2}
+
+# %% [markdown]
+# The MXU of a v5e is 128 wide, that of the others 256: there twice as many lanes of K go through in
+# one slot, so more keys should. Here is the loop as it was and with a quarter turned, on a v5e:
+
+# %%
+pictures.before_after(
+    {
+        "All keys go in": recorded_step("v5e", "two sequences a turn"),
+        "A quarter goes through": recorded_step("v5e", "a quarter of the keys turned"),
+    }
+)
+
+# %% [markdown]
+# MATPUSH and MATMUL are now both busy, and none of them is full. In rung 7 it is a room of its own:
+
+# %%
+show_source(sides)
+
+# %% [markdown]
+# All seven steps, a sequence, beside HBM:
 
 
 # %%
@@ -394,22 +450,14 @@ for chip in CHIPS:
     print(f"{chip:6} {values[0]:6,.0f} bundles to {values[-1]:4,.0f}, {less:4.1f} times fewer; "
           f"HBM {hbm_cycles(chip):5,.0f} cycles")  # fmt: skip
     assert values == sorted(values, reverse=True) and values[-1] < hbm_cycles(chip)
-assert list(bundles["v5e"].values())[-1] == 854
+assert list(bundles["v5e"].values())[-1] == 763
 
 # %% [markdown]
-# The price: of two sequences of unequal length, the shorter one waits for the longer. What is
-# computed together never changes a result: every chain starts from nothing, and is merged with what
-# its own sequence has summed up before. That is the room `decode` of rung 7:
-
-# %%
-show_source(decode._attend_piece)
+# **Takeaway.** When a unit is full, look for one that is not, and write the work so that it can
+# take a part.
 
 # %% [markdown]
-# **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
-# is full, you are done with order, and have to do less.
-
-# %% [markdown]
-# ## 8. What does a prefill wait for?
+# ## 9. What does a prefill wait for?
 #
 # Prefill has rows enough: 512 for each KV head. Here is rung 4, whose occupancy you saw in chapter
 # 4, and the mixed kernel of rung 7, on one scale: 512 rows x 512 keys, of **one** head above, of
@@ -474,7 +522,7 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # they matter, sums and scales where a unit idles.
 
 # %% [markdown]
-# ## 9. How large should the blocks be?
+# ## 10. How large should the blocks be?
 #
 # Four numbers, (bq, bkv, bq_c, bkv_c): what is fetched together, and what is multiplied together.
 # Larger blocks have fewer ends; they cost VMEM, and short sequences waste what they do not fill.
@@ -535,7 +583,7 @@ assert large_us["64 of real lengths"] > small_us["64 of real lengths"]
 # **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 8.5 chooses.
 
 # %% [markdown]
-# ## 10. From bundles to a time
+# ## 11. From bundles to a time
 #
 # Copies run beside bundles, as long as there are two buffers. Three blocks on a TPU7x, 1,024
 # tokens each, 2,494 cycles of HBM, and about 1,900 to compute:
@@ -644,7 +692,7 @@ for chip in CHIPS:
 # %% [markdown]
 # - **Short sequences on a fast chip.** A sequence costs some 200 bundles besides its tokens, and a
 #   block has ends. From 1,024 tokens on HBM is slower, even on a TPU7x; below that it need not be.
-#   So the batch of section 10 uses nearly all of a v5e's bandwidth, and less of the faster chips'.
+#   So the batch of section 11 uses nearly all of a v5e's bandwidth, and less of the faster chips'.
 
 # %%
 for chip in CHIPS:

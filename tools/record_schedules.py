@@ -16,7 +16,7 @@ from rpa.lab.schedule import schedule_for
 from rpa.lab.schedule_cases import measure
 
 CHIPS = ("v5e", "v6e", "tpu7x")
-PICTURED = ("odd stride", "two sequences a turn")
+PICTURED = ("odd stride", "two sequences a turn", "a quarter of the keys turned")
 STRIDES = (1, 2, 4, 6, 7, 8, 9, 10, 12, 16, 17, 24, 32)
 MOST_AHEAD = 7
 PAGE_SIZE = 128
@@ -44,6 +44,17 @@ def orders():
         schedule = schedule_for("v5e", inner_loop.attend_ahead, *shapes, kwargs=kwargs)
         bundles.append(schedule.num_bundles)
     return bundles
+
+
+def turned():
+    """Bundles of the last step of the inner loop, by the quarters of the keys that are turned."""
+    shapes, found = inner_loop.shapes("a quarter of the keys turned"), {}
+    for chip in tqdm(CHIPS, desc="turned"):
+        for quarters in range(4):
+            kwargs = {"quarters": quarters}
+            schedule = schedule_for(chip, inner_loop.attend_turned, *shapes, kwargs=kwargs)
+            found.setdefault(chip, []).append(schedule.num_bundles)
+    return found
 
 
 def even_stride_at_the_end():
@@ -105,6 +116,7 @@ def versions():
 SECTIONS = {
     "inner_loop": inner_loops,
     "orders": orders,
+    "turned": turned,
     "strides": strides,
     "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,

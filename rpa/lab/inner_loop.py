@@ -47,6 +47,13 @@ def scores(q, k):
     return lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def scores_turned(q, k, quarters):
+    """The same; for so many quarters of the keys as (K Q^T)^T, with the queries as weights."""
+    turned = len(k) * quarters // 4
+    parts = [scores(k[:turned], q).T] if turned else []
+    return jnp.concatenate([*parts, scores(q, k[turned:])], axis=1)
+
+
 def softmax(s):
     """Weights that are not normalised, f32[rows, num_tokens], and their sums, f32[rows, 1]."""
     weights = jnp.exp2(s - jnp.max(s, axis=1, keepdims=True))
@@ -86,8 +93,8 @@ def ahead(q_ref, kv_ref, out_ref, load, *, num_ahead):
         finish(*chain)
 
 
-def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_dot, num_ahead):
-    """Several heads in one product, block-diagonally; sequences by turns."""
+def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_dot, num_ahead, quarters=0):
+    """Several heads in one product, block-diagonally; sequences by turns; some keys turned."""
     waiting = []
 
     def finish(seq, first, weights, total, v):
@@ -101,7 +108,7 @@ def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_dot, num_ahead):
             heads = range(first, first + heads_per_dot)
             keys, values = zip(*(load(kv_ref.at[seq], head) for head in heads), strict=True)
             q = block_diagonal([q_ref[seq, head] for head in heads])
-            s = scores(q, jnp.concatenate(keys, axis=1))
+            s = scores_turned(q, jnp.concatenate(keys, axis=1), quarters)
             if len(waiting) == num_ahead:
                 finish(*waiting.pop(0))
             waiting.append((seq, first, *softmax(s), jnp.concatenate(values, axis=1)))
@@ -152,6 +159,9 @@ STEPS: dict[str, Step] = {
     "two heads ahead": Step(partial(ahead, num_ahead=2)),
     "four heads a product": Step(partial(stacked, heads_per_dot=4, num_ahead=1)),
     "two sequences a turn": Step(partial(stacked, heads_per_dot=4, num_ahead=3), num_seqs=2),
+    "a quarter of the keys turned": Step(
+        partial(stacked, heads_per_dot=4, num_ahead=3, quarters=1), num_seqs=2
+    ),
 }
 """The optimisations in the order of chapter 8, each on top of the last."""
 
@@ -190,6 +200,11 @@ def attend(q, kv, *, step, interpret=False):
 def attend_ahead(q, kv, *, num_ahead):
     """`attend`, compiled, with Q K^T so many heads ahead of P V."""
     return call(partial(ahead, num_ahead=num_ahead), q, kv)
+
+
+def attend_turned(q, kv, *, quarters):
+    """`attend`, compiled, by the last step with another part of the keys turned."""
+    return call(partial(stacked, heads_per_dot=4, num_ahead=3, quarters=quarters), q, kv)
 
 
 def call(kernel, q, kv, *, load=load_strided, interpret=False):
