@@ -40,6 +40,9 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     # Without it a second process that loads libtpu dies on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Meant for the XLA of the CPU: that of libtpu ends at a flag that it does not know, and what is
+    # kept of a schedule does not say with which flags it was compiled.
+    "XLA_FLAGS": "",
 }
 """What libtpu needs to be quick and quiet on a machine without a TPU."""
 
