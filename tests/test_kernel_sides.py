@@ -13,6 +13,8 @@ from tests.kernel_harness import ON_WAIT
 from tests.kernel_plans import make_problem
 from tests.kernel_runs import check_lengths
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("num_keys", [8, 128, 200, 256, 512, 768, 1024, 1152, 4096])
 @pytest.mark.parametrize("mxu_size", sorted({c.mxu_size for c in chips.CHIPS.values()}))
