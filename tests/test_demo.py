@@ -15,6 +15,9 @@ from rpa.models import ModelNotInstalled
 from rpa.ragged import store_new_tokens
 from tests.batches import Shape, make_case
 
+# One worker for all of this file: the demo runs once for it, for half a minute.
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# One worker for all of this file: the wheel is built once for it.
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
