@@ -441,13 +441,14 @@ for step in ("two heads ahead", "four heads a product"):
     print(f"{step:22} {bundles}")
 
 # %% [markdown] tags=["explanation"]
-# Written so, the MXU takes in all keys and all values as weights: that is MATPUSH, and it does
-# not become more. The rows that go through them are few, so zeros among them cost nothing that
-# anybody waits for. What is won is the number of chains: two softmaxes in place of eight, each with
-# 16 rows, that is two full registers a column block in place of one half-empty one. Eight heads in
-# one product are too many: one single chain, with nothing that could overlap it. Off the diagonal
-# the second product computes weights of one head times values of another. Nobody looks at them, but
-# they have to be finite: 0 times a stale NaN of another head would be NaN.
+# Written as here, all keys and all values are weights (rung 7 turns some keys round, section 8 of
+# the lesson): that is MATPUSH, and it does not become more. The rows that go through them are few,
+# so zeros among them cost nothing that anybody waits for. What is won is the number of chains: two
+# softmaxes in place of eight, each with 16 rows, that is two full registers a column block in place
+# of one half-empty one. Eight heads in one product are too many: one single chain, with nothing
+# that could overlap it. Off the diagonal the second product computes weights of one head times
+# values of another. Nobody looks at them, but they have to be finite: 0 times a stale NaN of
+# another head would be NaN.
 
 
 # %% tags=["wrong"] refused="every row takes the values of head 0"
@@ -733,12 +734,12 @@ rpa.check("8.6", predict_mbu)
 
 # %% [markdown]
 # Now put in numbers of real chips. HBM needs 7.49 cycles a token of Llama 3 8B on a v5e and 2.44 on
-# a TPU7x; a block of 1,024 tokens takes about 1,750 cycles on either (end of the lesson).
+# a TPU7x; a block of 1,024 tokens takes some 1,700 cycles on either (end of the lesson).
 
 # %%
 for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.items():
     mbu = {
-        chip: predict_mbu(np.array(kv_lens), 1024, copy_cycles, 1750)
+        chip: predict_mbu(np.array(kv_lens), 1024, copy_cycles, 1700)
         for chip, copy_cycles in {"v5e": 7.49, "tpu7x": 2.44}.items()
     }
     print(f"{name}: v5e {mbu['v5e']:.0%}, TPU7x {mbu['tpu7x']:.0%} (predicted)")
@@ -746,7 +747,7 @@ for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.i
 # %% [markdown] tags=["explanation"]
 # Two clocks and two waits are the whole double buffer. As long as a block is copied more slowly
 # than it is computed, only the first copy and the last computation are lost, and a long batch comes
-# near 1. On a TPU7x a block of 512 tokens arrives in 1,250 cycles and is computed in 1,750: then
+# near 1. On a TPU7x a block of 512 tokens arrives in 1,250 cycles and is computed in 1,700: then
 # HBM waits for the core, and MBU is their ratio. The real kernel is better there, because it takes
 # two sequences a turn and only the products that a block needs: when that came, half of HBM's
 # bandwidth became nearly all of it (`docs/ablations.md`). The lab's `predict_batch` does what you

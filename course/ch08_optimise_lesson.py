@@ -370,7 +370,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 pictures.before_after(
     {
         "One head after the other, one sequence": recorded_step("v5e", "odd stride"),
-        "All six steps, two sequences": recorded_step("v5e", "two sequences a turn"),
+        "Six steps, two sequences": recorded_step("v5e", "two sequences a turn"),
     }
 )
 
@@ -391,9 +391,9 @@ show_source(decode._attend_piece)
 # %% [markdown]
 # ## 8. Which side goes in?
 #
-# K and V are the weights, so MATPUSH is full; four rows of queries a head go through, so MATMUL
-# idles. But which side of a product is the weights is a matter of writing. By hand, one query
-# (2, 1) and three keys (1, 0), (0, 1), (3, 3):
+# K and V are the weights, so MATPUSH is the fullest unit; four rows of queries a head go through,
+# so MATMUL idles. But which side of a product is the weights is a matter of writing. By hand, one
+# query (2, 1) and three keys (1, 0), (0, 1), (3, 3):
 
 # %%
 q, k = jnp.array([[2, 1]]), jnp.array([[1, 0], [0, 1], [3, 3]])
@@ -402,9 +402,10 @@ print("K Q^T:", (k @ q.T).T.tolist(), " 1 query goes in, 3 rows go through")
 assert (q @ k.T == (k @ q.T).T).all()
 
 # %% [markdown]
-# Turn all keys round, and MATMUL is full instead. Turn *some*, and the two share the work, for both
-# are slots of the same bundle. The scores come out as [keys, queries], and the XLU, which has time,
-# turns them back. How many? Two sequences, by quarters of the keys:
+# Turn all keys round, and MATMUL has the work instead. Turn *some*, and the two share it, for a
+# bundle has slots for both. The scores come out as [keys, queries], and the XLU turns them back (on
+# v6e and TPU7x it had a part of K to transpose; of that it has less now). How many? Two sequences,
+# by quarters of the keys:
 
 # %%
 print("turned", *(f"{quarters}/4".rjust(7) for quarters in range(4)))
@@ -414,8 +415,9 @@ best = {chip: int(np.argmin(recorded("turned")[chip])) for chip in CHIPS}
 assert best == {"v5e": 1, "v6e": 2, "tpu7x": 2}
 
 # %% [markdown]
-# The MXU of a v5e is 128 wide, that of the others 256: there twice as many lanes of K go through in
-# one slot, so more keys should. Here is the loop as it was and with a quarter turned, on a v5e:
+# In a cycle every chip takes in one key of all eight heads. A v5e, whose MXUs are 128 wide, lets
+# half a key through, the others (256 wide) a whole one: there more keys should. Here is the loop as
+# it was and with a quarter turned, on a v5e:
 
 # %%
 pictures.before_after(
@@ -426,13 +428,18 @@ pictures.before_after(
 )
 
 # %% [markdown]
-# MATPUSH and MATMUL are now both busy, and none of them is full. In rung 7 it is a room of its own:
+# MATPUSH still binds, but it has less to take in, and MATMUL works beside it. In rung 7 it is a
+# room of its own:
 
 # %%
 show_source(sides)
 
 # %% [markdown]
-# All seven steps, a sequence, beside HBM:
+# A product of rung 7 has 512 keys by default, which is one cell. Float32, and dots of fewer than
+# 384 lanes, turn none (`Plan.turns_keys`).
+#
+# All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
+# do better with half, see the table.
 
 
 # %%
@@ -691,7 +698,7 @@ for chip in CHIPS:
 
 # %% [markdown]
 # - **Short sequences on a fast chip.** A sequence costs some 200 bundles besides its tokens, and a
-#   block has ends. From 1,024 tokens on HBM is slower, even on a TPU7x; below that it need not be.
+#   block has ends. From 1,024 tokens on HBM is slower by far, even on a TPU7x; at 512 by a little.
 #   So the batch of section 11 uses nearly all of a v5e's bandwidth, and less of the faster chips'.
 
 # %%
@@ -705,7 +712,8 @@ assert mbu["v5e"] > 0.95
 
 # %% [markdown]
 # - **Small pages.** A copy takes the same few bundles to issue, whether its page has 128 tokens or
-#   16, and so eight times as many with pages of 16. Pages that lie side by side could be one copy.
+#   16, and so eight times as many with pages of 16. A block whose pages are all neighbours is one
+#   copy (`table`); shorter runs travel page by page.
 # - **The ends of a block** in a prefill: until the first K is in place, and in the last softmax.
 
 # %%
@@ -719,7 +727,7 @@ for chip in CHIPS:
 # %% [markdown]
 # - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), or with heads of 64, a
 #   TPU7x needs more bundles for a block than HBM has cycles (`docs/ablations.md`). MATPUSH again: K
-#   and V go through the MXU as weights, for a few rows.
+#   and V are weights for a few rows, and to turn keys does not pay in a dot of so few lanes.
 # - **Windows.** With a sliding window of 128, reading and computing take hardly more than the least
 #   on a v5e and far more on a TPU7x: there are not enough tokens to hide anything behind.
 # - **And what no schedule holds**: launching, instruction fetch, and how HBM really behaves. That

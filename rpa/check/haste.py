@@ -1,7 +1,7 @@
 """Kernels of the interpreter compiled in haste: a check runs each of them for a moment.
 
 To compile rung 7 for a CPU takes most of the time of a check that runs it. What makes a program
-fast is left out; the numbers stay the same.
+fast is left out; the numbers stay the same but for the last bits of float32.
 
 `python -m rpa.check.haste` prints XLA_FLAGS with which a whole process compiles so: all tests, and
 the notebooks in `make test`.
@@ -32,7 +32,7 @@ def options() -> dict[str, int | bool]:
     >>> options()["xla_backend_optimization_level"]
     0
     """
-    return {name: value for name, value in _IN_HASTE.items() if _changes_nothing(name, value)}
+    return {name: value for name, value in _IN_HASTE.items() if _is_safe(name, value)}
 
 
 def xla_flags() -> str:
@@ -44,8 +44,8 @@ def xla_flags() -> str:
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options().items())
 
 
-def _changes_nothing(name, value):
-    """Whether the XLA of this JAX knows the option, and rounds as it does without.
+def _is_safe(name, value):
+    """Whether the XLA of this JAX knows the option, and rounds float8 as it does without.
 
     The names are nobody's promise; and the older fusion emitters of JAX 0.7.2 round float8 twice,
     first to float16: just above a tie of 1 and 1.125 they take the wrong one.

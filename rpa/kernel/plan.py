@@ -204,9 +204,9 @@ class Plan:
     def heads_per_dot(self):
         """KV heads whose products share one dot, block-diagonally.
 
-        Decode has a handful of query rows a head: too few to hide the latency of the MXU and of
-        the softmax. Several heads in one dot cost the MXU nothing (it is busy with K and V, which
-        must be pushed once either way) and fill the rows. With many query tokens it only wastes.
+        Decode has a handful of query rows a head: too few to hide the latency of the MXU and of the
+        softmax. Several heads in one dot cost the MXU nothing (it is busy with K and V, which it
+        takes in or lets through once) and fill the rows. With many query tokens it only wastes.
         """
         p = self.problem
         if self.blocks.bq > 1:
@@ -234,8 +234,8 @@ class Plan:
     def turns_keys(self):
         """Whether some keys of a product go through the MXU, instead of being its weights.
 
-        See `sides`. Turned keys cost registers of results, one for 8 keys of a dot; a dot of few
-        lanes saves less than that. And float32 goes through in six passes: there MATMUL is full.
+        See `sides`. Turned keys cost registers of results, one for 8 keys of a dot; in a dot of few
+        lanes that mostly is more than it saves. Float32 goes through in six passes: MATMUL is full.
         """
         is_exact = self.problem.compute_dtype == np.float32
         return self.is_decode and self.tile_lanes >= MIN_LANES_TO_TURN and not is_exact
