@@ -21,7 +21,7 @@ pytestmark = pytest.mark.core
 def test_every_key_has_its_score(num_keys, mxu_size):
     parts = sides.parts(num_keys, mxu_size)
     assert [key for first, end, _ in parts for key in range(first, end)] == list(range(num_keys))
-    turns_some = num_keys >= (512 if mxu_size == 128 else 256)  # a quarter or a half, in registers
+    turns_some = num_keys >= (512 if mxu_size == 128 else 256)  # a quarter or a half, in 128s
     assert any(is_turned for *_, is_turned in parts) == turns_some
     rng = np.random.default_rng(num_keys)
     q, k = (rng.integers(-8, 9, (n, 16)).astype(np.float32) for n in (4, num_keys))

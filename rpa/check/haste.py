@@ -36,12 +36,15 @@ def options() -> dict[str, int | bool]:
 
 
 def xla_flags() -> str:
-    """The same for the environment variable XLA_FLAGS; XLA would end at one that it does not know.
+    """The same for the environment variable XLA_FLAGS; XLA ends at one that it does not know.
 
     >>> xla_flags().split()[0]
     '--xla_backend_optimization_level=0'
     """
-    return " ".join(f"--{name}={str(value).lower()}" for name, value in options().items())
+    known = options()
+    if jax.default_backend() == "tpu":  # libtpu reads the variable too, and of these knows this one
+        known = {name: known[name] for name in known if name == "xla_backend_optimization_level"}
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
 
 
 def _is_safe(name, value):

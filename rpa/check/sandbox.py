@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from rpa.check import haste
 from rpa.check.errors import CannotShip, KernelFault, WrongResult
 from rpa.check.runner import TookTooLong
 from rpa.check.shipping import Parcel, pack
@@ -23,9 +24,6 @@ from rpa.lab.events import Timeline
 
 START_LIMIT_S = 120.0
 """To import JAX takes seconds on an idle laptop and a minute on a busy one."""
-
-SWITCH = "--xla_backend_optimization_level=0"
-"""A kernel in the interpreter runs for a moment: not optimising it saves most of the time."""
 
 
 class Job(NamedTuple):
@@ -120,7 +118,8 @@ class Worker:
 
     def _start(self):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SWITCH}".strip()
+        given = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{given} {haste.xla_flags()}".strip()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rpa.check.sandbox_worker"],
             stdin=subprocess.PIPE,

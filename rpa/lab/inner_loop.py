@@ -204,7 +204,7 @@ def attend_ahead(q, kv, *, num_ahead):
 
 def attend_turned(q, kv, *, quarters):
     """`attend`, compiled, by the last step with another part of the keys turned."""
-    return call(partial(stacked, heads_per_dot=4, num_ahead=3, quarters=quarters), q, kv)
+    return call(partial(STEPS["two sequences a turn"].kernel, quarters=quarters), q, kv)
 
 
 def call(kernel, q, kv, *, load=load_strided, interpret=False):
