@@ -37,14 +37,8 @@ needs_deadlock_errors = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def in_short_supply():
-    """Few stores at once, few buffers: so that those before are waited for in so small a batch.
-
-    Normally it takes megabytes of stores, and more than 16 decodes.
-    """
-    with (
-        mock.patch.object(transfers, "STORE_LIMIT_BYTES", 1),
-        mock.patch.object(blocks, "DECODE_TURNS_AHEAD", 1),
-    ):
+    """Few buffers, so that they are waited for in a small batch; normally it takes 16 decodes."""
+    with mock.patch.object(blocks, "DECODE_TURNS_AHEAD", 1):
         yield
 
 
@@ -73,7 +67,8 @@ def changed(function, **changes):
     return wrong
 
 
-PAGE_COPY, AREA_MASK = transfers._page_copy, loop._Area.mask
+PAGE_COPY, STORE_IN_PAGE = transfers._page_copy, transfers._store_in_page
+AREA_MASK = loop._Area.mask
 ACCUMULATE, LOAD_KV = softmax.accumulate, layout.load_kv
 WRONG_PARTS = {
     "page index off by one": (
@@ -132,7 +127,14 @@ WRONG_PARTS = {
         changed(walk.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
     ),
     "padding rows not written": (transfers, "write_zero_rows", lambda plan, refs, num_used: None),
-    "new tokens not stored": (transfers, "_start_store", lambda plan, refs, block, kv_index: None),
+    "new tokens not stored": (transfers, "start_stores", lambda plan, refs, block, step: None),
+    "new tokens stored one row early": (
+        transfers,
+        "_store_in_page",
+        lambda plan, refs, block, step, position, num_tokens: STORE_IN_PAGE(
+            plan, refs, block, step, jnp.maximum(position - 1, 0), num_tokens
+        ),
+    ),
     "accumulator not rescaled": (
         softmax,
         "accumulate",

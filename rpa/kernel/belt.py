@@ -10,7 +10,7 @@ of another turn:
              computes  turn i - TABLE_TURNS - turns_ahead: wait for these, compute
 
 In between, a step is a few words in SMEM. Registers would not do: there are 32 scalar ones, and the
-steps of two turns of a decode fill them.
+steps of two turns of a decode fill them. Its page-table entries stay as long as it does.
 
 The belt begins empty, so the first turns only look up and fetch, and no station has code of its own
 for the start. An empty place holds the sequence `end`, for which nobody does anything.
@@ -46,10 +46,13 @@ def clear(plan, refs, end):
 
 
 def put(plan, refs, turn, steps):
-    """Put the steps that a turn has looked up on the belt."""
-    for place, step in enumerate(steps):
-        for word, value in enumerate([*step.seq, *step[1:]]):
-            refs.belt[_word(plan, turn.slot, place) + word] = value
+    """Put the steps of a turn on the belt, and return them: now they have a place."""
+    first = _first_place(plan, turn.slot)
+    steps = tuple(step._replace(place=first + i) for i, step in enumerate(steps))
+    for step in steps:
+        for word, value in enumerate([*step.seq, *step[1:-1]]):
+            refs.belt[step.place * STEP_WORDS + word] = value
+    return steps
 
 
 def to_fetch(plan, refs, turn, end, body):
@@ -58,34 +61,33 @@ def to_fetch(plan, refs, turn, end, body):
     A step is read only when it is its turn, because scalar registers are few; and in a loop,
     because starting all copies of a step is a tenth of the code of the kernel.
     """
-    slot = turn.earlier(plan, TABLE_TURNS)
+    first = _first_place(plan, turn.earlier(plan, TABLE_TURNS))
 
     @compat.loop_once(0, plan.steps_per_turn)
-    def _(place):
-        @pl.when(refs.belt[_word(plan, slot, place)] < end)
+    def _(i):
+        @pl.when(refs.belt[(first + i) * STEP_WORDS] < end)
         def _():
-            body(_take(plan, refs, slot, place))
+            body(_take(plan, refs, first + i))
 
 
 def to_compute(plan, refs, turn):
     """The steps that a turn computes; their sequence is `end` where there is none."""
-    slot = turn.earlier(plan, plan.belt_turns - 1)
-    return tuple(_take(plan, refs, slot, place) for place in range(plan.steps_per_turn))
+    first = _first_place(plan, turn.earlier(plan, plan.belt_turns - 1))
+    return tuple(_take(plan, refs, first + i) for i in range(plan.steps_per_turn))
 
 
-def _take(plan, refs, slot, place):
-    first = _word(plan, slot, place)
-    words = [refs.belt[first + word] for word in range(STEP_WORDS)]
+def _take(plan, refs, place):
+    words = [refs.belt[place * STEP_WORDS + word] for word in range(STEP_WORDS)]
     num_of_seq = len(walk.Sequence._fields)
-    step = walk.Step(walk.Sequence(*words[:num_of_seq]), *words[num_of_seq:])
+    step = walk.Step(walk.Sequence(*words[:num_of_seq]), *words[num_of_seq:], place)
     if plan.max_q_len == 1:  # known, so that much of what follows is
         step = step._replace(seq=step.seq._replace(q_len=jnp.int32(1)))
     return step
 
 
-def _word(plan, slot, place):
-    """Where on the belt a step begins."""
-    return (slot * plan.steps_per_turn + place) * STEP_WORDS
+def _first_place(plan, slot):
+    """Place of the first step of a turn."""
+    return slot * plan.steps_per_turn
 
 
 def first_turn(plan, step, end):
@@ -101,5 +103,5 @@ def next_turn(plan, turn):
 def is_on(plan, refs, turn, end):
     """Whether a turn has anything to do: the belt fills, or there is something to compute."""
     fills = turn.number < plan.belt_turns - 1
-    first = _word(plan, turn.earlier(plan, plan.belt_turns - 1), 0)
-    return fills | (refs.belt[first] < end)
+    first = _first_place(plan, turn.earlier(plan, plan.belt_turns - 1))
+    return fills | (refs.belt[first * STEP_WORDS] < end)

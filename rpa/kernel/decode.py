@@ -168,7 +168,7 @@ def _end_chain(plan, refs, work, token, dot, m, total, p, v):
 def _finish(plan, refs, works):
     """Output of the sequences that end here; of the others it is computed in vain, not sent."""
     for work in works:
-        transfers.wait_output(refs, work.step.q_slot)
+        transfers.wait_output(plan, refs, work.step.q_slot)
     for dot in range(plan.num_dots):
         for work in works:
             slot = work.step.q_slot
@@ -178,4 +178,6 @@ def _finish(plan, refs, works):
 
         @pl.when(work.is_last)
         def _(work=work):
-            transfers.start_output(refs, work.step.q_slot, work.block.row, work.block.num_rows)
+            block = work.block
+            transfers.wait_store_of_token(plan, refs, work.step.kv_slot)
+            transfers.start_output(plan, refs, work.step.q_slot, block.row, block.num_rows)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, softmax, table, walk
+from rpa.kernel import blocks, layout, loop, softmax, table
 from rpa.paging import pack_kv, packing_of
 
 
@@ -120,12 +120,12 @@ def _scratch(plan):
     return {
         name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in blocks.vmem_buffers(plan).items()
     } | {
-        "table_chunks": pltpu.SMEM((plan.num_slots * plan.table_chunk_words,), jnp.int32),
+        "table_chunks": pltpu.SMEM((plan.belt_places * plan.table_chunk_words,), jnp.int32),
         "belt": pltpu.SMEM((plan.belt_words,), jnp.int32),
-        "state": pltpu.SMEM((walk.ROWS_LEAVING + plan.num_slots,), jnp.int32),
-        "table_sems": dma((plan.num_slots,)),
+        "state": pltpu.SMEM((2 * plan.num_slots,), jnp.int32),
+        "table_sems": dma((plan.belt_places,)),
         "kv_sems": dma((plan.num_slots,)),
         "q_sems": dma((plan.num_slots,)),
         "o_sems": dma((plan.num_slots,)),
-        "store_sem": dma((1,)),
+        "store_sems": dma((plan.num_slots,)),
     }

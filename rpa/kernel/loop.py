@@ -28,10 +28,8 @@ def kernel(plan, names, *args):
         turn, step = carry
         # Before the wait for what is computed: the DMA engine must never be without work.
         belt.to_fetch(plan, refs, turn, end, partial(transfers.fetch, plan, refs))
-        # After that: page-table entries that were just used make room for these.
-        looked_up = walk.steps_of_turn(plan, refs, step, end)
+        looked_up = belt.put(plan, refs, turn, walk.steps_of_turn(plan, refs, step, end))
         transfers.look_up(plan, refs, looked_up, end)
-        belt.put(plan, refs, turn, looked_up)
         to_compute = belt.to_compute(plan, refs, turn)
         if plan.is_decode:
             decode.compute(plan, refs, to_compute, end)
@@ -70,10 +68,10 @@ class _Refs:
                acc                     f32[states, num_dots, tile_rows, tile_lanes (+ 128)]
                q_tiles                 [states, num_dots, tile_rows, tile_lanes (x 2)]
                limits                  f32[mask_rows, bkv_c], the mask as inf and -inf
-        SMEM   table_chunks            i32[num_slots * table_chunk_words], one for each KV buffer
+        SMEM   table_chunks            i32[belt_places * table_chunk_words], one for each step
                belt                    i32[belt_words], see there
-               state                   i32[1 + num_slots], see `walk`
-        DMA semaphores: table_sems, kv_sems, q_sems, o_sems [num_slots], store_sem [1]
+               state                   i32[2 * num_slots], see `walk`
+        DMA semaphores: table_sems [belt_places]; kv_sems, q_sems, o_sems, store_sems [num_slots]
 
     There are num_q_pieces states, in decode num_slots. With a spare half of the MXU the row sums
     are the last 128 columns of acc, and there is no l; the queries are two parts side by side.
@@ -100,14 +98,15 @@ def _compute(plan, refs, step):
 
     num_tokens = walk.kv_block_tokens(plan, block, step.kv_index)
     transfers.wait_kv(plan, refs, step.kv_slot, num_tokens)
+    transfers.start_stores(plan, refs, block, step)
     position = walk.kv_block_start(plan, block, step.kv_index)
     _attend_kv_block(plan, refs, block, step.kv_slot, position, num_tokens)
 
     @pl.when(step.kv_index + 1 == walk.num_kv_blocks(plan, block))
     def _():
-        transfers.wait_output(refs, step.q_slot)
+        transfers.wait_output(plan, refs, step.q_slot)
         _for_each_tile(plan, block, partial(_finish_tile, plan, refs, step.q_slot))
-        transfers.start_output(refs, step.q_slot, block.row, block.num_rows)
+        transfers.start_output(plan, refs, step.q_slot, block.row, block.num_rows)
 
 
 def _for_each_tile(plan, block, body):

@@ -259,9 +259,14 @@ class Plan:
         return TABLE_TURNS + self.turns_ahead + 1
 
     @property
+    def belt_places(self):
+        """Steps of these turns."""
+        return self.belt_turns * self.steps_per_turn
+
+    @property
     def belt_words(self):
-        """Words of SMEM for the steps of these turns."""
-        return self.belt_turns * self.steps_per_turn * STEP_WORDS
+        """Words of SMEM for these steps."""
+        return self.belt_places * STEP_WORDS
 
     @property
     def products_in_a_row(self):

@@ -4,12 +4,14 @@
     KV pages     HBM -> VMEM   one copy a page, or of a block whose pages lie side by side, see
                                `table`; the first and the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
-    new K, V     HBM -> HBM    into their pages; nothing in this kernel ever reads them there
+    new K, V     VMEM -> HBM   from there into their pages, when they have arrived; waited for when
+                               the buffer is needed. Nothing in this kernel reads them there.
+                               In decode from HBM, see `start_stores`
     queries      HBM -> VMEM   with the first KV block of their query block
     output       VMEM -> HBM   at the end of a query block; waited for when its buffer is needed
 
-Each query block stores exactly its own tokens. They are inside the range of keys it reads, so their
-page-table entries are at hand, and no token can be missed, window or not.
+Each query block stores exactly its own tokens. They are inside the range of keys it reads, window
+or not: so they pass through a KV buffer anyway, and their page-table entries are at hand.
 
 A semaphore counts bytes. A wait names a copy of the same size, whichever, so that one wait is
 enough for all pages of a block.
@@ -25,16 +27,12 @@ from rpa.kernel import table, walk
 from rpa.kernel.plan import TABLE_TILE_WORDS
 from rpa.paging import cdiv
 
-STORE_LIMIT_BYTES = 4 * 2**20
-"""New K and V that may be on their way into the cache: a semaphore cannot count for ever."""
-
-
 # --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
 
 
 def clear(plan, refs):
     """Note that nothing is on its way yet."""
-    for word in range(walk.ROWS_LEAVING + plan.num_slots):
+    for word in range(2 * plan.num_slots):
         refs.state[word] = jnp.int32(0)
 
 
@@ -55,9 +53,11 @@ def fetch(plan, refs, step):
     def _():
         _start_queries(refs, step, block)
 
+    if plan.is_decode:
+        start_stores(plan, refs, block, step)
+    else:
+        _wait_stores(plan, refs, step.kv_slot)
     # Whole pages come last: the loop over them is the end of what the compiler can interleave.
-    if plan.problem.update_kv_cache:
-        _start_store(plan, refs, block, step)
     _start_kv(plan, refs, step, block, entry, is_run)
 
 
@@ -83,8 +83,8 @@ def _table_copy(plan, refs, step):
     block = walk.query_block(plan, step.seq, step.q_index)
     start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
     source = refs.page_table.at[_table_words(plan, start)]
-    target = refs.table_chunks.at[_table_words(plan, step.kv_slot * plan.table_chunk_words)]
-    return pltpu.make_async_copy(source, target, refs.table_sems.at[step.kv_slot])
+    target = refs.table_chunks.at[_table_words(plan, step.place * plan.table_chunk_words)]
+    return pltpu.make_async_copy(source, target, refs.table_sems.at[step.place])
 
 
 def _table_words(plan, first):
@@ -94,7 +94,7 @@ def _table_words(plan, first):
 def _place_in_chunks(plan, step, block, entry):
     """Where an entry of the page table is in SMEM, when the chunk of its step has arrived."""
     chunk = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
-    return step.kv_slot * plan.table_chunk_words + entry - chunk
+    return step.place * plan.table_chunk_words + entry - chunk
 
 
 def _unmark(plan, refs, entry):
@@ -210,8 +210,15 @@ def wait_kv(plan, refs, slot, num_tokens):
 # --- Storing the new tokens --------------------------------------------------------------------
 
 
-def _start_store(plan, refs, block, step):
-    """Copy those new tokens of the query block into the cache that lie in this KV block."""
+def start_stores(plan, refs, block, step):
+    """Copy those new tokens of the query block into the cache that are in this KV block.
+
+    They are in its buffer; in a decode they are only on their way to it. It computes so short that
+    a store out of the buffer would not be ready when the next block is fetched into it. So it reads
+    its one token twice, and stores it while the turns ahead are computed.
+    """
+    if not plan.problem.update_kv_cache:
+        return
     start = walk.kv_block_start(plan, block, step.kv_index)
     end = start + walk.kv_block_tokens(plan, block, step.kv_index)
     first = jnp.maximum(start, block.position)
@@ -219,10 +226,10 @@ def _start_store(plan, refs, block, step):
 
     @pl.when(first < last)
     def _():
-        _limit_stores(plan, refs, last - first)
-        if plan.max_q_len == 1:  # one token, one page
+        if plan.is_decode:  # one token, one page
             _store_in_page(plan, refs, block, step, first, 1)
             return
+        refs.state[_leaving(plan, walk.TOKENS_LEAVING, step.kv_slot)] = last - first
         page_size = plan.problem.page_size
 
         @pl.loop(first // page_size, cdiv(last, page_size))
@@ -237,68 +244,70 @@ def _store_in_page(plan, refs, block, step, position, num_tokens):
     page, offset = position // plan.problem.page_size, position % plan.problem.page_size
     entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
     target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
-    row = block.seq.q_start + position - block.seq.first_new
-    source = refs.new_kv.at[pl.ds(row, num_tokens)]
-    pltpu.make_async_copy(source, target, refs.store_sem.at[0]).start()
+    if plan.is_decode:
+        row = block.seq.q_start + position - block.seq.first_new
+        source = refs.new_kv.at[pl.ds(row, num_tokens)]
+    else:
+        row = position - walk.kv_block_start(plan, block, step.kv_index)
+        source = _kv_tokens(plan, refs, step.kv_slot, row, num_tokens)
+    pltpu.make_async_copy(source, target, refs.store_sems.at[step.kv_slot]).start()
 
 
-def _limit_stores(plan, refs, num_tokens):
-    """Count the new stores; wait for those before if too many bytes would be on their way."""
-    p = plan.problem
-    limit = max(1, STORE_LIMIT_BYTES // (p.kv_words * 4 * p.lanes))
-    most = p.num_tokens
-    if plan.max_q_len is not None:
-        most = min(most, p.max_num_seqs * plan.max_q_len)
-    if most > limit:  # otherwise all that this kernel stores may be on its way
-
-        @pl.when(refs.state[walk.TOKENS_STORED] + num_tokens > limit)
-        def _():
-            wait_stores(refs)
-
-    refs.state[walk.TOKENS_STORED] += num_tokens
+def wait_store_of_token(plan, refs, slot):
+    """Wait until the new token of a decode, which its last KV block stores, is in the cache."""
+    if plan.problem.update_kv_cache:
+        same_size = _kv_tokens(plan, refs, slot, 0, 1)
+        pltpu.make_async_copy(same_size, same_size, refs.store_sems.at[slot]).wait()
 
 
-def wait_stores(refs):
-    """Wait until all tokens stored so far are in the cache."""
-    num_tokens = refs.state[walk.TOKENS_STORED]
+def _wait_stores(plan, refs, slot):
+    """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
+    place = _leaving(plan, walk.TOKENS_LEAVING, slot)
+    num_tokens = refs.state[place]
 
     @pl.when(num_tokens > 0)
     def _():
-        same_size = refs.new_kv.at[pl.ds(0, num_tokens)]
-        pltpu.make_async_copy(same_size, same_size, refs.store_sem.at[0]).wait()
+        source = _kv_tokens(plan, refs, slot, 0, num_tokens)
+        pltpu.make_async_copy(source, source, refs.store_sems.at[slot]).wait()
 
-    refs.state[walk.TOKENS_STORED] = jnp.int32(0)
+    refs.state[place] = jnp.int32(0)
+
+
+def _leaving(plan, row, slot):
+    """Where `state` counts what leaves a slot."""
+    return row * plan.num_slots + slot
 
 
 # --- Output ------------------------------------------------------------------------------------
 
 
-def start_output(refs, slot, row, num_rows):
+def start_output(plan, refs, slot, row, num_rows):
     """Send the first rows of an o buffer to the output."""
-    refs.state[walk.ROWS_LEAVING + slot] = num_rows
+    refs.state[_leaving(plan, walk.ROWS_LEAVING, slot)] = num_rows
     source = refs.o_buffer.at[slot, pl.ds(0, num_rows)]
     target = refs.output.at[pl.ds(row, num_rows)]
     pltpu.make_async_copy(source, target, refs.o_sems.at[slot]).start()
 
 
-def wait_output(refs, slot):
+def wait_output(plan, refs, slot):
     """Wait until an o buffer is free: what it last sent, if anything, has left."""
-    num_rows = refs.state[walk.ROWS_LEAVING + slot]
+    place = _leaving(plan, walk.ROWS_LEAVING, slot)
+    num_rows = refs.state[place]
 
     @pl.when(num_rows > 0)
     def _():
         source = refs.o_buffer.at[slot, pl.ds(0, num_rows)]
         pltpu.make_async_copy(source, source, refs.o_sems.at[slot]).wait()
 
-    refs.state[walk.ROWS_LEAVING + slot] = jnp.int32(0)
+    refs.state[place] = jnp.int32(0)
 
 
 def wait_all(plan, refs):
     """What is still under way when the last block is computed: outputs and stores."""
     for slot in range(plan.num_slots):
-        wait_output(refs, slot)
-    if plan.problem.update_kv_cache:
-        wait_stores(refs)
+        wait_output(plan, refs, slot)
+        if not plan.is_decode:
+            _wait_stores(plan, refs, slot)
 
 
 def write_zero_rows(plan, refs, num_used):
@@ -312,5 +321,5 @@ def write_zero_rows(plan, refs, num_used):
     def _(i):
         row = num_used + i * size
         num_rows = jnp.minimum(size, plan.problem.num_tokens - row)
-        start_output(refs, 0, row, num_rows)
-        wait_output(refs, 0)
+        start_output(plan, refs, 0, row, num_rows)
+        wait_output(plan, refs, 0)

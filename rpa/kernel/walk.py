@@ -15,9 +15,9 @@ from jax import lax
 
 from rpa.paging import cdiv
 
-TOKENS_STORED, ROWS_LEAVING = 0, 1
-"""Places in the ref `state`, i32[1 + num_slots] in SMEM: tokens on their way into the cache; then,
-one entry a slot, the output rows that it is still sending."""
+TOKENS_LEAVING, ROWS_LEAVING = 0, 1
+"""Rows of the ref `state`, i32[2 * num_slots] in SMEM: of each slot the tokens that its KV buffer
+is still storing in the cache, and the output rows that its o buffer is still sending."""
 
 
 class Sequence(NamedTuple):
@@ -42,10 +42,11 @@ class Step(NamedTuple):
     kv_index: Any  # which KV block of the query block
     q_slot: Any  # which buffer holds the query block, and which its output
     kv_slot: Any  # which buffer holds the KV block
+    place: Any = None  # where on the belt it is, see there, once it is
 
 
-STEP_WORDS = len(Sequence._fields) + len(Step._fields) - 1
-"""Words of a step on the belt, see `belt`."""
+STEP_WORDS = len(Sequence._fields) + len(Step._fields) - 2
+"""Words of a step on the belt, where its place need not be said."""
 
 
 class QueryBlock(NamedTuple):
