@@ -135,7 +135,7 @@ def _repeat(count):
 def _start_tile(plan, refs, slot, piece, dot):
     """Set a tile to "no key seen yet", and lay its queries out for the MXU."""
     sinks = refs.sinks[dot] if plan.problem.has_sinks else None
-    l_ref = softmax.row_sums_ref(plan, refs, piece, dot)
+    l_ref = softmax.row_sums_ref(plan, refs, piece, dot, slice(None))
     softmax.start(plan, refs.m.at[piece, dot], l_ref, refs.acc.at[piece, dot], sinks)
     tile = tiles.load_queries(plan, refs, slot, piece, dot)
     refs.q_tiles[piece, dot] = softmax.queries(plan, refs.scalars, tile)
@@ -144,7 +144,7 @@ def _start_tile(plan, refs, slot, piece, dot):
 def _finish_tile(plan, refs, slot, piece, dot):
     # [tile_rows, tile_lanes], without the row sums that may stand beside it
     acc = refs.acc[piece, dot, :, pl.ds(0, plan.tile_lanes)]
-    row_sums = softmax.row_sums_ref(plan, refs, piece, dot)[...]
+    row_sums = softmax.row_sums_ref(plan, refs, piece, dot, slice(None))[...]
     tiles.store_output(plan, refs, slot, piece, dot, acc, row_sums)
 
 
@@ -211,7 +211,8 @@ def _attend_tiles(plan, refs, slot, token, piece, area):
     """All heads of one area. The products of a head overlap the softmax of the next.
 
     P V of a tile is issued after Q K^T of the DOTS_AHEAD next ones: it has to wait for its softmax,
-    and the MXU, which takes its work in order, would wait with it.
+    and the MXU, which takes its work in order, would wait with it. After the last head there is
+    nothing to do beside a softmax but its own other half.
     """
     limits = num_valid = None
     if area is not None:
@@ -220,14 +221,25 @@ def _attend_tiles(plan, refs, slot, token, piece, area):
     waiting = []
     for dot in range(plan.num_dots):
         k, v = layout.load_kv(plan, refs.kv_rows, slot, token, dot, num_valid)
-        s = softmax.scores(plan, refs.scalars, refs.q_tiles[piece, dot], k, limits)
-        if len(waiting) == DOTS_AHEAD:
-            softmax.accumulate(plan, *waiting.pop(0))
-        l_ref = softmax.row_sums_ref(plan, refs, piece, dot)
-        p, decay = softmax.update(plan, s, refs.m.at[piece, dot], l_ref)
-        waiting.append((p, v, decay, refs.acc.at[piece, dot]))
+        for rows in _rows_in_turn(plan, dot):
+            place = (piece, dot, rows)
+            s = softmax.scores(plan, refs.scalars, refs.q_tiles[place], k, limits)
+            if len(waiting) == DOTS_AHEAD:
+                softmax.accumulate(plan, *waiting.pop(0))
+            l_ref = softmax.row_sums_ref(plan, refs, *place)
+            p, decay = softmax.update(plan, s, refs.m.at[place], l_ref)
+            waiting.append((p, v, decay, refs.acc.at[place]))
     for products in waiting:
         softmax.accumulate(plan, *products)
+
+
+def _rows_in_turn(plan, dot):
+    """Rows of a tile that one product takes: all, but of the last dot one half after the other."""
+    half = plan.tile_rows // 2
+    # The mask must begin anew in the second half; and a bfloat16 register holds 16 rows.
+    if dot < plan.num_dots - 1 or half % plan.mask_rows or half % 16:
+        return [pl.ds(0, plan.tile_rows)]
+    return [pl.ds(0, half), pl.ds(half, half)]
 
 
 def _zero_padding_rows(plan, refs):

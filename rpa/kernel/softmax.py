@@ -83,11 +83,11 @@ def nothing_seen(plan, sinks):
     return m, weight if plan.has_spare_mxu else jnp.where(lane == 0, weight, 0.0)
 
 
-def row_sums_ref(plan, refs, piece, dot):
-    """Where the sums of a tile's weights are, f32[tile_rows, 128]."""
+def row_sums_ref(plan, refs, piece, dot, rows):
+    """Where the sums of some rows' weights in a tile are, f32[rows, 128]."""
     if plan.has_spare_mxu:
-        return refs.acc.at[piece, dot, :, pl.ds(plan.tile_lanes, LANES)]
-    return refs.l.at[piece, dot]
+        return refs.acc.at[piece, dot, rows, pl.ds(plan.tile_lanes, LANES)]
+    return refs.l.at[piece, dot, rows]
 
 
 def queries(plan, scalars_ref, tile):
