@@ -233,10 +233,10 @@ assert delays["computes"] == mixed_plan.belt_turns - 1
 show_source(transfers.fetch)
 
 # %% [markdown]
-# Wait for the page numbers, then start everything that the step needs: queries, pages, new tokens,
-# and the store of the new tokens. (`_unmark` looks whether the pages of the block lie side by side
-# and are one copy: 10.3. In our batch they do not.) To see it, run the kernel on our batch in the
-# interpreter, with the blocks of the pictures, and record it:
+# Wait for the page numbers and for what still leaves the buffer (section 6), then start everything
+# that the step needs: queries, pages, new tokens. (`_unmark` looks whether the pages of the block
+# lie side by side and are one copy: 10.3. In our batch they do not.) To see it, run the kernel on
+# our batch in the interpreter, with the blocks of the pictures, and record it:
 
 # %%
 rng = np.random.default_rng(7)
@@ -332,24 +332,25 @@ assert mixed_plan.table_chunk_words % 128 == 0
 #
 # Rung 6 wrote them from the block's buffer, and had to keep the buffer until they had left. Now a
 # prompt has many query blocks, and a token's KV block is fetched by each that sees it. Who writes
-# it, and when? Rung 7 has a simple rule: **each query block stores its own tokens**, straight from
-# `new_kv` in HBM to their pages in HBM.
+# it, and when? Rung 7 has a simple rule: **each query block stores its own tokens**, when they are
+# in its KV buffer. Only a decode sends its one token from HBM to HBM: why, says the comment.
 
 # %%
-show_source(transfers._start_store)
+show_source(transfers.start_stores)
 
 # %% [markdown]
-# Three things follow. No token can be missed: its query block always runs, and always reads the KV
-# block that the token lies in, window or not. No buffer has to wait for a store. And nobody ever
-# waits to *read* a new token from the cache, since every query block takes all new tokens from
-# `new_kv`, those of earlier query blocks too; one wait at the end of the kernel is enough. Count:
+# Two things follow. No token can be missed: its query block always runs, and always reads the KV
+# block that the token lies in, window or not. And nobody ever waits to *read* a new token from the
+# cache, since every query block takes all new tokens from `new_kv`, those of earlier query blocks
+# too. A buffer has to be kept until its tokens have left, as in rung 6; they leave while the block
+# is computed. Count:
 
 # %%
 token_bytes = kv_token_bytes(kv_cache.shape, f32)
 stores = [copy for copy in timeline.copies if copy.target.buffer.name == "kv_cache"]
 stored_tokens = sum(copy.num_bytes for copy in stores) // token_bytes
-print(f"{stored_tokens} tokens are stored by {len(stores)} copies, from "
-      f"{stores[0].source.buffer.space} to {stores[0].target.buffer.space}")  # fmt: skip
+print(f"{stored_tokens} tokens are stored by {len(stores)} copies, out of "
+      f"{sorted({copy.source.buffer.name for copy in stores})}")  # fmt: skip
 assert stored_tokens == num_tokens == 34 and not timeline.never_awaited
 
 # %% [markdown]

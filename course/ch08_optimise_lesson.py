@@ -481,9 +481,10 @@ print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 7 {per_head:,.0f}; MATMUL
 assert per_head < 0.6 * rung4.bundles and rung7.bound == "MATMUL"
 
 # %% [markdown]
-# Three things made the difference. Order, as in section 5: two heads ahead. **Masks off the common
-# path**: rung 4 compares positions in every block, rung 7 only where the diagonal or an end goes
-# through (chapter 7), and what it does there costs:
+# Three things made the difference. Order, as in section 5: two heads ahead, and of the last head one
+# half after the other, since no other head has products left to run beside its softmax. **Masks off
+# the common path**: rung 4 compares positions in every block, rung 7 only where the diagonal or an
+# end goes through (chapter 7), and what it does there costs:
 
 # %%
 for chip in CHIPS:
@@ -519,7 +520,8 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # What each idea brought on v6e on the day it came, one on top of the other, bundles without and
 # with a mask (history, from `docs/ablations.md`; what the kernel has today is printed above): 5,116
 # and 6,052 before; row sums by ones 4,629 and 5,651; masks as limits 4,629 and 5,398; two heads
-# ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945.
+# ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945. The halves brought v6e
+# nothing, and a TPU7x from 5,000 to 4,856.
 #
 # What did *not* help is worth as much: three heads ahead spills, and was 5 % slower on a TPU7x; the
 # same sums without any head ahead make the MXU wait, a quarter longer on v6e; a third copy of the

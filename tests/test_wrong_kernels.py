@@ -138,9 +138,9 @@ WRONG_PARTS = {
     "accumulator not rescaled": (
         softmax,
         "accumulate",
-        lambda plan, p, v, decay, acc_ref: ACCUMULATE(plan, p, v, jnp.ones_like(decay), acc_ref),
+        lambda plan, p, v, decay, tile: ACCUMULATE(plan, p, v, jnp.ones_like(decay), tile),
     ),
-    "state not reset": (softmax, "start", lambda plan, m_ref, l_ref, acc_ref, sinks: None),
+    "state not reset": (softmax, "start", lambda plan, tile, sinks: None),
     "reads the other buffer": (
         layout,
         "load_kv",

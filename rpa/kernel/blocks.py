@@ -22,6 +22,10 @@ Not more: two blocks of unequal length are computed together in decode, and the 
 SCORE_ROWS, SCORE_COLUMNS = 512, 512
 """Largest tile of scores by default: what of it does not fit in registers goes through VMEM."""
 
+SCORE_ROWS_OF_ONE = 2048
+"""Rows of the tile where one KV head is alone: no other has products beside its softmax. Of two
+heads each has half as many."""
+
 DECODE_COLUMNS, DECODE_PRODUCTS = 512, 4
 """Keys a product takes in decode, and how many products there are in a block at most."""
 
@@ -137,8 +141,10 @@ def default_block_sizes(problem, case, max_q_len):
         bkv = min(align(most, bkv_c), max(bkv_c, _down(KV_BLOCK_BYTES // token_bytes, bkv_c)))
         bkv = min(bkv, DECODE_PRODUCTS * bkv_c)
         return BlockSizes(1, bkv, 1, bkv_c)
-    rows = max(SUBLANES, _down(SCORE_ROWS // p.padded_group, SUBLANES))
-    bq = min(rows, LANES, align(most_q, SUBLANES))
+    rows, tokens = SCORE_ROWS, LANES
+    if p.num_kv_heads <= 2:
+        rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
+    bq = min(_down(rows // p.padded_group, SUBLANES), tokens, align(most_q, SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
     return BlockSizes(bq, min(align(most, bkv_c), 2 * bkv_c), bq, bkv_c)
 

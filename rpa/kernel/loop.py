@@ -94,30 +94,45 @@ def _compute(plan, refs, step):
         if plan.problem.debug_mode:
             pl.debug_print("rpa: sequence {}, queries from row {}", step.seq.index, block.row)
         transfers.wait_queries(refs, block, step.q_slot)
-        _for_each_tile(plan, block, partial(_start_tile, plan, refs, step.q_slot))
+        _for_each_tile(plan, block, partial(_start_tile, refs, step.q_slot))
 
     num_tokens = walk.kv_block_tokens(plan, block, step.kv_index)
     transfers.wait_kv(plan, refs, step.kv_slot, num_tokens)
     transfers.start_stores(plan, refs, block, step)
     position = walk.kv_block_start(plan, block, step.kv_index)
-    _attend_kv_block(plan, refs, block, step.kv_slot, position, num_tokens)
+    attend = partial(_attend_kv_block, refs, block, step.kv_slot, position, num_tokens)
+    _in_tiles_that_suit(plan, block, attend)
 
     @pl.when(step.kv_index + 1 == walk.num_kv_blocks(plan, block))
     def _():
         transfers.wait_output(plan, refs, step.q_slot)
-        _for_each_tile(plan, block, partial(_finish_tile, plan, refs, step.q_slot))
+        _for_each_tile(plan, block, partial(_finish_tile, refs, step.q_slot))
         transfers.start_output(plan, refs, step.q_slot, block.row, block.num_rows)
 
 
+def _in_tiles_that_suit(plan, block, body):
+    """Call body(plan), with `Plan.in_small_tiles` for a query block of few tokens."""
+    small = plan.in_small_tiles
+    if small is None:
+        body(plan)
+        return
+    is_small = 4 * block.num_rows <= plan.blocks.bq_c
+    pl.when(is_small)(partial(body, small))
+    pl.when(jnp.logical_not(is_small))(partial(body, plan))
+
+
 def _for_each_tile(plan, block, body):
-    """Call body(piece, dot) for all tiles of a query block that hold at least one of its tokens.
+    """Call body(plan, piece, dot) for all tiles that hold at least one token of a query block.
 
     Both in loops: the dots side by side would be as many copies of the code, to no one's gain.
     """
 
-    @_for_each_piece(plan, block)
-    def _(piece):
-        _repeat(plan.num_dots)(partial(body, piece))
+    def tiles_of(plan):
+        @_for_each_piece(plan, block)
+        def _(piece):
+            _repeat(plan.num_dots)(partial(body, plan, piece))
+
+    _in_tiles_that_suit(plan, block, tiles_of)
 
 
 def _for_each_piece(plan, block):
@@ -132,23 +147,22 @@ def _repeat(count):
     return compat.loop_once(0, count)
 
 
-def _start_tile(plan, refs, slot, piece, dot):
+def _start_tile(refs, slot, plan, piece, dot):
     """Set a tile to "no key seen yet", and lay its queries out for the MXU."""
     sinks = refs.sinks[dot] if plan.problem.has_sinks else None
-    l_ref = softmax.row_sums_ref(plan, refs, piece, dot, slice(None))
-    softmax.start(plan, refs.m.at[piece, dot], l_ref, refs.acc.at[piece, dot], sinks)
-    tile = tiles.load_queries(plan, refs, slot, piece, dot)
-    refs.q_tiles[piece, dot] = softmax.queries(plan, refs.scalars, tile)
+    tile = softmax.Tile(plan, refs, piece, dot)
+    softmax.start(plan, tile, sinks)
+    queries = tiles.load_queries(plan, refs, slot, piece, dot)
+    tile.q[...] = softmax.queries(plan, refs.scalars, queries)
 
 
-def _finish_tile(plan, refs, slot, piece, dot):
-    # [tile_rows, tile_lanes], without the row sums that may stand beside it
-    acc = refs.acc[piece, dot, :, pl.ds(0, plan.tile_lanes)]
-    row_sums = softmax.row_sums_ref(plan, refs, piece, dot, slice(None))[...]
-    tiles.store_output(plan, refs, slot, piece, dot, acc, row_sums)
+def _finish_tile(refs, slot, plan, piece, dot):
+    tile = softmax.Tile(plan, refs, piece, dot)
+    acc = tile.acc[:, pl.ds(0, plan.tile_lanes)]  # without the row sums that may stand beside it
+    tiles.store_output(plan, refs, slot, piece, dot, acc, tile.l[...])
 
 
-def _attend_kv_block(plan, refs, block, slot, position, num_tokens):
+def _attend_kv_block(refs, block, slot, position, num_tokens, plan):
     """Attention of a query block to a KV block in VMEM, compute block by compute block."""
     bq_c, bkv_c = plan.blocks.bq_c, plan.blocks.bkv_c
 
@@ -216,30 +230,28 @@ def _attend_tiles(plan, refs, slot, token, piece, area):
     """
     limits = num_valid = None
     if area is not None:
-        refs.limits[...] = jnp.where(area.mask(), jnp.inf, -jnp.inf)
-        limits, num_valid = refs.limits, area.num_valid
+        limits, num_valid = refs.limits.at[pl.ds(0, plan.mask_rows)], area.num_valid
+        limits[...] = jnp.where(area.mask(), jnp.inf, -jnp.inf)
     waiting = []
     for dot in range(plan.num_dots):
         k, v = layout.load_kv(plan, refs.kv_rows, slot, token, dot, num_valid)
-        for rows in _rows_in_turn(plan, dot):
-            place = (piece, dot, rows)
-            s = softmax.scores(plan, refs.scalars, refs.q_tiles[place], k, limits)
+        for tile in _parts_of_tile(plan, refs, piece, dot):
+            s = softmax.scores(plan, refs.scalars, tile.q[...], k, limits)
             if len(waiting) == DOTS_AHEAD:
                 softmax.accumulate(plan, *waiting.pop(0))
-            l_ref = softmax.row_sums_ref(plan, refs, *place)
-            p, decay = softmax.update(plan, s, refs.m.at[place], l_ref)
-            waiting.append((p, v, decay, refs.acc.at[place]))
+            p, decay = softmax.update(plan, s, tile)
+            waiting.append((p, v, decay, tile))
     for products in waiting:
         softmax.accumulate(plan, *products)
 
 
-def _rows_in_turn(plan, dot):
-    """Rows of a tile that one product takes: all, but of the last dot one half after the other."""
+def _parts_of_tile(plan, refs, piece, dot):
+    """What one product takes of a tile: all, but of the last dot one half after the other."""
     half = plan.tile_rows // 2
     # The mask must begin anew in the second half; and a bfloat16 register holds 16 rows.
     if dot < plan.num_dots - 1 or half % plan.mask_rows or half % 16:
-        return [pl.ds(0, plan.tile_rows)]
-    return [pl.ds(0, half), pl.ds(half, half)]
+        return [softmax.Tile(plan, refs, piece, dot)]
+    return [softmax.Tile(plan, refs, piece, dot, first, half) for first in (0, half)]
 
 
 def _zero_padding_rows(plan, refs):

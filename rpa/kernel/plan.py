@@ -18,7 +18,7 @@ Words that all rooms use:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -47,6 +47,9 @@ CHAINS_AHEAD = 7
 
 MIN_LANES_TO_TURN = 384
 """Dots of a decode with so many lanes turn some of their keys, see `sides`."""
+
+SMALL_TILE_ROWS, MIN_TOKENS_TO_CUT = 256, 256
+"""Rows of small tiles, and the bq_c from which on a plan has them, see `Plan.in_small_tiles`."""
 
 MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
 """How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
@@ -169,6 +172,7 @@ class Plan:
         mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
         native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
         turns_ahead: turns whose copies are on their way while one is computed, see `belt`.
+        has_small_tiles: whether this is the `in_small_tiles` of a plan.
     """
 
     problem: Problem
@@ -180,6 +184,21 @@ class Plan:
     mxu_size: int = 256
     native_float8: bool = False
     turns_ahead: int = 1
+    has_small_tiles: bool = False
+
+    @cached_property
+    def in_small_tiles(self):
+        """This plan with tiles for query blocks that fill a quarter of a large one, or None.
+
+        A large tile takes its time however few of its tokens exist: a sequence with four new ones,
+        as after a speculation, would wait for 256. The small tiles lie in the memory of the first
+        large one, as many as there are tokens for. They have code of their own, all of it masked.
+        """
+        size = max(SUBLANES, SMALL_TILE_ROWS // self.problem.padded_group // SUBLANES * SUBLANES)
+        b = self.blocks
+        if self.has_small_tiles or b.bq_c < MIN_TOKENS_TO_CUT or b.bq_c < 2 * size:
+            return None
+        return replace(self, blocks=replace(b, bq_c=size), has_small_tiles=True)
 
     @property
     def masks_always(self):
@@ -189,7 +208,8 @@ class Plan:
         end, and is most of the code. A second copy of it without a mask would save 7 to 10 % of
         the cycles, and double the time to compile.
         """
-        return self.problem.kv_dtype.itemsize == 1 and not self.native_float8
+        is_widened = self.problem.kv_dtype.itemsize == 1 and not self.native_float8
+        return is_widened or self.has_small_tiles
 
     @property
     def has_spare_mxu(self):

@@ -57,17 +57,17 @@ def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
     return jnp.stack([score / cap, cap * log2_e, q_scale, v_scale])
 
 
-def start(plan, m_ref, l_ref, acc_ref, sinks):
+def start(plan, tile, sinks):
     """Set the state of one tile to "no key seen yet".
 
     A sink is a key without a value: the state then starts as if its score had been seen.
 
     Args:
-        m_ref, l_ref: f32[tile_rows, 128]; acc_ref: f32[tile_rows, tile_lanes].
+        tile: `Tile`.
         sinks: f32[tile_rows / piece_rows, 128] or None, see `layout.sink_tiles`.
     """
-    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-    m_ref[...], l_ref[...] = nothing_seen(plan, sinks)
+    tile.acc[...] = jnp.zeros(tile.acc.shape, jnp.float32)
+    tile.m[...], tile.l[...] = nothing_seen(plan, sinks)
 
 
 def nothing_seen(plan, sinks):
@@ -83,11 +83,23 @@ def nothing_seen(plan, sinks):
     return m, weight if plan.has_spare_mxu else jnp.where(lane == 0, weight, 0.0)
 
 
-def row_sums_ref(plan, refs, piece, dot, rows):
-    """Where the sums of some rows' weights in a tile are, f32[rows, 128]."""
-    if plan.has_spare_mxu:
-        return refs.acc.at[piece, dot, rows, pl.ds(plan.tile_lanes, LANES)]
-    return refs.l.at[piece, dot, rows]
+class Tile:
+    """The refs of a tile, or of num_rows of its rows from `first` on.
+
+    q [rows, tile_lanes (x 2)]; m, l f32[rows, 128]; acc f32[rows, tile_lanes], of which the row
+    sums l are the next 128 columns where half of the MXU is spare.
+    """
+
+    def __init__(self, plan, refs, piece, dot, first=0, num_rows=None):
+        if plan.has_small_tiles:  # pieces of the first large tile
+            first = pl.multiple_of(piece * plan.tile_rows, plan.tile_rows) + first
+            piece = 0
+        place = (piece, dot, pl.ds(first, num_rows or plan.tile_rows))
+        self.q, self.m, self.acc = (ref.at[place] for ref in (refs.q_tiles, refs.m, refs.acc))
+        if plan.has_spare_mxu:
+            self.l = refs.acc.at[(*place, pl.ds(plan.tile_lanes, LANES))]
+        else:
+            self.l = refs.l.at[place]
 
 
 def queries(plan, scalars_ref, tile):
@@ -126,30 +138,30 @@ def scores(plan, scalars_ref, q, k, limits):
     return jnp.minimum(folded, limits[...][None]).reshape(s.shape)
 
 
-def update(plan, s, m_ref, l_ref):
-    """Take the scores of one tile into the running maximum and sum.
+def update(plan, s, tile):
+    """Take the scores of a `Tile` into the running maximum and sum.
 
     Args:
-        s: what `scores` returns, f32[tile_rows, bkv_c]; m_ref, l_ref: as for `start`.
+        s: what `scores` returns, f32[rows, bkv_c].
 
     Returns:
-        p: f32[tile_rows, bkv_c], the weights so far, not normalised.
-        decay: f32[tile_rows, 128], what everything before has to be multiplied with.
+        p: f32[rows, bkv_c], the weights so far, not normalised.
+        decay: f32[rows, 128], what everything before has to be multiplied with.
     """
-    m_before = m_ref[...]
+    m_before = tile.m[...]
     m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
     p = jnp.exp2(s - widen(m, s.shape[1]))
     decay = jnp.exp2(m_before - m)
-    m_ref[...] = m
+    tile.m[...] = m
     if not plan.has_spare_mxu:
-        l_ref[...] = decay * l_ref[...] + lane_sums(p)
+        tile.l[...] = decay * tile.l[...] + lane_sums(p)
     return p, decay
 
 
-def accumulate(plan, p, v, decay, acc_ref):
-    """Add the weighted values of one tile: p and decay as of `update`, v [bkv_c, tile_lanes]."""
+def accumulate(plan, p, v, decay, tile):
+    """Add the weighted values of a `Tile`: p and decay as of `update`, v [bkv_c, tile_lanes]."""
     pv = weighted_values(plan, p, v)
-    acc_ref[...] = widen(decay, pv.shape[1]) * acc_ref[...] + pv
+    tile.acc[...] = widen(decay, pv.shape[1]) * tile.acc[...] + pv
 
 
 def weighted_values(plan, p, v):
@@ -166,7 +178,7 @@ def normalise(plan, scalars_ref, acc, row_sums):
 
     Args:
         acc: f32[tile_rows, lanes].
-        row_sums: f32[tile_rows, 128], what `row_sums_ref` holds.
+        row_sums: f32[tile_rows, 128], the `l` of a `Tile`.
     """
     if plan.has_spare_mxu:  # all lanes alike
         total = widen(row_sums, acc.shape[1])

@@ -1,0 +1,78 @@
+"""Small tiles for query blocks of few tokens, and the two halves of the last tile."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpa.kernel import loop
+from rpa.kernel.cases import Case
+from rpa.kernel.plan import BlockSizes, Plan
+from tests.batches import Shape
+from tests.kernel_harness import EAGER, ON_WAIT
+from tests.kernel_plans import make_problem
+from tests.kernel_runs import check_lengths
+
+BLOCKS = {"d_block_sizes": (1, 64, 1, 32), "m_block_sizes": (256, 64, 256, 32)}
+LENGTHS = [(1, 9), (3, 40), (33, 50), (64, 64), (65, 70), (260, 300)]
+"""One small tile, two of them, as many as there may be; the first length without; and a block of
+four tokens after a full one."""
+
+
+def make_plan(num_heads, bq_c):
+    problem, sizes = make_problem(num_heads, 128), BlockSizes(256, 1024, bq_c, 512)
+    return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
+
+
+@pytest.mark.parametrize("mode", [ON_WAIT, EAGER], ids=lambda mode: mode.name)
+def test_query_blocks_of_few_tokens(mode):
+    shape = Shape(8, 1, 64, page_size=8, pages_per_seq=40, num_tokens=440, dtype="bfloat16")
+    sinks = np.linspace(-1, 2, 8, dtype=np.float32)
+    check_lengths(shape, LENGTHS, mode, attention_sink=sinks, out_dtype=jnp.float32, **BLOCKS)
+
+
+def test_a_window_in_small_tiles():
+    shape = Shape(4, 2, 128, page_size=8, pages_per_seq=40, num_tokens=440, dtype="float32")
+    check_lengths(shape, LENGTHS, ON_WAIT, sliding_window=20, **BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "bq_c", "tokens"),
+    [((8, 1), 256, 32), ((8, 2), 256, 64), ((128, 1), 256, 8), ((2, 2), 256, 128)],
+)
+def test_how_large_a_small_tile_is(num_heads, bq_c, tokens):
+    plan = make_plan(num_heads, bq_c)
+    small = plan.in_small_tiles
+    assert small.blocks == BlockSizes(256, 1024, tokens, 512)
+    # Those of a query block that is cut fit in the memory of one large tile.
+    most = -(-(bq_c // 4) // tokens)
+    assert most * small.tile_rows <= plan.tile_rows
+    assert small.in_small_tiles is None
+
+
+def test_who_has_no_small_tiles():
+    assert make_plan((32, 8), 128).in_small_tiles is None
+
+
+@pytest.mark.parametrize(("group", "halves"), [(4, 2), (1, 2), (3, 2), (8, 2)])
+def test_the_last_tile_is_cut_where_its_mask_begins_anew(group, halves):
+    plan = make_plan((2 * group, 2), 128)
+    cut = plan.tile_rows // 2 % plan.mask_rows == 0
+
+    class Ref(SimpleNamespace):
+        """A ref that only tells which rows are looked at."""
+
+        @property
+        def at(self):
+            return self
+
+        def __getitem__(self, place):
+            return place
+
+    refs = Ref(q_tiles=Ref(), m=Ref(), acc=Ref(), l=Ref())
+    first, last = (loop._parts_of_tile(plan, refs, 0, dot) for dot in (0, 1))
+    assert len(first) == 1 and len(last) == (halves if cut else 1)
+    rows = [part.q[2] for part in last]
+    assert sum(each.size for each in rows) == plan.tile_rows
+    assert [each.start for each in rows] == [i * rows[0].size for i in range(len(rows))]
