@@ -281,8 +281,9 @@ assert by_kernel == by_walk
 
 # %% [markdown]
 # And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
-# the buffers that are not computed on begin before the computation ends, also from C to D. Above
-# them the pieces of the table: they overlap, and each tick asks for one, for pages of later turns.
+# the buffers that are not computed on begin before the computation ends, also from C to D. Copies
+# *to* HBM take the new tokens of a block to their pages (section 6). Above the buffers the pieces
+# of the table: they overlap, and each tick asks for one, for pages of later turns.
 
 # %%
 labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")

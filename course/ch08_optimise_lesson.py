@@ -481,10 +481,10 @@ print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 7 {per_head:,.0f}; MATMUL
 assert per_head < 0.6 * rung4.bundles and rung7.bound == "MATMUL"
 
 # %% [markdown]
-# Three things made the difference. Order, as in section 5: two heads ahead, and of the last head one
-# half after the other, since no other head has products left to run beside its softmax. **Masks off
-# the common path**: rung 4 compares positions in every block, rung 7 only where the diagonal or an
-# end goes through (chapter 7), and what it does there costs:
+# Three things made the difference. Order, as in section 5: two heads ahead, and of the last head
+# one half after the other, since no other head has products left to run beside its softmax. **Masks
+# off the common path**: rung 4 compares positions in every block, rung 7 only where the diagonal or
+# an end goes through (chapter 7), and what it does there costs:
 
 # %%
 for chip in CHIPS:

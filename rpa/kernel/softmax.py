@@ -92,7 +92,7 @@ class Tile:
 
     def __init__(self, plan, refs, piece, dot, first=0, num_rows=None):
         if plan.has_small_tiles:  # pieces of the first large tile
-            first = pl.multiple_of(piece * plan.tile_rows, plan.tile_rows) + first
+            first = pl.multiple_of(piece * plan.tile_rows + first, num_rows or plan.tile_rows)
             piece = 0
         place = (piece, dot, pl.ds(first, num_rows or plan.tile_rows))
         self.q, self.m, self.acc = (ref.at[place] for ref in (refs.q_tiles, refs.m, refs.acc))
