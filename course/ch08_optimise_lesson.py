@@ -521,7 +521,7 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # with a mask (history, from `docs/ablations.md`; what the kernel has today is printed above): 5,116
 # and 6,052 before; row sums by ones 4,629 and 5,651; masks as limits 4,629 and 5,398; two heads
 # ahead 4,612 and 5,354; the scale folded into the queries 4,642 and 4,945. The halves brought v6e
-# nothing, and a TPU7x from 5,000 to 4,856.
+# nothing, and a TPU7x from 5,005 to 4,861.
 #
 # What did *not* help is worth as much: three heads ahead spills, and was 5 % slower on a TPU7x; the
 # same sums without any head ahead make the MXU wait, a quarter longer on v6e; a third copy of the
