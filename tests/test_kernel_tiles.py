@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa.kernel import loop
+from rpa.kernel import loop, softmax
 from rpa.kernel.cases import Case
 from rpa.kernel.plan import BlockSizes, Plan
+from tests import mutants
 from tests.batches import Shape
 from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_plans import make_problem
@@ -26,11 +27,46 @@ def make_plan(num_heads, bq_c, dtype="bfloat16"):
     return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
 
 
-@pytest.mark.parametrize("mode", [ON_WAIT, EAGER], ids=lambda mode: mode.name)
-def test_query_blocks_of_few_tokens(mode):
+def check_few_tokens(mode=ON_WAIT):
     shape = Shape(8, 1, 64, page_size=8, pages_per_seq=40, num_tokens=440, dtype="bfloat16")
     sinks = np.linspace(-1, 2, 8, dtype=np.float32)
     check_lengths(shape, LENGTHS, mode, attention_sink=sinks, out_dtype=jnp.float32, **BLOCKS)
+
+
+@pytest.mark.parametrize("mode", [ON_WAIT, EAGER], ids=lambda mode: mode.name)
+def test_query_blocks_of_few_tokens(mode):
+    check_few_tokens(mode)
+
+
+TILE, FOR_EACH_PIECE, PARTS_OF_TILE = softmax.Tile, loop._for_each_piece, loop._parts_of_tile
+WRONG_TILES = {
+    "all small tiles in one place": (
+        softmax,
+        "Tile",
+        lambda plan, refs, piece, *rest: TILE(
+            plan, refs, 0 * piece if plan.has_small_tiles else piece, *rest
+        ),
+    ),
+    "one small tile, however many tokens": (
+        loop,
+        "_for_each_piece",
+        lambda plan, block: (
+            loop._repeat(1) if plan.has_small_tiles else FOR_EACH_PIECE(plan, block)
+        ),
+    ),
+    "one half of the last tile left out": (
+        loop,
+        "_parts_of_tile",
+        lambda *args: PARTS_OF_TILE(*args)[:1],
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", WRONG_TILES)
+def test_a_wrong_tile_is_found(name):
+    part = mutants.replaced(*WRONG_TILES[name])
+    assert mutants.verdict(check_few_tokens, part) == "numbers"
 
 
 def test_a_window_in_small_tiles():

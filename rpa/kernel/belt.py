@@ -41,8 +41,11 @@ class Turn(NamedTuple):
 
 def clear(plan, refs, end):
     """Empty the belt: no place may say something that nobody put there."""
-    for word in range(plan.belt_words):
-        refs.belt[word] = end if word % STEP_WORDS == 0 else jnp.int32(0)
+
+    @compat.loop_once(0, plan.belt_places)
+    def _(place):
+        for word in range(STEP_WORDS):
+            refs.belt[place * STEP_WORDS + word] = jnp.int32(0) if word else end
 
 
 def put(plan, refs, turn, steps):

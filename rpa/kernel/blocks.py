@@ -146,7 +146,7 @@ def default_block_sizes(problem, case, max_q_len):
         rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
     bq = min(_down(rows // p.padded_group, SUBLANES), tokens, align(most_q, SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
-    return BlockSizes(bq, min(align(most, bkv_c), 2 * bkv_c), bq, bkv_c)
+    return BlockSizes(bq, min(align(most, bkv_c), 4 * bkv_c), bq, bkv_c)
 
 
 def _down(x, multiple):

@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 
 from rpa import compat
 from rpa.kernel import belt, decode, layout, softmax, tiles, transfers, walk
-from rpa.paging import cdiv
 
 DOTS_AHEAD = 2
 """How far Q K^T runs ahead of P V: at the end the MXU has work while it waits for a softmax."""
@@ -137,7 +136,9 @@ def _for_each_tile(plan, block, body):
 
 def _for_each_piece(plan, block):
     """A loop over the pieces of queries, and no loop where there can be only one."""
-    return _repeat(1 if plan.num_q_pieces == 1 else cdiv(block.num_rows, plan.blocks.bq_c))
+    return _repeat(
+        1 if plan.num_q_pieces == 1 else walk.divide_up(block.num_rows, plan.blocks.bq_c)
+    )
 
 
 def _repeat(count):
@@ -166,7 +167,7 @@ def _attend_kv_block(refs, block, slot, position, num_tokens, plan):
     """Attention of a query block to a KV block in VMEM, compute block by compute block."""
     bq_c, bkv_c = plan.blocks.bq_c, plan.blocks.bkv_c
 
-    @_repeat(1 if plan.blocks.bkv == bkv_c else cdiv(num_tokens, bkv_c))
+    @_repeat(1 if plan.blocks.bkv == bkv_c else walk.divide_up(num_tokens, bkv_c))
     def _(kv_piece):
         token = kv_piece * bkv_c
         num_valid = jnp.minimum(bkv_c, num_tokens - token)
@@ -260,7 +261,10 @@ def _zero_padding_rows(plan, refs):
     @pl.when(num_used < plan.problem.num_tokens)
     def _():
         zeros = jnp.zeros((plan.tile_rows, plan.problem.lanes), jnp.float32)
-        for piece in range(plan.num_q_pieces):
-            for dot in range(plan.num_dots):
-                layout.store_o_tile(plan, refs.o_rows, 0, piece, dot, zeros)
+
+        @_repeat(plan.num_q_pieces)
+        def _(piece):
+            store = partial(layout.store_o_tile, plan, refs.o_rows, 0, piece, tile=zeros)
+            _repeat(plan.num_dots)(store)
+
         transfers.write_zero_rows(plan, refs, num_used)

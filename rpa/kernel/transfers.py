@@ -17,6 +17,8 @@ A semaphore counts bytes. A wait names a copy of the same size, whichever, so th
 enough for all pages of a block.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -25,14 +27,15 @@ from jax.experimental.pallas import tpu as pltpu
 from rpa import compat
 from rpa.kernel import table, walk
 from rpa.kernel.plan import TABLE_TILE_WORDS
-from rpa.paging import cdiv
 
 # --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
 
 
 def clear(plan, refs):
     """Note that nothing is on its way yet."""
-    for word in range(2 * plan.num_slots):
+
+    @compat.loop_once(0, 2 * plan.num_slots)
+    def _(word):
         refs.state[word] = jnp.int32(0)
 
 
@@ -55,7 +58,7 @@ def fetch(plan, refs, step):
 
     if plan.is_decode:
         start_stores(plan, refs, block, step)
-    else:
+    elif plan.problem.update_kv_cache:
         _wait_stores(plan, refs, step.kv_slot)
     # Whole pages come last: the loop over them is the end of what the compiler can interleave.
     _start_kv(plan, refs, step, block, entry, is_run)
@@ -68,13 +71,13 @@ def _entry(plan, seq, page):
 
 def _first_entry(plan, block, kv_index):
     """Place in the page table of a KV block's first page."""
-    page = walk.kv_block_start(plan, block, kv_index) // plan.problem.page_size
+    page = walk.divide(walk.kv_block_start(plan, block, kv_index), plan.problem.page_size)
     return _entry(plan, block.seq, page)
 
 
 def _chunk_start(plan, entry):
     """First word of the chunk that holds an entry: a multiple of a tile, and inside the table."""
-    start = entry // TABLE_TILE_WORDS * TABLE_TILE_WORDS
+    start = walk.divide(entry, TABLE_TILE_WORDS) * TABLE_TILE_WORDS
     return jnp.minimum(start, plan.table_words - plan.table_chunk_words)
 
 
@@ -166,7 +169,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
     Of a run it is the only copy.
     """
     page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
-    num_whole = jnp.where(is_run, 0, num_tokens // page_size)
+    num_whole = jnp.where(is_run, 0, walk.divide(num_tokens, page_size))
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
@@ -174,7 +177,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
         rest = num_tokens - num_copied
         _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
 
-    @compat.loop_once(0, cdiv(num_whole, pages_per_turn))
+    @compat.loop_once(0, walk.divide_up(num_whole, pages_per_turn))
     def _(turn):
         first = turn * pages_per_turn
         for i in range(pages_per_turn):
@@ -232,7 +235,7 @@ def start_stores(plan, refs, block, step):
         refs.state[_leaving(plan, walk.TOKENS_LEAVING, step.kv_slot)] = last - first
         page_size = plan.problem.page_size
 
-        @pl.loop(first // page_size, cdiv(last, page_size))
+        @pl.loop(walk.divide(first, page_size), walk.divide_up(last, page_size))
         def _(page):
             begin = jnp.maximum(first, page * page_size)
             num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
@@ -241,7 +244,9 @@ def start_stores(plan, refs, block, step):
 
 def _store_in_page(plan, refs, block, step, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
-    page, offset = position // plan.problem.page_size, position % plan.problem.page_size
+    page_size = plan.problem.page_size
+    page = walk.divide(position, page_size)
+    offset = position - page * page_size
     entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
     target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
     if plan.is_decode:
@@ -262,13 +267,19 @@ def wait_store_of_token(plan, refs, slot):
 
 def _wait_stores(plan, refs, slot):
     """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
-    place = _leaving(plan, walk.TOKENS_LEAVING, slot)
-    num_tokens = refs.state[place]
+    tokens = partial(_kv_tokens, plan, refs, slot, 0)
+    _wait_leaving(plan, refs, walk.TOKENS_LEAVING, slot, tokens, refs.store_sems)
 
-    @pl.when(num_tokens > 0)
+
+def _wait_leaving(plan, refs, row, slot, source_of, semaphores):
+    """Wait until what leaves a slot has left; source_of(size) is so much of the slot's buffer."""
+    place = _leaving(plan, row, slot)
+    size = refs.state[place]
+
+    @pl.when(size > 0)
     def _():
-        source = _kv_tokens(plan, refs, slot, 0, num_tokens)
-        pltpu.make_async_copy(source, source, refs.store_sems.at[slot]).wait()
+        source = source_of(size)
+        pltpu.make_async_copy(source, source, semaphores.at[slot]).wait()
 
     refs.state[place] = jnp.int32(0)
 
@@ -284,29 +295,29 @@ def _leaving(plan, row, slot):
 def start_output(plan, refs, slot, row, num_rows):
     """Send the first rows of an o buffer to the output."""
     refs.state[_leaving(plan, walk.ROWS_LEAVING, slot)] = num_rows
-    source = refs.o_buffer.at[slot, pl.ds(0, num_rows)]
+    source = _o_rows(refs, slot, num_rows)
     target = refs.output.at[pl.ds(row, num_rows)]
     pltpu.make_async_copy(source, target, refs.o_sems.at[slot]).start()
 
 
 def wait_output(plan, refs, slot):
     """Wait until an o buffer is free: what it last sent, if anything, has left."""
-    place = _leaving(plan, walk.ROWS_LEAVING, slot)
-    num_rows = refs.state[place]
+    rows = partial(_o_rows, refs, slot)
+    _wait_leaving(plan, refs, walk.ROWS_LEAVING, slot, rows, refs.o_sems)
 
-    @pl.when(num_rows > 0)
-    def _():
-        source = refs.o_buffer.at[slot, pl.ds(0, num_rows)]
-        pltpu.make_async_copy(source, source, refs.o_sems.at[slot]).wait()
 
-    refs.state[place] = jnp.int32(0)
+def _o_rows(refs, slot, num_rows):
+    """The first rows of an o buffer."""
+    return refs.o_buffer.at[slot, pl.ds(0, num_rows)]
 
 
 def wait_all(plan, refs):
     """What is still under way when the last block is computed: outputs and stores."""
-    for slot in range(plan.num_slots):
+
+    @compat.loop_once(0, plan.num_slots)
+    def _(slot):
         wait_output(plan, refs, slot)
-        if not plan.is_decode:
+        if plan.problem.update_kv_cache and not plan.is_decode:
             _wait_stores(plan, refs, slot)
 
 
@@ -317,7 +328,7 @@ def write_zero_rows(plan, refs, num_used):
     """
     size = plan.blocks.bq
 
-    @pl.loop(0, cdiv(plan.problem.num_tokens - num_used, size))
+    @pl.loop(0, walk.divide_up(plan.problem.num_tokens - num_used, size))
     def _(i):
         row = num_used + i * size
         num_rows = jnp.minimum(size, plan.problem.num_tokens - row)

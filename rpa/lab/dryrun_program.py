@@ -127,6 +127,7 @@ _SCALAR = {
     "not": lambda a: not a if isinstance(a, bool) else ~a,
     "clamp": lambda low, a, high: min(max(a, low), high),
     "shift_left": operator.lshift,
+    "shift_right_arithmetic": operator.rshift,
     "multiple_of": lambda a: a,
     "squeeze": lambda a: a,
     "reshape": lambda a: a,

@@ -332,21 +332,26 @@ def innermost(schedule, run) -> int:
 def regions(schedule, run, num_chunks) -> tuple[float | None, float | None]:
     """Bundles a chunk takes in the region that multiplies, without and with a mask.
 
-    A kernel that computes both kinds of chunk has two such regions, of which a run without masks
-    skips one. Their sizes are scaled by their products, to the work of one chunk. The branch into a
-    region is counted with it.
+    A kernel that computes both kinds of chunk has two such regions with the same products, of which
+    a run without masks skips one; what has other products computes less than a whole block. Sizes
+    are scaled by their products, to the work of one chunk. The branch into a region is counted with
+    it.
     """
     per_chunk = schedule.slots(run.hits)["MATMUL"] / num_chunks
-    sizes = {True: None, False: None}
+    passed, skipped = None, {}
     for _, span in schedule.loops.walk():
         inner = [s for child in span.children for _, s in child.walk()]
         matmuls = _matmuls(schedule, span)
         if span.kind != "region" or not matmuls or any(_matmuls(schedule, s) for s in inner):
             continue
-        passed = bool(run.hits[span.start])
-        sizes[passed] = (span.num_bundles + DELAY_SLOTS + 1) * per_chunk / matmuls
-    interior, masked = sizes[True], sizes[False]
-    return (interior, masked) if masked is not None else (None, None)
+        size = (span.num_bundles + DELAY_SLOTS + 1) * per_chunk / matmuls
+        if run.hits[span.start]:
+            passed = matmuls, size
+        else:
+            skipped[matmuls] = size
+    if passed is None or passed[0] not in skipped:
+        return None, None
+    return passed[1], skipped[passed[0]]
 
 
 def _matmuls(schedule, span) -> int:
