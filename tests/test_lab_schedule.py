@@ -3,6 +3,7 @@
 import json
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -279,6 +280,37 @@ def test_a_ragged_batch_moves_each_token_once():
     assert run.bytes_moved("hbm_to_vmem") == sum(kv_lens[:8]) * token_bytes + 7 * row_bytes
     assert run.bytes_moved("vmem_to_hbm") == 7 * row_bytes  # the mixed kernel zeroes the rest
     assert run.bytes_moved("hbm_to_hbm") == 7 * token_bytes  # the new tokens
+
+
+@pytest.mark.parametrize(
+    ("matmuls", "expected"),
+    [
+        ((8, 8), (20, 30)),
+        ((8, 2, 8), (20, 30)),  # and one for less than a whole block
+        ((8, 2, 4), (None, None)),  # one copy of the code: nothing is the masked twin of a block
+    ],
+)
+def test_a_masked_region_does_the_same_products(matmuls, expected):
+    """Regions that multiply, of which only the first was run; the last is half as long again."""
+    lengths = [20 * n // 8 for n in matmuls[:-1]] + [30]
+    starts = np.cumsum([0, *(length + schedule_cases.DELAY_SLOTS + 1 for length in lengths)])
+    spans = [
+        schedule_loops.Span("region", start, start + length)
+        for start, length in zip(starts, lengths, strict=False)
+    ]
+    products, hits = np.zeros((2, starts[-1]), int)
+    products[starts[:-1]] = matmuls
+    hits[: lengths[0]] = 1
+    schedule = SimpleNamespace(
+        loops=schedule_loops.Span("kernel", 0, starts[-1], tuple(spans)),
+        once=lambda span: (
+            (np.arange(starts[-1]) >= span.start) & (np.arange(starts[-1]) < span.end)
+        ),
+        slots=lambda run: {"MATMUL": int((products * run).sum())},
+    )
+    branch = schedule_cases.DELAY_SLOTS + 1
+    found = schedule_cases.regions(schedule, SimpleNamespace(hits=hits), num_chunks=1)
+    assert found == tuple(size and size + branch for size in expected)
 
 
 @needs_libtpu

@@ -205,7 +205,7 @@ class Plan:
         """Whether a block that needs no mask runs the code of one that does.
 
         A second copy of the code takes its time to compile. In a decode of one dot it would save
-        1 to 5 % of the cycles. Where the MXU does not multiply float8, it would save 7 to 10 %,
+        up to 3 % of the cycles. Where the MXU does not multiply float8, it would save 7 to 10 %,
         but widening keeps the vector unit busy from end to end, and is most of the code.
         """
         has_one_dot = self.is_decode and self.num_dots == 1

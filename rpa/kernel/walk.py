@@ -158,7 +158,7 @@ def divide(x, size):
 
 
 def divide_up(x, size):
-    """How many `size` it takes to hold x, see `divide`."""
+    """How many `size` it takes to hold x: `paging.cdiv` of what `divide` divides."""
     return divide(x + (size - 1), size)
 
 
