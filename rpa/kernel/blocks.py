@@ -26,8 +26,8 @@ SCORE_ROWS_OF_ONE = 2048
 """Rows of the tile where one KV head is alone: no other has products beside its softmax. Of two
 heads each has half as many."""
 
-DECODE_COLUMNS, DECODE_PRODUCTS = 512, 4
-"""Keys a product takes in decode, and how many products there are in a block at most."""
+DECODE_COLUMNS, PRODUCTS = 512, 4
+"""Keys a product takes in decode; and the most products in a row of keys, of any block."""
 
 DECODE_TURNS_AHEAD, TURNS_AHEAD = 3, 2
 """Turns whose copies are on their way, see `belt`: with three, a TPU7x decodes short sequences as
@@ -139,14 +139,14 @@ def default_block_sizes(problem, case, max_q_len):
         bkv_c = min(most, _down(DECODE_COLUMNS, whole))
         token_bytes = p.kv_words * 4 * p.lanes
         bkv = min(align(most, bkv_c), max(bkv_c, _down(KV_BLOCK_BYTES // token_bytes, bkv_c)))
-        bkv = min(bkv, DECODE_PRODUCTS * bkv_c)
+        bkv = min(bkv, PRODUCTS * bkv_c)
         return BlockSizes(1, bkv, 1, bkv_c)
     rows, tokens = SCORE_ROWS, LANES
     if p.num_kv_heads <= 2:
         rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
     bq = min(_down(rows // p.padded_group, SUBLANES), tokens, align(most_q, SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
-    return BlockSizes(bq, min(align(most, bkv_c), 4 * bkv_c), bq, bkv_c)
+    return BlockSizes(bq, min(align(most, bkv_c), PRODUCTS * bkv_c), bq, bkv_c)
 
 
 def _down(x, multiple):
