@@ -69,7 +69,7 @@ test-full: test
 nbtest: env
 	$(BIN)/python -m course.build --check
 	$(BIN)/python tools/update_readme.py --check
-	XLA_FLAGS="$$XLA_FLAGS $$($(BIN)/python -m rpa.check.haste)" \
+	XLA_FLAGS="$$XLA_FLAGS $$($(BIN)/python -m rpa.check.sandbox.fast_compile)" \
 	  $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
 
 # The committed notebooks, each alone in an empty folder; its first cell installs the last commit.

@@ -111,7 +111,8 @@ def _checks_of(source: Source) -> dict[str, Exercise]:
     if source.kind == "exercises" and numbers != set(checks):
         raise SourceError(
             f"{source.path.name} has the exercises {sorted(numbers)}, but "
-            f"rpa/check/chapter{source.chapter:02d}.py checks {sorted(checks)}: they must be equal"
+            f"rpa/check/chapters/chapter{source.chapter:02d}.py checks {sorted(checks)}: they "
+            "must be equal"
         )
     return checks
 

@@ -287,7 +287,7 @@ def pack(keys, values, packing, lanes):
 # Two sequences share the pages of a common prefix until one of them writes. Write
 # `append_token(book, name)`: make room for one more token of the sequence `name`, and return the
 # page copies, a list of `(source, target)`, that must be carried out before the token is stored.
-# The book is a `PageBook`, a small `PagePool` (`rpa/check/page_book.py`, one screen):
+# The book is a `PageBook`, a small `PagePool` (`rpa/check/chapters/toy_page_pool.py`, one screen):
 #
 # | | |
 # |---|---|

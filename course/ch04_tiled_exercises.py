@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 import rpa
-from rpa.check.launchers import run_flash
+from rpa.check.chapters.launchers import run_flash
 from rpa.compat import choose_interpret
 from rpa.figures import show_source
 from rpa.tiled import (

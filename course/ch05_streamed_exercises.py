@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.check import sandbox
-from rpa.check.launchers import interpreted, run_chunks, run_copy
+from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
 
 sandbox.start()
 
@@ -82,7 +82,7 @@ rpa.check("5.1", double_kernel)
 # Watch it: `record_dmas` writes down what the kernel starts, waits for and computes.
 
 # %%
-from rpa.lab.timeline import record_dmas
+from rpa.lab.copies.timeline import record_dmas
 
 with interpreted(), record_dmas() as timeline:
     run_copy(double_kernel, jnp.ones((8, 128)))

@@ -36,10 +36,10 @@ from jax.experimental.pallas import tpu as pltpu
 # %%
 from rpa import compat, ragged, streamed
 from rpa.check import sandbox
-from rpa.check.launchers import interpreted, run_chunks, run_copy
+from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
 from rpa.figures import show_source
 from rpa.figures.timeline import gantt
-from rpa.lab.timeline import page_labels, predict_cycles, record_dmas
+from rpa.lab.copies.timeline import page_labels, predict_cycles, record_dmas
 
 sandbox.start()  # the process in which kernels run that may hang; section 3 needs it
 
@@ -71,10 +71,11 @@ assert (output == 2).all()
 print(timeline.table())
 
 # %% [markdown]
-# `run_copy` holds the `pallas_call` (look it up in `rpa/check/launchers.py`), `interpreted` runs it
-# in the TPU interpreter, and `record_dmas` wrote down what the kernel did, in its order: the number
-# of the event, what happened, how many bytes, on which semaphore. (A line `compute` stands for all
-# loads and stores between two DMA events: here the load 2 and the store 3.)
+# `run_copy` holds the `pallas_call` (look it up in `rpa/check/chapters/launchers.py`),
+# `interpreted` runs it in the TPU interpreter, and `record_dmas` wrote down what the kernel did, in
+# its order: the number of the event, what happened, how many bytes, on which semaphore. (A line
+# `compute` stands for all loads and stores between two DMA events: here the load 2 and the store
+# 3.)
 #
 # **Takeaway.** Start, wait, use. Between its start and its wait a copy's memory is nobody's.
 

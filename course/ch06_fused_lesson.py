@@ -30,8 +30,8 @@ from rpa import chips, compat, dense, fused, lab, ragged, streamed
 from rpa.figures import fused as pictures
 from rpa.figures import show_source
 from rpa.figures.timeline import gantt
-from rpa.lab import append
-from rpa.lab.timeline import record_dmas
+from rpa.lab.compile import dma_layouts
+from rpa.lab.copies.timeline import record_dmas
 from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
@@ -161,15 +161,15 @@ assert (heads_first, k_alone, token_major) == (16, 1, 1)
 # Ask the TPU compiler, on this machine, without a TPU. Two kernels, each a single DMA:
 
 # %%
-show_source(append.heads_first)
-show_source(append._store)
+show_source(dma_layouts.heads_first)
+show_source(dma_layouts._store)
 
 # %%
 RECORDED = {"heads_first": False, "tokens_first": True}  # by libtpu 0.0.52
 
 
 def compiles(kernel):
-    token, page = append.SHAPES[kernel.__name__]
+    token, page = dma_layouts.SHAPES[kernel.__name__]
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (token, page)]
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
     result = lab.compile_for("v5e", kernel, row, *shapes, kwargs={"interpret": False})
@@ -181,8 +181,8 @@ def compiles(kernel):
 
 
 # %%
-assert not compiles(append.heads_first)
-assert compiles(append.tokens_first)
+assert not compiles(dma_layouts.heads_first)
+assert compiles(dma_layouts.tokens_first)
 
 # %% [markdown]
 # Not slow: *refused*. To store one token there, a kernel would have to read eight rows, change one

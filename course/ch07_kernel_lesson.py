@@ -32,7 +32,7 @@ import rpa
 from rpa import chips, compat, dense, ragged
 from rpa.figures import kernel as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, loop, transfers, walk
+from rpa.kernel import blocks, cases, loop, transfers, traversal
 from rpa.kernel.plan import BlockSizes, Plan, Problem
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
@@ -102,16 +102,16 @@ mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, Tru
 metadata = SimpleNamespace(
     kv_lens=jnp.array(batch.kv_lens), cu_q_lens=jnp.array(batch.cu_q_lens)
 )  # fmt: skip
-chunk = walk.sequence(mixed_plan, metadata, 3)
-for q_index in range(int(walk.num_query_blocks(mixed_plan, chunk))):
-    block = walk.query_block(mixed_plan, chunk, q_index)
+chunk = traversal.sequence(mixed_plan, metadata, 3)
+for q_index in range(int(traversal.num_query_blocks(mixed_plan, chunk))):
+    block = traversal.query_block(mixed_plan, chunk, q_index)
     first, last = int(block.position), int(block.position + block.num_rows) - 1
     print(f"query block {q_index}: positions {first} to {last}, "
           f"keys {int(block.kv_start)} to {int(block.kv_end) - 1}")  # fmt: skip
 assert int(block.kv_end) == 40
 
 # %%
-show_source(walk.query_block)
+show_source(traversal.query_block)
 
 # %% [markdown]
 # `kv_end` is the **effective KV length** of the block. For a fresh prompt it cuts the triangle out
@@ -133,10 +133,10 @@ show_source(walk.query_block)
 def steps_of(plan):
     """Every step that a kernel takes, in its order: (sequence, query block, KV block)."""
     first, end = (int(bound) for bound in plan.case.bounds(batch.distribution))
-    step, steps = walk.first_step(plan, metadata, first, end), []
+    step, steps = traversal.first_step(plan, metadata, first, end), []
     while int(step.seq.index) < end:
         steps.append(tuple(int(x) for x in (step.seq.index, step.q_index, step.kv_index)))
-        step = walk.next_step(plan, metadata, step, end)
+        step = traversal.next_step(plan, metadata, step, end)
     return steps
 
 
@@ -150,7 +150,7 @@ assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) ==
 # asked some turns ahead, for the copies; the computation follows in the same order.
 
 # %%
-show_source(walk.next_step)
+show_source(traversal.next_step)
 
 # %% [markdown]
 # An odometer with three wheels, and `first_active` for the idle ones. Now, which of these steps
@@ -161,8 +161,8 @@ show_source(walk.next_step)
 # %%
 def kind_of(plan, step):
     """What the mask does to a step: pair by pair, on the host."""
-    seq = walk.sequence(plan, metadata, step[0])
-    block = walk.query_block(plan, seq, step[1])
+    seq = traversal.sequence(plan, metadata, step[0])
+    block = traversal.query_block(plan, seq, step[1])
     queries = int(block.position) + np.arange(int(block.num_rows))
     keys = step[2] * plan.blocks.bkv + np.arange(plan.blocks.bkv)
     return "interior" if dense.visible(queries, keys).all() else "masked"
@@ -204,11 +204,11 @@ show_source(loop.kernel)
 # turns later, and computed `turns_ahead` turns after that. In between it rides on a belt:
 
 # %%
-from rpa.kernel import belt
+from rpa.kernel import pipeline
 
-print(belt.__doc__)
-show_source(belt.to_fetch)
-show_source(belt.is_on)
+print(pipeline.__doc__)
+show_source(pipeline.to_fetch)
+show_source(pipeline.is_on)
 
 # %% [markdown]
 # On paper, for a kernel that looks up two turns ahead of the copies, and copies two turns ahead of
@@ -247,7 +247,7 @@ arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
 
 # %%
 from rpa.figures.timeline import gantt
-from rpa.lab.timeline import page_labels, record_dmas
+from rpa.lab.copies.timeline import page_labels, record_dmas
 
 on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter runs
 sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
@@ -461,7 +461,7 @@ if jax.default_backend() == "tpu":
 # in a pool that was used for a while, where neighbouring pages are rare.
 
 # %%
-from rpa.lab.dryrun import dry_run
+from rpa.lab.copies.dryrun import dry_run
 
 q_lens = np.array([1] * 15 + [512])
 pages = rng.permutation(4096).reshape(16, 256)

@@ -25,9 +25,9 @@ import numpy as np
 
 import rpa
 from rpa.figures import show_source
-from rpa.lab import inner_loop
-from rpa.lab.inner_loop import scores, softmax, weighted_values
-from rpa.lab.recorded import recorded, recorded_step
+from rpa.lab.schedule import inner_loop
+from rpa.lab.schedule.inner_loop import scores, softmax, weighted_values
+from rpa.lab.schedule.recorded import recorded, recorded_step
 from rpa.paging import cdiv
 
 # %% [markdown]

@@ -28,12 +28,12 @@ import numpy as np
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, decode, loop, sides, spare
+from rpa.kernel import blocks, cases, decode, loop, mxu
 from rpa.kernel.plan import Plan, Problem
-from rpa.lab import inner_loop, race, traffic, tune
-from rpa.lab.recorded import Occupancy, compile_step, recorded, recorded_step
-from rpa.lab.roofline import Point
-from rpa.lab.schedule import NoSchedule
+from rpa.lab.bench import comparison, tune
+from rpa.lab.copies import traffic
+from rpa.lab.schedule import NoSchedule, inner_loop
+from rpa.lab.schedule.recorded import Occupancy, compile_step, recorded, recorded_step
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 
@@ -147,18 +147,18 @@ for chip in CHIPS:
 # All rungs, under the roof of one TPU7x core, which is the hardest to feed. The batch is that of
 # chapter 10: 16 decodes of real lengths. Rungs 1 to 3 are plain JAX and have no schedule that we
 # could read: they are drawn as if XLA moved what they gather once, at peak bandwidth. The kernels
-# are drawn with the time of their executed schedule and its waits (`rpa.lab.race`):
+# are drawn with the time of their executed schedule and its waits (`rpa.lab.bench.comparison`):
 
 # %%
 from rpa.figures.roofline import under_roof
 from rpa.lab.batches import make_batch
 from rpa.ladder import LADDER
 
-step, found = race.decode_step(), race.recorded()
+step, found = comparison.decode_step(), comparison.recorded()
 decode_cost = chips.attention_cost(1, np.array(found["kv_lens"]), 32, 8, 128)
 points = {}
 for name in ("dense", "paging", "ragged"):
-    num_bytes = traffic.count(name, step, race.LAYER).num_bytes
+    num_bytes = traffic.count(name, step, comparison.LAYER).num_bytes
     at_peak_us = 1e6 * num_bytes / chips.chip("tpu7x").hbm_bytes_per_s
     points[name] = Point(decode_cost.flops, num_bytes, at_peak_us)
 
@@ -188,9 +188,12 @@ tile_bundles = {"tiled": 8 * recorded("tiled")["bundles"],  # a KV head at a tim
                 "kernel": recorded("kernels")["v5e"]["mixed"]["executed_per_chunk"]}  # fmt: skip
 points = {"rung 3": (chunk_cost.hbm_bytes + notes_bytes, 0)}
 for name, title in {"tiled": "rung 4", "kernel": "rung 7"}.items():
-    points[title] = (traffic.count(name, chunk, race.LAYER).num_bytes, 32 * tile_bundles[name])
+    num_bytes = traffic.count(name, chunk, comparison.LAYER).num_bytes
+    points[title] = (num_bytes, 32 * tile_bundles[name])
 
 # %%
+from rpa.lab.predict.roofline import Point
+
 v5e = chips.chip("v5e")
 rungs = {}
 for title, (num_bytes, bundles) in points.items():
@@ -432,7 +435,7 @@ pictures.before_after(
 # room of its own:
 
 # %%
-show_source(sides)
+show_source(mxu)
 
 # %% [markdown]
 # A product of rung 7 has 512 keys by default, which is one cell. Float32, and dots of fewer than
@@ -504,7 +507,7 @@ for chip in CHIPS:
 # vector unit's work:
 
 # %%
-show_source(spare.append_ones)
+show_source(mxu.append_ones)
 
 # %% [markdown]
 # Columns of ones beside V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
@@ -512,7 +515,7 @@ show_source(spare.append_ones)
 
 # %%
 p, v = jnp.array([[2.0, 3.0]]), jnp.array([[10.0], [20.0]])
-with_ones = p @ spare.append_ones(v)
+with_ones = p @ mxu.append_ones(v)
 print("P V:", float(with_ones[0, 0]), " sum P:", float(with_ones[0, 1]))
 assert with_ones[0, :2].tolist() == [80.0, 5.0]
 
@@ -650,7 +653,7 @@ assert mbu["v5e"] > mbu["v6e"] > mbu["tpu7x"] > 0.5
 # it begins.
 
 # %%
-from rpa.lab.calibration import FITTED
+from rpa.lab.predict.calibration import FITTED
 
 copy_cycles, compute_cycles = hbm_cycles("tpu7x", 1024), 2400
 latency_cycles = FITTED.latency_us * 1e-6 * chips.chip("tpu7x").clock_hz

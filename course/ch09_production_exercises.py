@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rpa
-from rpa.check import suspects
+from rpa.check.chapters import wrong_kernels
 from rpa.figures import show_source
 from rpa.paging import cdiv
 
@@ -38,7 +38,7 @@ from rpa.paging import cdiv
 # block:
 
 # %%
-show_source(suspects.forgetful)
+show_source(wrong_kernels.forgetful)
 
 # %% [markdown]
 # Write `witness(bq, bkv, window)`: a sequence `(q_len, kv_len)` of at most 4,096 tokens in which at
@@ -86,7 +86,7 @@ rpa.check("9.1", witness)
 q_len, kv_len = witness(bq=32, bkv=256, window=128)
 kv = np.random.default_rng(1).standard_normal((kv_len, 2, 8)).astype(np.float32)
 before = np.where(np.arange(kv_len)[:, None, None] < kv_len - q_len, kv, 0)
-_, after = suspects.forgetful(
+_, after = wrong_kernels.forgetful(
     kv[-q_len:, 0], kv[-q_len:], before, window=128, bq=32, bkv=256
 )  # fmt: skip
 print(f"{(after != kv).any((1, 2)).sum()} of {q_len} new tokens are not in the cache")
@@ -134,7 +134,7 @@ def witness(bq, bkv, window):
 # **Suspect.** A decode step that gives hidden keys a weight of exactly zero:
 
 # %%
-show_source(suspects.trusting)
+show_source(wrong_kernels.trusting)
 
 # %% [markdown]
 # A weight of zero times `NaN` is `NaN`. The pages of a server are used again and again, and what
@@ -204,7 +204,7 @@ table, lens = np.array([[2, 4], [1, 0]], np.int32), np.array([7, 3])
 dirty, dirty_table = poison(clean, np.array([0, 0]), lens, table)
 for name, cache, rows in [("clean", clean, table), ("poisoned", dirty, dirty_table)]:
     queries = np.ones((2, 1), np.float32)
-    output = suspects.trusting(queries, cache.astype(np.float32)[..., None], lens, rows)
+    output = wrong_kernels.trusting(queries, cache.astype(np.float32)[..., None], lens, rows)
     print(f"{name:9}", output[:, 0])
 
 # %% [markdown] tags=["explanation"]
@@ -278,7 +278,7 @@ def poison(kv_cache, q_lens, kv_lens, page_table):
 # **Suspect.** The mask. Comparing in 16 bits takes half of the registers:
 
 # %%
-show_source(suspects.narrow)
+show_source(wrong_kernels.narrow)
 
 # %% [markdown]
 # Write `witness_len(window)`: the `kv_len` of the **shortest** sequence whose last token gets a
@@ -322,7 +322,7 @@ rpa.check("9.3", witness_len)
 # %%
 for window in (None, 128):
     for kv_len in (witness_len(window) - 1, witness_len(window)):
-        seen = suspects.narrow(kv_len - 1, kv_len, window)
+        seen = wrong_kernels.narrow(kv_len - 1, kv_len, window)
         print(f"window {window}, kv_len {kv_len:,}: sees {seen.sum():,} keys, "
               f"itself: {bool(seen[-1])}")  # fmt: skip
 
@@ -364,7 +364,7 @@ def witness_len(window):
 # accumulator are kept in bfloat16.
 
 # %%
-show_source(suspects.rounded)
+show_source(wrong_kernels.rounded)
 
 # %% [markdown]
 # It has passed a test with standard normal scores and values at 256K tokens (the lesson draws how).
@@ -413,7 +413,7 @@ rpa.check("9.4", witness_numbers)
 # %%
 scores, values = witness_numbers(4096, 8)
 for dtype in (jnp.bfloat16, np.float32):
-    answer = suspects.rounded(scores, values[:, None], 8, dtype)[0]
+    answer = wrong_kernels.rounded(scores, values[:, None], 8, dtype)[0]
     print(f"{jnp.dtype(dtype).name:8} {answer:.4f}, the mean of the values is {values.mean():.4f}")
 
 # %% [markdown] tags=["explanation"]
@@ -462,14 +462,14 @@ def witness_numbers(kv_len, block_tokens):
 # **Suspect.** What brings numbers by head into the rows of the kernel:
 
 # %%
-show_source(suspects.lopsided)
+show_source(wrong_kernels.lopsided)
 
 # %% [markdown]
 # Three query heads for each of two KV heads, four rows for each group. The kernel takes the sinks
 # of KV head 1 from row 4 on, and finds:
 
 # %%
-suspects.lopsided(np.float32([10, 11, 12, 13, 14, 15]), num_kv_heads=2, group_rows=4)
+wrong_kernels.lopsided(np.float32([10, 11, 12, 13, 14, 15]), num_kv_heads=2, group_rows=4)
 
 # %% [markdown]
 # Head 13 is in a row of the first group. Write `pad_groups(x, num_kv_heads, group_rows)`, without

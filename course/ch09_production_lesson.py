@@ -30,7 +30,7 @@ import numpy as np
 
 import rpa
 from rpa import chips, dense, ragged
-from rpa.check import suspects
+from rpa.check.chapters import wrong_kernels
 from rpa.figures import production as pictures
 from rpa.figures import show_source
 from rpa.kernel import cases, softmax
@@ -279,14 +279,14 @@ print(copies, "->", pages)
 # one piece. Here is the kernel, without heads and pages. It stores new tokens while it is at it:
 
 # %%
-show_source(suspects.forgetful)
+show_source(wrong_kernels.forgetful)
 
 # %%
 rng = np.random.default_rng(0)
 q_len, window, bq, bkv = 393, 128, 32, 256  # nothing is cached
 queries, kv = rng.standard_normal((q_len, 64)), rng.standard_normal((q_len, 2, 64))
 empty = np.zeros_like(kv)
-output, cache = suspects.forgetful(queries, kv, empty, window=window, bq=bq, bkv=bkv)
+output, cache = wrong_kernels.forgetful(queries, kv, empty, window=window, bq=bq, bkv=bkv)
 
 one_head = queries[:, None], kv[:, :1], kv[:, 1:]
 truth = dense.oracle(*one_head, sliding_window=window)
@@ -483,7 +483,7 @@ assert jnp.bfloat16(256) + jnp.bfloat16(1) == 256
 # an online softmax that keeps its state in any dtype, against float64:
 
 # %%
-show_source(suspects.rounded)
+show_source(wrong_kernels.rounded)
 
 # %%
 LENGTHS = [2**n for n in range(10, 19)]  # 1,024 to 262,144 tokens: all measured, none extrapolated
@@ -504,7 +504,7 @@ def error(kind, n, state_dtype):
     scores, values = make_numbers(kind, n)
     weights = np.exp(scores.astype(np.float64) - scores.max())
     truth = weights @ values.astype(np.float64) / weights.sum()
-    given = suspects.rounded(scores, values[:, None], 512, state_dtype)[0]
+    given = wrong_kernels.rounded(scores, values[:, None], 512, state_dtype)[0]
     return abs(given - truth) / np.abs(values).max()
 
 

@@ -11,8 +11,8 @@ import sys
 COMMANDS = {
     "doctor": ("rpa.doctor", "say what this machine has, what will run how, and what is wrong"),
     "demo": ("rpa.demo", "run the ladder on a real model and print one table"),
-    "bench": ("rpa.lab.commands.bench", "time the ladder and its peers on this machine's device"),
-    "lab": ("rpa.lab.commands", "ask the TPU compiler about a kernel, without a TPU"),
+    "bench": ("rpa.cli.bench", "time the ladder and its peers on this machine's device"),
+    "lab": ("rpa.cli.lab", "ask the TPU compiler about a kernel, without a TPU"),
 }
 
 

@@ -7,9 +7,9 @@ import pytest
 
 import rpa
 from rpa import chips, lab
-from rpa.check import leaderboard
+from rpa.check.chapters import leaderboard
 from rpa.check.errors import CheckFailed
-from rpa.lab import race
+from rpa.lab.bench import comparison
 
 needs_libtpu = pytest.mark.skipif(
     lab.compile_versions()["libtpu"] is None,
@@ -80,7 +80,7 @@ def test_an_entry_is_compiled_and_its_kernels_are_timed(file, monkeypatch, capsy
     assert entry["chip"] == "v5e" and not entry["in_jax_bytes"]
     # Waits only add to its bundles, and its bytes need their time.
     assert entry["time_us"] >= entry["bundles"] / known.clock_hz * 1e6
-    assert entry["time_us"] > race.hbm_us(entry["num_bytes"], "v5e")
+    assert entry["time_us"] > comparison.hbm_us(entry["num_bytes"], "v5e")
     assert f"{entry['time_us']:.1f} us on v5e" in capsys.readouterr().out
 
 

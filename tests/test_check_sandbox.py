@@ -7,18 +7,18 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.check import sandbox
+from rpa.check.chapters.launchers import run_chunks, run_copy
 from rpa.check.errors import CannotShip, KernelFault
-from rpa.check.launchers import run_chunks, run_copy
 from rpa.check.runner import TookTooLong
-from rpa.check.shipping import pack
+from rpa.check.sandbox import process
+from rpa.check.sandbox.pickling import pack
 
 ROWS = 8
 X = np.ones((ROWS, 128), np.float32)
 
 
 def run(kernel, launcher=run_copy, arguments=(X,), limit_s=60.0):
-    return sandbox.in_sandbox()(launcher, kernel, arguments, limit_s)
+    return process.in_sandbox()(launcher, kernel, arguments, limit_s)
 
 
 def helper(ref):
@@ -118,7 +118,7 @@ def test_what_cannot_be_sent_is_said_in_words(capsys):
         pack(lambda x_ref: outside)
     with pytest.raises(CannotShip, match="write `def`"):
         pack(3)
-    sandbox.try_kernel(run_copy, lambda x_ref: outside, X)
+    process.try_kernel(run_copy, lambda x_ref: outside, X)
     assert "stands inside another function" in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rpa import chips
 from rpa.chips import CHIPS, SOURCES, attention_cost, chip
-from rpa.lab.compile import ENVIRONMENT
+from rpa.lab.compile.compiler import ENVIRONMENT
 
 pytestmark = pytest.mark.core
 

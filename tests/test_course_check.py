@@ -14,10 +14,10 @@ from rpa.check import CheckFailed, Exercise, NotStarted
 from rpa.check.compare import equal, first_wrong
 from rpa.check.engine import check_exercise
 from rpa.check.errors import UnfinishedCheck, WrongResult
-from rpa.check.literal import literal
-from rpa.check.places import ragged
+from rpa.check.index_words import ragged
 from rpa.check.registry import collect
 from rpa.check.runner import TookTooLong, time_limit
+from rpa.check.source_text import literal
 from rpa.ragged import RaggedBatch
 
 pytestmark = pytest.mark.core

@@ -14,13 +14,13 @@ import pytest
 from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
+from rpa.figures import comparison as race_pictures
 from rpa.figures import dense, fused, kernel, optimise, paging, production, ragged, tiled
-from rpa.figures import race as race_pictures
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
-from rpa.lab.race import recorded
-from rpa.lab.recorded import recorded_step
-from rpa.lab.roofline import Point
+from rpa.lab.bench.comparison import recorded
+from rpa.lab.predict.roofline import Point
+from rpa.lab.schedule.recorded import recorded_step
 from rpa.ragged import RaggedBatch
 from rpa.serving import LLAMA3_8B
 from rpa.tiled import block_map

@@ -10,11 +10,12 @@ import pytest
 
 from rpa import chips, dense, lab
 from rpa.__main__ import main
-from rpa.lab import bench, peers, stopwatch
-from rpa.lab.predict import Prediction
+from rpa.lab import peers
+from rpa.lab.bench import on_device, stopwatch
+from rpa.lab.bench.stopwatch import Chain, Timing, time_calls
+from rpa.lab.predict.batch import Prediction
 from rpa.lab.programs import Workload
-from rpa.lab.schedule import NoSchedule
-from rpa.lab.stopwatch import Chain, Timing, time_calls
+from rpa.lab.schedule.schedule import NoSchedule
 from rpa.ladder import LADDER
 from rpa.ragged import oracle_ragged
 from tests import bench_programs
@@ -71,11 +72,11 @@ CASES = ["mixed", pytest.param("decode", marks=FULL), pytest.param("prefill", ma
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_timed_is_right(case):
     """One call of each plain JAX rung, as the bench builds it, against the float64 oracle."""
-    batch = bench.batch_of(case, SMALL)
-    for name, contender in bench.contenders(SMALL, batch, ()):
+    batch = on_device.batch_of(case, SMALL)
+    for name, contender in on_device.contenders(SMALL, batch, ()):
         if contender.refuses(batch, None) is not None:
             continue
-        queries, keys, values, kv_cache = bench.make_arrays(SMALL, batch, contender.cache_shape)
+        queries, keys, values, kv_cache = on_device.make_arrays(SMALL, batch, contender.cache_shape)
         output, stored = jax.jit(contender.attend)(queries, keys, values, kv_cache)
         truth = oracle_ragged(queries, stored, batch, SMALL.heads[1])
         assert dense.relative_error(output, truth) < 2e-6, name
@@ -83,7 +84,7 @@ def test_what_is_timed_is_right(case):
 
 def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
     timing = Timing(2e-3, 1.9e-3, 2.2e-3, calls=8, samples=5)
-    monkeypatch.setattr(bench, "time_calls", lambda run: timing)
+    monkeypatch.setattr(on_device, "time_calls", lambda run: timing)
     command = ["bench", "--num-seqs", "2", "--kv-len", "20", "--case", "decode", "--peer", "jax"]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
     assert list(rows) == [*NAMES, "peer jax"] and found["machine"]["jax"] == jax.__version__
     assert rows["rung 3 ragged"]["timing"]["median_s"] == timing.median_s
     if not ON_A_TPU:
-        assert bench.NO_PREDICTION in printed and found["prediction"] == bench.NO_PREDICTION
+        assert on_device.NO_PREDICTION in printed and found["prediction"] == on_device.NO_PREDICTION
         assert rows["rung 7 kernel"]["timing"] is None
         assert "interpreter" in rows["rung 7 kernel"]["note"]
 
@@ -106,23 +107,23 @@ def test_a_tpu_has_a_prediction_beside_what_was_measured(monkeypatch):
         seen.append((kernel, chip.name, int(batch.num_seqs), sizes["page_size"]))
         return Prediction(kernel, chip.name, round(5e-6 * chip.clock_hz), 0.0, 9, 9, 9, 6.5)
 
-    seen, batch, v6e = [], bench.batch_of("decode", SMALL), chips.chip("v6e")
-    monkeypatch.setattr(bench, "predict_batch", predict)
+    seen, batch, v6e = [], on_device.batch_of("decode", SMALL), chips.chip("v6e")
+    monkeypatch.setattr(on_device, "predict_batch", predict)
     ours, v3, rung_4 = (
-        bench.with_prediction(bench.Row("decode", name), SMALL, batch, v6e)
+        on_device.with_prediction(on_device.Row("decode", name), SMALL, batch, v6e)
         for name in ("rung 7 kernel", "peer v3", "rung 4 tiled")
     )
     assert ours.predicted_us == pytest.approx(5.0) and ours.calibrated_us == 6.5
     assert seen == [("rpa", "v6e", SMALL.num_seqs, SMALL.page_size)]
     assert v3.predicted_us is None and v3.note == "no prediction: too slow"
-    assert rung_4 == bench.Row("decode", "rung 4 tiled")
-    assert set(bench.PREDICTED) <= {*NAMES, "peer v3", "peer batched"}
+    assert rung_4 == on_device.Row("decode", "rung 4 tiled")
+    assert set(on_device.PREDICTED) <= {*NAMES, "peer v3", "peer batched"}
 
 
 def test_an_absent_peer_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(peers, "absence", lambda peer: f"no {peer}: make peers")
-    batch = bench.batch_of("decode", SMALL)
-    contender = dict(bench.contenders(SMALL, batch, ["tpu-inference"]))["peer v3"]
+    batch = on_device.batch_of("decode", SMALL)
+    contender = dict(on_device.contenders(SMALL, batch, ["tpu-inference"]))["peer v3"]
     assert contender.refuses(batch, chips.chip("v5e")) == "no v3: make peers"
 
 
@@ -131,10 +132,10 @@ def test_what_does_not_fit_is_a_row_too(monkeypatch):
         def time_calls(run):
             raise jax.errors.JaxRuntimeError(message)
 
-        monkeypatch.setattr(bench, "time_calls", time_calls)
-        return next(bench.bench(SMALL, ["decode"]))
+        monkeypatch.setattr(on_device, "time_calls", time_calls)
+        return next(on_device.bench(SMALL, ["decode"]))
 
-    assert refuse("RESOURCE_EXHAUSTED: out of memory").note == bench.TOO_LARGE
+    assert refuse("RESOURCE_EXHAUSTED: out of memory").note == on_device.TOO_LARGE
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         refuse("INTERNAL: something else")
 

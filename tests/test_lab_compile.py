@@ -16,8 +16,9 @@ import pytest
 
 from rpa import lab
 from rpa.__main__ import main
-from rpa.lab import programs, words, worker
-from rpa.lab.compile import file_hash
+from rpa.lab import programs
+from rpa.lab.compile import words, worker
+from rpa.lab.compile.compiler import file_hash
 from tests import lab_programs
 
 HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
@@ -104,7 +105,7 @@ def test_an_error_has_a_place_where_rpa_is_installed_too(tmp_path):
     (installed / "rpa").symlink_to(Path(lab.__file__).parents[1], target_is_directory=True)
     order = """if True:
         from functools import partial
-        from rpa.lab import worker
+        from rpa.lab.compile import worker
         worker.write_answer("a", partial(worker.compile_spec, {}, ()), {"function": "rpa:y"})
     """
     command = [sys.executable, "-c", order]
@@ -113,7 +114,7 @@ def test_an_error_has_a_place_where_rpa_is_installed_too(tmp_path):
     answer = json.loads((tmp_path / "a").read_text())
     assert answer["message"].startswith("KeyError") and "compile_spec" in answer["where"]
     # No path of a machine: such errors are kept in files of the repository.
-    assert answer["where"].startswith("rpa/lab/worker.py:")
+    assert answer["where"].startswith("rpa/lab/compile/worker.py:")
 
 
 @needs_libtpu
@@ -143,7 +144,7 @@ def test_an_edit_while_the_compiler_works_is_compiled_the_next_time(tmp_path, mo
 
 def test_without_libtpu_it_says_so(empty_cache, monkeypatch):
     versions = {"jax": "0", "jaxlib": "0", "libtpu": None, "python": "3"}
-    monkeypatch.setattr("rpa.lab.compile.compile_versions", lambda: versions)
+    monkeypatch.setattr("rpa.lab.compile.compiler.compile_versions", lambda: versions)
     result = lab.compile_for("v5e", lab_programs.copy_rows, ROWS, kwargs={"num_rows": 64})
     assert (result.ok, result.error_kind) == (False, "no libtpu")
     assert not list(empty_cache.rglob("*.json"))

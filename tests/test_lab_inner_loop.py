@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from rpa import chips
-from rpa.check import ablation
-from rpa.check.chapter08 import MOST_BUNDLES
+from rpa.check.chapters import ablation
+from rpa.check.chapters.chapter08 import MOST_BUNDLES
 from rpa.check.errors import KernelFault
-from rpa.lab import inner_loop
-from rpa.lab.recorded import recorded, recorded_step
-from rpa.lab.schedule import NoSchedule
+from rpa.lab.schedule import inner_loop
+from rpa.lab.schedule.recorded import recorded, recorded_step
+from rpa.lab.schedule.schedule import NoSchedule
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 NUM_TOKENS = 16

@@ -13,8 +13,10 @@ import pytest
 
 from rpa import lab
 from rpa.__main__ import main
-from rpa.lab import compile_time, peers, words
-from rpa.lab.compile import CompileResult
+from rpa.lab import peers
+from rpa.lab.bench import compile_time
+from rpa.lab.compile import words
+from rpa.lab.compile.compiler import CompileResult
 from rpa.lab.programs import Workload
 
 ROOT = Path(__file__).parents[1]

@@ -8,10 +8,13 @@ import pytest
 
 from rpa import chips, lab
 from rpa.__main__ import main
-from rpa.lab import calibration, peers, published, schedule_cases
-from rpa.lab.commands.predict import describe, table, to_json
-from rpa.lab.predict import Prediction, predict_batch
-from rpa.lab.schedule_run import CannotRun, Execution
+from rpa.cli.predict import describe, table, to_json
+from rpa.lab import peers
+from rpa.lab.bench import published
+from rpa.lab.predict import calibration
+from rpa.lab.predict.batch import Prediction, predict_batch
+from rpa.lab.schedule import cases
+from rpa.lab.schedule.execution import CannotRun, Execution
 from rpa.ragged import RaggedBatch
 
 needs_libtpu = pytest.mark.skipif(
@@ -103,11 +106,11 @@ def test_a_run_that_multiplied_too_little_is_refused():
             return {"MATMUL": int(hits.sum())}
 
     peak, run = chips.chip("v5e").mxu_flops_per_cycle, Execution(np.full(10, 2))
-    schedule_cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=128)
+    cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=128)
     with pytest.raises(CannotRun, match="for 10 cycles, but this batch needs 11"):
-        schedule_cases.check_products(Halved(), run, "v5e", 11 * peak, head_dim=128)
+        cases.check_products(Halved(), run, "v5e", 11 * peak, head_dim=128)
     with pytest.raises(CannotRun, match="needs 20"):  # a head fills half of the lanes
-        schedule_cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=64)
+        cases.check_products(Halved(), run, "v5e", 10 * peak, head_dim=64)
 
 
 @pytest.mark.parametrize("timing", published.TIMINGS, ids=lambda t: f"{t.kernel}-{t.num_seqs}")

@@ -1,4 +1,4 @@
-"""`rpa.lab.roofline`: the floors of a batch are those of its sequences; the command prints them."""
+"""`rpa.lab.predict.roofline`: floors of a batch are those of its sequences; the command prints."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from rpa import chips
 from rpa.__main__ import main
-from rpa.lab.roofline import floors
+from rpa.lab.predict.roofline import floors
 
 
 @pytest.mark.parametrize("name", chips.CHIPS)

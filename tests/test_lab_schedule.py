@@ -13,19 +13,19 @@ from jax.experimental import pallas as pl
 from rpa import chips, lab
 from rpa.__main__ import main
 from rpa.figures import schedule as pictures
-from rpa.lab import (
-    peers,
-    programs,
-    schedule_cases,
-    schedule_clock,
-    schedule_dump,
-    schedule_loops,
-    schedule_machine,
-    schedule_run,
-    schedule_trace,
-    schedule_worker,
+from rpa.lab import peers, programs
+from rpa.lab.predict import waits
+from rpa.lab.schedule import (
+    NoSchedule,
+    cases,
+    dumps,
+    execution,
+    loop_tree,
+    machine,
+    pallas_calls,
+    schedule_for,
+    worker,
 )
-from rpa.lab.schedule import NoSchedule, schedule_for
 from tests import schedule_programs
 
 HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
@@ -41,7 +41,7 @@ TILES = jax.ShapeDtypeStruct((40, 8, 128), np.float32)
 @pytest.fixture(scope="module")
 def listing():
     """The dump of `schedule_programs.sum_tiles` for a v5e, parsed."""
-    return schedule_dump.parse(
+    return dumps.parse(
         (DATA / "sum_tiles_v5e_bundles.txt").read_text(),
         (DATA / "sum_tiles_v5e_utilization.txt").read_text(),
     )
@@ -49,7 +49,7 @@ def listing():
 
 def run(listing, lengths, **options):
     operands = {0: np.array(lengths), 1: np.append(TABLE.reshape(-1), np.zeros(5, int))}
-    return schedule_run.Program(listing).run(operands, **options)
+    return execution.Program(listing).run(operands, **options)
 
 
 def test_parsed_dump_has_its_bundles_and_slots(listing):
@@ -63,14 +63,14 @@ def test_parsed_dump_has_its_bundles_and_slots(listing):
 def _calls(name):
     x = jax.ShapeDtypeStruct((8, 128), np.float32)
     copy = pl.pallas_call(lambda x_ref, o_ref: None, out_shape=x, name=name)
-    return schedule_trace.pallas_calls(jax.make_jaxpr(lambda x: copy(copy(x)))(x))
+    return pallas_calls.pallas_calls(jax.make_jaxpr(lambda x: copy(copy(x)))(x))
 
 
 def test_a_kernel_without_a_name_is_told_in_words():
     first, second = _calls(None)
-    assert schedule_worker.choose([first], "") == 0
+    assert worker.choose([first], "") == 0
     with pytest.raises(ValueError, match="exactly one of the kernels .*: unnamed, unnamed"):
-        schedule_worker.choose([first, second], "decode")
+        worker.choose([first, second], "decode")
     assert [call.name for call in _calls("mine")] == ["mine", "mine"]
 
 
@@ -95,8 +95,8 @@ def test_a_spill_of_a_value_of_the_delay_slots_is_read_on_both_ways(is_taken, re
     }
     predicate = f"%p1_p1 = scmp.eq.s32.totalorder 1, {int(is_taken)}"
     scalar = [(0, "%s3_s3 = smov.u32 7"), (0, predicate), *texts.items()]
-    listing = schedule_dump.Listing(("SALU",), (2,), [[0]] * 9, scalar)
-    program = schedule_run.Program(listing)
+    listing = dumps.Listing(("SALU",), (2,), [[0]] * 9, scalar)
+    program = execution.Program(listing)
     seen = []
     program._blocks[-1] = _spy(program._blocks[-1], seen)
     program.run({})
@@ -119,7 +119,7 @@ def test_loops_are_nested(listing):
 
 
 def _tree(listing):
-    return list(schedule_loops.tree(listing).walk())
+    return list(loop_tree.tree(listing).walk())
 
 
 def test_a_run_counts_each_turn_of_a_loop(listing):
@@ -150,37 +150,37 @@ def test_scalars_that_the_compiler_moves_out_are_told_from_an_operand():
     )
     operand = "%s1_s1 = inlined_call_operand.hbm [shape: s32[128], index: 0, kind: input]"
     scalar = [(0, operand), (1, copy.format("%s1_s1")), (2, copy.format("[#allocation5]"))]
-    listing = schedule_dump.Listing(("SALU",), (2,), [[0]] * 4, scalar)
-    events = schedule_run.Program(listing).run({0: np.zeros(128, int)}, keep_events=True).events
+    listing = dumps.Listing(("SALU",), (2,), [[0]] * 4, scalar)
+    events = execution.Program(listing).run({0: np.zeros(128, int)}, keep_events=True).events
     assert [(event.bytes, event.is_spill) for event in events] == [(512, False), (512, True)]
 
 
 def test_only_what_the_compiler_moves_out_takes_no_latency():
     for is_spill, waited in ((False, 100.0), (True, 0.0)):
-        copy = schedule_machine.Event(10, "hbm_to_smem", 40, 1, is_spill)
-        events = copy, schedule_machine.Event(20, "wait", 40, 1)
-        run = schedule_run.Execution(np.ones(50, int), events=events)
-        took = schedule_clock.cycles_with_waits(run, bytes_per_cycle=4, latency_cycles=100)
+        copy = machine.Event(10, "hbm_to_smem", 40, 1, is_spill)
+        events = copy, machine.Event(20, "wait", 40, 1)
+        run = execution.Execution(np.ones(50, int), events=events)
+        took = waits.cycles_with_waits(run, bytes_per_cycle=4, latency_cycles=100)
         assert took == 50 + waited
 
 
 def test_a_branch_on_what_is_not_known_is_refused(listing):
-    with pytest.raises(schedule_run.CannotRun, match="operand 0, whose values were not given"):
-        schedule_run.Program(listing).run({})
+    with pytest.raises(execution.CannotRun, match="operand 0, whose values were not given"):
+        execution.Program(listing).run({})
 
 
 def test_a_branch_of_another_kind_is_refused(listing):
-    strange = schedule_dump.Listing(
+    strange = dumps.Listing(
         listing.units, listing.capacity, listing.slots, [(3, "%9 = sbr.abs 12")]
     )
-    with pytest.raises(schedule_run.CannotRun, match="bundle 0x3: branch of an unknown kind"):
-        schedule_run.Program(strange)
+    with pytest.raises(execution.CannotRun, match="bundle 0x3: branch of an unknown kind"):
+        execution.Program(strange)
 
 
 def test_files_that_do_not_belong_together_are_refused():
     usage = "== CAPACITY:\nMATMUL, SALU\n 4 2\n== UTILIZATION:\n0 1\n"
     with pytest.raises(ValueError, match="2 bundles, but 1 rows"):
-        schedule_dump.parse("0 : {}\n0x1 : {}\n", usage)
+        dumps.parse("0 : {}\n0x1 : {}\n", usage)
 
 
 SCALAR_CODE = [
@@ -207,8 +207,8 @@ def test_scalar_instructions(text, expected):
         (2, f"%p2_p2 = scmp.eq.s32.totalorder %s2_s2, {expected % 2**32}"),
         (3, "%5 = sbr.rel (!%p2_p2) target bundleno = 0 (0x0), region = 1"),
     ]
-    listing = schedule_dump.Listing(("SALU",), (2,), [[1]] * 9, scalar)
-    assert schedule_run.Program(listing).run({}).bundles == 9
+    listing = dumps.Listing(("SALU",), (2,), [[1]] * 9, scalar)
+    assert execution.Program(listing).run({}).bundles == 9
 
 
 @needs_libtpu
@@ -247,8 +247,8 @@ def test_refusals_are_in_words():
 
 @needs_libtpu
 @pytest.mark.full
-@pytest.mark.parametrize("case", schedule_cases.CASES)
-@pytest.mark.parametrize("kernel", schedule_cases.KERNELS)
+@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("kernel", cases.KERNELS)
 def test_command_prints_one_json_object(capfd, kernel, case):
     if kernel != "rpa" and peers.absence(kernel):
         pytest.skip(peers.absence(kernel))
@@ -268,8 +268,8 @@ def test_command_prints_one_json_object(capfd, kernel, case):
 @pytest.mark.full
 def test_a_ragged_batch_moves_each_token_once():
     """The compiled rung 7, executed on lengths at and around page and block ends."""
-    sizes = programs.Workload(page_size=128, num_seqs=16, kv_len=schedule_cases.LONG)
-    schedule, program = schedule_cases.compile_kernel("rpa", "decode", "v6e", sizes)
+    sizes = programs.Workload(page_size=128, num_seqs=16, kv_len=cases.LONG)
+    schedule, program = cases.compile_kernel("rpa", "decode", "v6e", sizes)
     kv_lens = np.array([1, 127, 128, 129, 1024, 1025, 0, 5000, *[9] * 8], np.int32)
     q_lens = np.array([1, 1, 1, 1, 1, 1, 0, 1, *[0] * 8])
     cu_q_lens = np.append(0, np.cumsum(q_lens)).astype(np.int32)
@@ -293,23 +293,23 @@ def test_a_ragged_batch_moves_each_token_once():
 def test_a_masked_region_does_the_same_products(matmuls, expected):
     """Regions that multiply, of which only the first was run; the last is half as long again."""
     lengths = [20 * n // 8 for n in matmuls[:-1]] + [30]
-    starts = np.cumsum([0, *(length + schedule_cases.DELAY_SLOTS + 1 for length in lengths)])
+    starts = np.cumsum([0, *(length + cases.DELAY_SLOTS + 1 for length in lengths)])
     spans = [
-        schedule_loops.Span("region", start, start + length)
+        loop_tree.Span("region", start, start + length)
         for start, length in zip(starts, lengths, strict=False)
     ]
     products, hits = np.zeros((2, starts[-1]), int)
     products[starts[:-1]] = matmuls
     hits[: lengths[0]] = 1
     schedule = SimpleNamespace(
-        loops=schedule_loops.Span("kernel", 0, starts[-1], tuple(spans)),
+        loops=loop_tree.Span("kernel", 0, starts[-1], tuple(spans)),
         once=lambda span: (
             (np.arange(starts[-1]) >= span.start) & (np.arange(starts[-1]) < span.end)
         ),
         slots=lambda run: {"MATMUL": int((products * run).sum())},
     )
-    branch = schedule_cases.DELAY_SLOTS + 1
-    found = schedule_cases.regions(schedule, SimpleNamespace(hits=hits), num_chunks=1)
+    branch = cases.DELAY_SLOTS + 1
+    found = cases.regions(schedule, SimpleNamespace(hits=hits), num_chunks=1)
     assert found == tuple(size and size + branch for size in expected)
 
 

@@ -1,4 +1,4 @@
-"""`rpa.lab.tables` and `python -m rpa lab all`: what is compared, printed, refused."""
+"""`rpa.lab.bench.tables` and `python -m rpa lab all`: what is compared, printed, refused."""
 
 import itertools
 import json
@@ -12,11 +12,12 @@ import pytest
 
 from rpa import lab
 from rpa.__main__ import main
+from rpa.cli import all as command
 from rpa.kernel import api, ragged_paged_attention
-from rpa.lab import peers, programs, tables
-from rpa.lab.commands import all as command
-from rpa.lab.schedule_run import CannotRun
-from rpa.lab.tables import TABLES, Scope, chunks, moved, table, whole
+from rpa.lab import peers, programs
+from rpa.lab.bench import tables
+from rpa.lab.bench.tables import TABLES, Scope, chunks, moved, table, whole
+from rpa.lab.schedule.execution import CannotRun
 
 needs_libtpu = pytest.mark.skipif(
     lab.compile_versions()["libtpu"] is None,

@@ -6,7 +6,7 @@ import pytest
 
 from rpa import compat, streamed
 from rpa.figures.timeline import gantt
-from rpa.lab.timeline import page_labels, predict_cycles, record_dmas
+from rpa.lab.copies.timeline import page_labels, predict_cycles, record_dmas
 from tests import dma_programs as programs
 from tests.test_figures import MIN_FONT_POINTS, check_places, drawn_texts
 

@@ -13,9 +13,9 @@ from rpa.__main__ import main
 from rpa.figures.traffic import where_bytes_go
 from rpa.lab import peers
 from rpa.lab.batches import make_batch
-from rpa.lab.dryrun import dry_run
-from rpa.lab.timeline import record_dmas
-from rpa.lab.traffic import Layer, count, least
+from rpa.lab.copies.dryrun import dry_run
+from rpa.lab.copies.timeline import record_dmas
+from rpa.lab.copies.traffic import Layer, count, least
 from rpa.ragged import RaggedBatch
 from tests import dma_programs as programs
 from tests.batches import Shape, make_case

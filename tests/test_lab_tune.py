@@ -1,12 +1,12 @@
-"""`rpa.lab.tune`: the sweep's arithmetic, and the defaults of rung 7 judged by the last sweep."""
+"""`rpa.lab.bench.tune`: the arithmetic of the sweep; the last sweep judges the default blocks."""
 
 import json
 
 import pytest
 
 from rpa.__main__ import main
-from rpa.lab import tune
-from rpa.lab.schedule_run import CannotRun
+from rpa.lab.bench import tune
+from rpa.lab.schedule.execution import CannotRun
 
 PLACE = tune.Place("v6e", "llama-3-8b", "decode")
 

@@ -27,8 +27,8 @@ def test_the_tables_of_the_lab_are_those_of_make_bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import update_readme
 
-    from rpa.lab.commands import all as command
-    from rpa.lab.tables import TABLES
+    from rpa.cli import all as command
+    from rpa.lab.bench.tables import TABLES
 
     assert set(update_readme.TABLES) | {"published"} <= set(TABLES)
     row = {"chip": "v6e", "kernel": "rpa", "of window": 1.1}

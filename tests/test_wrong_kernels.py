@@ -10,7 +10,16 @@ import pytest
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, ragged_paged_attention, softmax, table, transfers, walk
+from rpa.kernel import (
+    blocks,
+    layout,
+    loop,
+    page_table,
+    ragged_paged_attention,
+    softmax,
+    transfers,
+    traversal,
+)
 from tests import mutants
 from tests.batches import Shape, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
@@ -88,8 +97,8 @@ WRONG_PARTS = {
         "_chunk_start",
         lambda plan, entry: 0 * entry + 128,
     ),
-    "every block taken for a run": (table, "is_run", lambda entry: entry >= -(2**31)),
-    "mark of a run left on its page": (table, "page", lambda entry: entry),
+    "every block taken for a run": (page_table, "is_run", lambda entry: entry >= -(2**31)),
+    "mark of a run left on its page": (page_table, "page", lambda entry: entry),
     "stale rows behind the last token kept": (
         layout,
         "_keep_first",
@@ -106,25 +115,29 @@ WRONG_PARTS = {
         lambda area: jnp.ones_like(AREA_MASK(area)),
     ),
     "query position off by one": (
-        walk,
+        traversal,
         "query_block",
-        changed(walk.query_block, position=lambda block: block.position + 1),
+        changed(traversal.query_block, position=lambda block: block.position + 1),
     ),
     "cached prefix ignored by the mask": (
-        walk,
+        traversal,
         "query_block",
-        changed(walk.query_block, position=lambda block: block.position - block.seq.first_new),
+        changed(traversal.query_block, position=lambda block: block.position - block.seq.first_new),
     ),
     "last key of the last block left out": (
-        walk,
+        traversal,
         "query_block",
-        changed(walk.query_block, kv_end=lambda block: jnp.maximum(block.kv_end - 1, 1)),
+        changed(traversal.query_block, kv_end=lambda block: jnp.maximum(block.kv_end - 1, 1)),
     ),
-    "idle sequences not passed over": (walk, "first_active", lambda plan, refs, index, end: index),
+    "idle sequences not passed over": (
+        traversal,
+        "first_active",
+        lambda plan, refs, index, end: index,
+    ),
     "sequence starts at the next one's row": (
-        walk,
+        traversal,
         "sequence",
-        changed(walk.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
+        changed(traversal.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
     ),
     "padding rows not written": (transfers, "write_zero_rows", lambda plan, refs, num_used: None),
     "new tokens not stored": (transfers, "start_stores", lambda plan, refs, block, step: None),
@@ -149,9 +162,9 @@ WRONG_PARTS = {
 }
 WRONG_WINDOWS = {
     "window starts a page late": (
-        walk,
+        traversal,
         "query_block",
-        changed(walk.query_block, kv_start=lambda block: jnp.minimum(block.kv_start + 8, 64)),
+        changed(traversal.query_block, kv_start=lambda block: jnp.minimum(block.kv_start + 8, 64)),
     ),
     "window ignored by the mask": (
         loop._Area,

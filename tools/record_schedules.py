@@ -9,11 +9,12 @@ import argparse
 import jax
 from tqdm import tqdm
 
-from rpa.lab import compile_versions, inner_loop, programs
-from rpa.lab.commands.schedule import to_json as measured_json
-from rpa.lab.recorded import compile_step, occupancy_of, recorded_step, write
-from rpa.lab.schedule import schedule_for
-from rpa.lab.schedule_cases import measure
+from rpa.cli.schedule import to_json as measured_json
+from rpa.lab import compile_versions, programs
+from rpa.lab.schedule import inner_loop
+from rpa.lab.schedule.cases import measure
+from rpa.lab.schedule.recorded import compile_step, occupancy_of, recorded_step, write
+from rpa.lab.schedule.schedule import schedule_for
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 PICTURED = ("odd stride", "two sequences a turn", "a quarter of the keys turned")

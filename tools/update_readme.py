@@ -70,7 +70,7 @@ def lab_tables(*names) -> str:
     # Not at the top: `--check` needs neither jax nor the lab.
     import jax
 
-    from rpa.lab.commands.all import as_text, measured, scope_of
+    from rpa.cli.all import as_text, measured, scope_of
 
     jax.config.update("jax_platforms", "cpu")  # everything runs on the host
     scope, absent = scope_of()
@@ -90,13 +90,13 @@ def replace_part(text: str, name: str, part: str) -> str:
 
 def ladder() -> str:
     """The recorded race of chapter 10: its picture, in docs/pictures, and its table."""
-    from rpa.figures import race as pictures
-    from rpa.lab import race
+    from rpa.figures import comparison as pictures
+    from rpa.lab.bench import comparison
 
-    found = race.recorded()
+    found = comparison.recorded()
     picture = pictures.ladder(found)
     path = picture.save(PICTURES / "ladder.png")
-    return f"![{picture.text}]({path.relative_to(ROOT)})\n\n```\n{race.table(found)}\n```"
+    return f"![{picture.text}]({path.relative_to(ROOT)})\n\n```\n{comparison.table(found)}\n```"
 
 
 PARTS = {

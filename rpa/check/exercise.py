@@ -45,7 +45,7 @@ class Exercise:
         outputs: names of the outputs where the function returns a tuple.
         tolerance: largest |yours - expected| / max(1, largest |expected|) that still passes.
         place: (arguments by name, index of the first wrong number) to words, where names of axes
-            do not say enough; `rpa.check.places.ragged` knows sequences and pages.
+            do not say enough; `rpa.check.index_words.ragged` knows sequences and pages.
         convert: what each NumPy array of a case becomes before a call: `jnp.asarray` by default;
             `np.array` (a copy) where the exercise works on the host.
         drive: how a function is used, `drive(function, *arguments)`. The default calls it once;
@@ -55,7 +55,7 @@ class Exercise:
             The default is this process; code that can hang for ever needs a process of its own.
         limit_s: seconds that one case may take.
         faults: words for what the runner itself finds wrong, besides wrong numbers; the tables of
-            exercises list them. `rpa.check.faults` has those of the sandbox.
+            exercises list them. `rpa.check.sandbox.faults` has those of the sandbox.
 
     >>> double = Exercise("9.1", reference=lambda x: 2 * x, axes=("row",))
     >>> double.case("two numbers", x=np.array([1.0, 2.0], np.float32))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rpa.check.compare import Wrong, show
 from rpa.check.exercise import Case, Exercise
-from rpa.check.literal import literal, module_of
+from rpa.check.source_text import literal, module_of
 
 
 def headline(exercise: Exercise, function: Callable, case: Case) -> str:

@@ -29,12 +29,12 @@ def find_exercise(number: str) -> Exercise:
 
 
 def exercises_of_chapter(chapter: int) -> dict[str, Exercise]:
-    """The exercises that `rpa/check/chapterNN.py` defines, by number, in order.
+    """The exercises that `rpa/check/chapters/chapterNN.py` defines, by number, in order.
 
     Raises:
         UnfinishedCheck: one of them could never refuse an answer, or belongs to another chapter.
     """
-    name = f"rpa.check.chapter{chapter:02d}"
+    name = f"rpa.check.chapters.chapter{chapter:02d}"
     if importlib.util.find_spec(name) is None:
         return {}
     module = importlib.import_module(name)
@@ -47,7 +47,7 @@ def all_exercises() -> dict[str, Exercise]:
     >>> list(all_exercises())[:2]
     ['0.1', '1.1']
     """
-    files = sorted(Path(__file__).parent.glob("chapter[0-9][0-9].py"))
+    files = sorted(Path(__file__).parent.joinpath("chapters").glob("chapter[0-9][0-9].py"))
     chapters = (exercises_of_chapter(int(file.stem[-2:])) for file in files)
     return {number: exercise for found in chapters for number, exercise in found.items()}
 

@@ -16,9 +16,10 @@ def before_after(panels):
     """Draw which unit is busy when, of some schedules one above the other, on one scale of bundles.
 
     Args:
-        panels: {title: `rpa.lab.recorded.Occupancy`}, from first to last; each with its `busy`.
+        panels: {title: `rpa.lab.schedule.recorded.Occupancy`}, from first to last; each with its
+        `busy`.
 
-    >>> from rpa.lab.recorded import recorded_step
+    >>> from rpa.lab.schedule.recorded import recorded_step
     >>> before_after({"before": recorded_step("v5e", "odd stride")}).text[:42]
     'Which unit is busy when. before: 2,426 bun'
     """

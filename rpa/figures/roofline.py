@@ -16,7 +16,7 @@ def under_roof(chip_or_name, runs, *, head_dim=128, dtype="bfloat16", title=None
     Args:
         chip_or_name: a `Chip` or its name.
         runs: {name: run} from first to last; a run has `flops`, `hbm_bytes` (moved) and `time_us`:
-            a `rpa.lab.predict.Prediction`, or a `rpa.lab.roofline.Point`.
+            a `rpa.lab.predict.Prediction`, or a `rpa.lab.predict.roofline.Point`.
         head_dim: of the heads; where they fill only a part of the MXU, the flat roof that attention
             can reach is drawn as well, dashed.
         dtype: of queries.
@@ -30,7 +30,7 @@ def under_roof(chip_or_name, runs, *, head_dim=128, dtype="bfloat16", title=None
 
     Two kernels that decode the same batch, one in twice the time:
 
-    >>> from rpa.lab.roofline import Point
+    >>> from rpa.lab.predict.roofline import Point
     >>> slow, fast = (Point(flops=4e9, hbm_bytes=1e9, time_us=us) for us in (2700, 1350))
     >>> picture = under_roof("v5e", {"rung 5": slow, "rung 7": fast})
     >>> picture.text[-69:]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rpa.figures.style import COLORS, alt, new_figure, style
-from rpa.lab.schedule_loops import bound, shares
+from rpa.lab.schedule.loop_tree import bound, shares
 
 ROWS = {
     "MATMUL": ("MXU: rows through", "blue"),

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from rpa.chips import chip
 from rpa.figures.schedule import occupancy
 from rpa.figures.style import COLORS, alt, new_figure, style
-from rpa.lab.schedule import schedule_for
+from rpa.lab.schedule.schedule import schedule_for
 from rpa.paging import cdiv
 from rpa.tiled import flash_attention
 

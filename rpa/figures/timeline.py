@@ -1,7 +1,8 @@
 """The picture of a kernel's DMAs: which copy is under way while what is computed.
 
 Rows are buffers (and slots), bars are copies on their way, the row at the bottom is the core. Drawn
-from a `rpa.lab.timeline.Timeline`, in the order of events or on the predicted clock of a chip.
+from a `rpa.lab.copies.timeline.Timeline`, in the order of events or on the predicted clock of a
+chip.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from rpa.figures.style import COLORS, alt, new_figure, style
-from rpa.lab.clock import predict_cycles
-from rpa.lab.events import HBM
+from rpa.lab.copies.clock import predict_cycles
+from rpa.lab.copies.events import HBM
 
 CORE = "core"
 READ, WRITE, QUEUED = COLORS["blue"], COLORS["purple"], COLORS["sky"]
@@ -65,9 +66,9 @@ def gantt(
     Args:
         timeline: a `Timeline`, or {name: Timeline} for several panels.
         chip: name of a chip to predict times for; None draws events in their order, without times.
-        compute_ratio: see `rpa.lab.clock.predict_cycles`.
-        label: Copy -> text or None, see `rpa.lab.timeline.page_labels`; default is what is copied.
-        rows: buffers to draw, by the names of `Copy.row`; None draws all.
+        compute_ratio: see `rpa.lab.copies.clock.predict_cycles`.
+        label: Copy -> text or None, see `rpa.lab.copies.timeline.page_labels`; default is what is
+        copied. rows: buffers to draw, by the names of `Copy.row`; None draws all.
         kernel: which `pallas_call` of the record; None draws all.
         title: what stands above the picture.
 
@@ -77,7 +78,7 @@ def gantt(
     Raises:
         ValueError: if nothing was recorded, or nothing is left to draw.
 
-    >>> from rpa.lab.events import Timeline
+    >>> from rpa.lab.copies.events import Timeline
     >>> gantt(Timeline())
     Traceback (most recent call last):
         ...

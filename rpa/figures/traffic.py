@@ -4,10 +4,10 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from rpa.figures.style import COLORS, alt, new_figure, style
-from rpa.lab.traffic import KINDS
+from rpa.lab.copies.traffic import KINDS
 
 KIND_COLORS = ("blue", "sky", "purple", "orange", "yellow", "green", "grey", "light")
-"""A colour for each of `rpa.lab.traffic.KINDS`."""
+"""A colour for each of `rpa.lab.copies.traffic.KINDS`."""
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -16,7 +16,7 @@ def where_bytes_go(traffic, *, title="Where the bytes go"):
     """Draw the HBM bytes of one or several kernels as stacked bars, a black line at the least.
 
     Args:
-        traffic: {name: `rpa.lab.traffic.Traffic`}, from top to bottom.
+        traffic: {name: `rpa.lab.copies.traffic.Traffic`}, from top to bottom.
         title: what stands above the picture.
 
     Returns:
@@ -28,10 +28,10 @@ def where_bytes_go(traffic, *, title="Where the bytes go"):
     >>> where_bytes_go({})
     Traceback (most recent call last):
         ...
-    ValueError: traffic is empty: give {name: rpa.lab.traffic.count(...)}.
+    ValueError: traffic is empty: give {name: rpa.lab.copies.traffic.count(...)}.
     """
     if not traffic:
-        raise ValueError("traffic is empty: give {name: rpa.lab.traffic.count(...)}.")
+        raise ValueError("traffic is empty: give {name: rpa.lab.copies.traffic.count(...)}.")
     most = max(t.num_bytes for t in traffic.values())
     unit = [name for name, size in UNITS.items() if size <= most or size == 1][-1]
     with style():

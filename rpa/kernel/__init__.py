@@ -5,7 +5,7 @@ static about one of them, `blocks` how large its blocks are, `launch` how it is 
 it is told about neighbouring pages. Inside it, `loop` is the loop nest (`decode` the one of
 decode), `belt` how far copies run ahead, `tiles` brings queries in and results out, `walk` is the
 order of the blocks, `transfers` every copy, `layout` how values lie in memory, `softmax` the
-arithmetic of one tile, `sides` and `spare` what an MXU does for it that would be idle otherwise.
+arithmetic of one tile, `mxu` what an MXU does for it that would be idle otherwise.
 
 What it does otherwise than the production kernel, and why, is in docs/kernel.md.
 """

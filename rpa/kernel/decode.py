@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa.kernel import layout, softmax, tiles, transfers, walk
+from rpa.kernel import layout, softmax, tiles, transfers, traversal
 from rpa.kernel.plan import CHAINS_AHEAD
 from rpa.paging import LANES
 
@@ -32,8 +32,8 @@ from rpa.paging import LANES
 class _Work(NamedTuple):
     """One of the steps of a turn."""
 
-    step: walk.Step
-    block: walk.QueryBlock
+    step: traversal.Step
+    block: traversal.QueryBlock
     num_tokens: Any  # in the KV block; 0 if there is no such step
     is_last: Any  # whether the block is its sequence's last
 
@@ -51,10 +51,10 @@ def compute(plan, refs, steps, end):
 
 
 def _work(plan, step, end):
-    block = walk.query_block(plan, step.seq, step.q_index)
+    block = traversal.query_block(plan, step.seq, step.q_index)
     exists = step.seq.index < end
-    num_tokens = walk.kv_block_tokens(plan, block, step.kv_index)
-    is_last = step.kv_index + 1 == walk.num_kv_blocks(plan, block)
+    num_tokens = traversal.kv_block_tokens(plan, block, step.kv_index)
+    is_last = step.kv_index + 1 == traversal.num_kv_blocks(plan, block)
     return _Work(step, block, jnp.where(exists, num_tokens, 0), exists & is_last)
 
 

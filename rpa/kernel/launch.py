@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import blocks, layout, loop, softmax, table
+from rpa.kernel import blocks, layout, loop, page_table, softmax
 from rpa.paging import pack_kv, packing_of
 
 
@@ -49,7 +49,7 @@ def run_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, o
     if problem.update_kv_cache:
         arrays["new_kv"] = pack_kv(keys, values, share_lanes=problem.shares_lanes)
     for plan in plans:
-        arrays["page_table"] = table.prepare(plan, batch.page_indices, batch.kv_lens)
+        arrays["page_table"] = page_table.prepare(plan, batch.page_indices, batch.kv_lens)
         if sinks is not None:
             arrays["sinks"] = layout.sink_tiles(plan, sinks)
         results = _call(plan, arrays, options)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import belt, decode, layout, softmax, tiles, transfers, walk
+from rpa.kernel import decode, layout, pipeline, softmax, tiles, transfers, traversal
 
 DOTS_AHEAD = 2
 """How far Q K^T runs ahead of P V: at the end the MXU has work while it waits for a softmax."""
@@ -21,26 +21,26 @@ def kernel(plan, names, *args):
     refs = _Refs(plan, names, args)
     first, end = plan.case.bounds(refs.distribution)
     transfers.clear(plan, refs)
-    belt.clear(plan, refs, end)
+    pipeline.clear(plan, refs, end)
 
     def serve_stations(carry):
         turn, step = carry
         # Before the wait for what is computed: the DMA engine must never be without work.
-        belt.to_fetch(plan, refs, turn, end, partial(transfers.fetch, plan, refs))
-        looked_up = belt.put(plan, refs, turn, walk.steps_of_turn(plan, refs, step, end))
+        pipeline.to_fetch(plan, refs, turn, end, partial(transfers.fetch, plan, refs))
+        looked_up = pipeline.put(plan, refs, turn, traversal.steps_of_turn(plan, refs, step, end))
         transfers.look_up(plan, refs, looked_up, end)
-        to_compute = belt.to_compute(plan, refs, turn)
+        to_compute = pipeline.to_compute(plan, refs, turn)
         if plan.is_decode:
             decode.compute(plan, refs, to_compute, end)
         else:
             pl.when(to_compute[0].seq.index < end)(partial(_compute, plan, refs, *to_compute))
-        return belt.next_turn(plan, turn), walk.next_step(plan, refs, looked_up[-1], end)
+        return pipeline.next_turn(plan, turn), traversal.next_step(plan, refs, looked_up[-1], end)
 
-    step = walk.first_step(plan, refs, first, end)
+    step = traversal.first_step(plan, refs, first, end)
     lax.while_loop(
-        lambda carry: belt.is_on(plan, refs, carry[0], end),
+        lambda carry: pipeline.is_on(plan, refs, carry[0], end),
         serve_stations,
-        (belt.first_turn(plan, step, end), step),
+        (pipeline.first_turn(plan, step, end), step),
     )
     transfers.wait_all(plan, refs)
     if plan.is_last:
@@ -86,7 +86,7 @@ class _Refs:
 
 def _compute(plan, refs, step):
     """Attention of a query block to one of the KV blocks that it sees."""
-    block = walk.query_block(plan, step.seq, step.q_index)
+    block = traversal.query_block(plan, step.seq, step.q_index)
 
     @pl.when(step.kv_index == 0)
     def _():
@@ -95,14 +95,14 @@ def _compute(plan, refs, step):
         transfers.wait_queries(refs, block, step.q_slot)
         _for_each_tile(plan, block, partial(_start_tile, refs, step.q_slot))
 
-    num_tokens = walk.kv_block_tokens(plan, block, step.kv_index)
+    num_tokens = traversal.kv_block_tokens(plan, block, step.kv_index)
     transfers.wait_kv(plan, refs, step.kv_slot, num_tokens)
     transfers.start_stores(plan, refs, block, step)
-    position = walk.kv_block_start(plan, block, step.kv_index)
+    position = traversal.kv_block_start(plan, block, step.kv_index)
     attend = partial(_attend_kv_block, refs, block, step.kv_slot, position, num_tokens)
     _in_tiles_that_suit(plan, block, attend)
 
-    @pl.when(step.kv_index + 1 == walk.num_kv_blocks(plan, block))
+    @pl.when(step.kv_index + 1 == traversal.num_kv_blocks(plan, block))
     def _():
         transfers.wait_output(plan, refs, step.q_slot)
         _for_each_tile(plan, block, partial(_finish_tile, refs, step.q_slot))
@@ -137,7 +137,7 @@ def _for_each_tile(plan, block, body):
 def _for_each_piece(plan, block):
     """A loop over the pieces of queries, and no loop where there can be only one."""
     return _repeat(
-        1 if plan.num_q_pieces == 1 else walk.divide_up(block.num_rows, plan.blocks.bq_c)
+        1 if plan.num_q_pieces == 1 else traversal.divide_up(block.num_rows, plan.blocks.bq_c)
     )
 
 
@@ -167,7 +167,7 @@ def _attend_kv_block(refs, block, slot, position, num_tokens, plan):
     """Attention of a query block to a KV block in VMEM, compute block by compute block."""
     bq_c, bkv_c = plan.blocks.bq_c, plan.blocks.bkv_c
 
-    @_repeat(1 if plan.blocks.bkv == bkv_c else walk.divide_up(num_tokens, bkv_c))
+    @_repeat(1 if plan.blocks.bkv == bkv_c else traversal.divide_up(num_tokens, bkv_c))
     def _(kv_piece):
         token = kv_piece * bkv_c
         num_valid = jnp.minimum(bkv_c, num_tokens - token)

@@ -27,7 +27,7 @@ import numpy as np
 from rpa import compat
 from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
-from rpa.kernel.walk import STEP_WORDS
+from rpa.kernel.traversal import STEP_WORDS
 from rpa.paging import LANES, cdiv, packing_of
 
 TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
@@ -46,7 +46,7 @@ CHAINS_AHEAD = 7
 """Chains of a decode (see `decode`) that have started when the values of one are multiplied."""
 
 MIN_LANES_TO_TURN = 384
-"""Dots of a decode with so many lanes turn some of their keys, see `sides`."""
+"""Dots of a decode with so many lanes turn some of their keys, see `mxu`."""
 
 SMALL_TILE_ROWS, MIN_TOKENS_TO_CUT = 256, 256
 """Rows of small tiles, and the bq_c from which on a plan has them, see `Plan.in_small_tiles`."""
@@ -218,7 +218,7 @@ class Plan:
 
     @property
     def has_spare_mxu(self):
-        """Whether products of this kernel leave half of the MXU idle, see `spare`.
+        """Whether products of this kernel leave half of the MXU idle, see `mxu`.
 
         Decode fills the depth of the MXU with several heads, and float32 takes it three times.
         """
@@ -259,7 +259,7 @@ class Plan:
     def turns_keys(self):
         """Whether some keys of a product go through the MXU, instead of being its weights.
 
-        See `sides`. Turned keys cost registers of results, one for 8 keys of a dot; in a dot of few
+        See `mxu`. Turned keys cost registers of results, one for 8 keys of a dot; in a dot of few
         lanes that mostly is more than it saves. Float32 goes through in six passes: MATMUL is full.
         """
         is_exact = self.problem.compute_dtype == np.float32

@@ -9,14 +9,14 @@ is rescaled whenever a larger maximum appears:
 Powers of two, because that is what the hardware has: log2(e) is folded into the factor that the
 scores are multiplied with anyway. The state is float32 at any length: a bfloat16 sum stops growing
 at 256 equal terms. `l` is kept as 128 partial sums, one a lane, and added up once at the end; or,
-where the MXU is half idle, it is a product like the values (see `spare`).
+where the MXU is half idle, it is a product like the values (see `mxu`).
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa.kernel import sides, spare
+from rpa.kernel import mxu
 from rpa.paging import LANES, cdiv
 
 LOWEST_MAX = -1e30
@@ -106,7 +106,7 @@ def queries(plan, scalars_ref, tile):
     """The left side of a tile's scores, in the compute dtype; tile: f32[tile_rows, tile_lanes]."""
     dtype = plan.problem.compute_dtype
     if plan.has_spare_mxu:
-        return spare.split_queries(tile, scalars_ref[SCORE_FACTOR], dtype)
+        return mxu.split_queries(tile, scalars_ref[SCORE_FACTOR], dtype)
     return tile.astype(dtype)
 
 
@@ -124,8 +124,8 @@ def scores(plan, scalars_ref, q, k, limits):
         return lax.dot_general(a, b, contract_lanes, precision=precision(plan), **FLOAT32)
 
     if plan.has_spare_mxu:
-        k = spare.double_keys(k)
-    s = sides.product(q, k, plan.mxu_size, dot) if plan.turns_keys else dot(q, k)
+        k = mxu.double_keys(k)
+    s = mxu.product(q, k, plan.mxu_size, dot) if plan.turns_keys else dot(q, k)
     if not plan.has_spare_mxu:
         s = s * scalars_ref[SCORE_FACTOR]
     if plan.problem.has_soft_cap:
@@ -168,7 +168,7 @@ def weighted_values(plan, p, v):
     """P V of one tile, f32[tile_rows, tile_lanes], and their sum where the MXU is half idle."""
     contract_keys = (((1,), (0,)), ((), ()))
     if plan.has_spare_mxu:
-        v = spare.append_ones(v)
+        v = mxu.append_ones(v)
     p = p.astype(plan.problem.compute_dtype)
     return lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
 

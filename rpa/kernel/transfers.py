@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import table, walk
+from rpa.kernel import page_table, traversal
 from rpa.kernel.plan import TABLE_TILE_WORDS
 
 # --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
@@ -47,7 +47,7 @@ def look_up(plan, refs, steps, end):
 
 def fetch(plan, refs, step):
     """Start all copies of a step that was looked up."""
-    block = walk.query_block(plan, step.seq, step.q_index)
+    block = traversal.query_block(plan, step.seq, step.q_index)
     _table_copy(plan, refs, step).wait()
     entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
     is_run = _unmark(plan, refs, entry)
@@ -71,19 +71,19 @@ def _entry(plan, seq, page):
 
 def _first_entry(plan, block, kv_index):
     """Place in the page table of a KV block's first page."""
-    page = walk.divide(walk.kv_block_start(plan, block, kv_index), plan.problem.page_size)
+    page = traversal.divide(traversal.kv_block_start(plan, block, kv_index), plan.problem.page_size)
     return _entry(plan, block.seq, page)
 
 
 def _chunk_start(plan, entry):
     """First word of the chunk that holds an entry: a multiple of a tile, and inside the table."""
-    start = walk.divide(entry, TABLE_TILE_WORDS) * TABLE_TILE_WORDS
+    start = traversal.divide(entry, TABLE_TILE_WORDS) * TABLE_TILE_WORDS
     return jnp.minimum(start, plan.table_words - plan.table_chunk_words)
 
 
 def _table_copy(plan, refs, step):
     """The copy of the page-table entries of a step."""
-    block = walk.query_block(plan, step.seq, step.q_index)
+    block = traversal.query_block(plan, step.seq, step.q_index)
     start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
     source = refs.page_table.at[_table_words(plan, start)]
     target = refs.table_chunks.at[_table_words(plan, step.place * plan.table_chunk_words)]
@@ -102,11 +102,11 @@ def _place_in_chunks(plan, step, block, entry):
 
 def _unmark(plan, refs, entry):
     """Take the mark of `table` off a block's first entry; return whether the block is a run."""
-    if not table.marks(plan):
+    if not page_table.marks(plan):
         return False
     value = refs.table_chunks[entry]
-    refs.table_chunks[entry] = table.page(value)
-    return table.is_run(value)
+    refs.table_chunks[entry] = page_table.page(value)
+    return page_table.is_run(value)
 
 
 def _start_queries(refs, step, block):
@@ -127,8 +127,8 @@ def _start_kv(plan, refs, step, block, entry, is_run):
     `entry` is where the first page of the block is in the chunks.
     """
     slot, kv_index = step.kv_slot, step.kv_index
-    start = walk.kv_block_start(plan, block, kv_index)
-    num_tokens = walk.kv_block_tokens(plan, block, kv_index)
+    start = traversal.kv_block_start(plan, block, kv_index)
+    num_tokens = traversal.kv_block_tokens(plan, block, kv_index)
     seq, num_cached = block.seq, num_tokens
     if plan.problem.update_kv_cache:
         num_cached = jnp.clip(seq.first_new - start, 0, num_tokens)
@@ -169,7 +169,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
     Of a run it is the only copy.
     """
     page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
-    num_whole = jnp.where(is_run, 0, walk.divide(num_tokens, page_size))
+    num_whole = jnp.where(is_run, 0, traversal.divide(num_tokens, page_size))
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
@@ -177,7 +177,7 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
         rest = num_tokens - num_copied
         _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
 
-    @compat.loop_once(0, walk.divide_up(num_whole, pages_per_turn))
+    @compat.loop_once(0, traversal.divide_up(num_whole, pages_per_turn))
     def _(turn):
         first = turn * pages_per_turn
         for i in range(pages_per_turn):
@@ -222,8 +222,8 @@ def start_stores(plan, refs, block, step):
     """
     if not plan.problem.update_kv_cache:
         return
-    start = walk.kv_block_start(plan, block, step.kv_index)
-    end = start + walk.kv_block_tokens(plan, block, step.kv_index)
+    start = traversal.kv_block_start(plan, block, step.kv_index)
+    end = start + traversal.kv_block_tokens(plan, block, step.kv_index)
     first = jnp.maximum(start, block.position)
     last = jnp.minimum(end, block.position + block.num_rows)
 
@@ -232,10 +232,10 @@ def start_stores(plan, refs, block, step):
         if plan.is_decode:  # one token, one page
             _store_in_page(plan, refs, block, step, first, 1)
             return
-        refs.state[_leaving(plan, walk.TOKENS_LEAVING, step.kv_slot)] = last - first
+        refs.state[_leaving(plan, traversal.TOKENS_LEAVING, step.kv_slot)] = last - first
         page_size = plan.problem.page_size
 
-        @pl.loop(walk.divide(first, page_size), walk.divide_up(last, page_size))
+        @pl.loop(traversal.divide(first, page_size), traversal.divide_up(last, page_size))
         def _(page):
             begin = jnp.maximum(first, page * page_size)
             num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
@@ -245,7 +245,7 @@ def start_stores(plan, refs, block, step):
 def _store_in_page(plan, refs, block, step, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
     page_size = plan.problem.page_size
-    page = walk.divide(position, page_size)
+    page = traversal.divide(position, page_size)
     offset = position - page * page_size
     entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
     target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
@@ -253,7 +253,7 @@ def _store_in_page(plan, refs, block, step, position, num_tokens):
         row = block.seq.q_start + position - block.seq.first_new
         source = refs.new_kv.at[pl.ds(row, num_tokens)]
     else:
-        row = position - walk.kv_block_start(plan, block, step.kv_index)
+        row = position - traversal.kv_block_start(plan, block, step.kv_index)
         source = _kv_tokens(plan, refs, step.kv_slot, row, num_tokens)
     pltpu.make_async_copy(source, target, refs.store_sems.at[step.kv_slot]).start()
 
@@ -268,7 +268,7 @@ def wait_store_of_token(plan, refs, slot):
 def _wait_stores(plan, refs, slot):
     """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
     tokens = partial(_kv_tokens, plan, refs, slot, 0)
-    _wait_leaving(plan, refs, walk.TOKENS_LEAVING, slot, tokens, refs.store_sems)
+    _wait_leaving(plan, refs, traversal.TOKENS_LEAVING, slot, tokens, refs.store_sems)
 
 
 def _wait_leaving(plan, refs, row, slot, source_of, semaphores):
@@ -294,7 +294,7 @@ def _leaving(plan, row, slot):
 
 def start_output(plan, refs, slot, row, num_rows):
     """Send the first rows of an o buffer to the output."""
-    refs.state[_leaving(plan, walk.ROWS_LEAVING, slot)] = num_rows
+    refs.state[_leaving(plan, traversal.ROWS_LEAVING, slot)] = num_rows
     source = _o_rows(refs, slot, num_rows)
     target = refs.output.at[pl.ds(row, num_rows)]
     pltpu.make_async_copy(source, target, refs.o_sems.at[slot]).start()
@@ -303,7 +303,7 @@ def start_output(plan, refs, slot, row, num_rows):
 def wait_output(plan, refs, slot):
     """Wait until an o buffer is free: what it last sent, if anything, has left."""
     rows = partial(_o_rows, refs, slot)
-    _wait_leaving(plan, refs, walk.ROWS_LEAVING, slot, rows, refs.o_sems)
+    _wait_leaving(plan, refs, traversal.ROWS_LEAVING, slot, rows, refs.o_sems)
 
 
 def _o_rows(refs, slot, num_rows):
@@ -328,7 +328,7 @@ def write_zero_rows(plan, refs, num_used):
     """
     size = plan.blocks.bq
 
-    @pl.loop(0, walk.divide_up(plan.problem.num_tokens - num_used, size))
+    @pl.loop(0, traversal.divide_up(plan.problem.num_tokens - num_used, size))
     def _(i):
         row = num_used + i * size
         num_rows = jnp.minimum(size, plan.problem.num_tokens - row)

@@ -5,8 +5,8 @@ why not. `schedule_for` reads what was compiled, bundle by bundle. `python -m rp
 from a shell.
 """
 
-from rpa.lab.compile import CompileResult, Kernel, compile_for, compile_versions
-from rpa.lab.schedule import NoSchedule, Schedule, schedule_for
+from rpa.lab.compile.compiler import CompileResult, Kernel, compile_for, compile_versions
+from rpa.lab.schedule.schedule import NoSchedule, Schedule, schedule_for
 
 __all__ = [
     "CompileResult",

@@ -16,7 +16,7 @@ MODELS = {
     "smollm2-135m": (9, 3, 64),
     "gpt-oss": (64, 8, 64),
     "head-dim-256": (16, 4, 256),
-    "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.published
+    "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.bench.published
     "16q-1kv-256": (16, 1, 256),
 }
 """num_q_heads, num_kv_heads, head_dim of one layer's attention."""

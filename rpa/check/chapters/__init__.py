@@ -1,0 +1,1 @@
+"""The answer key of the course: a file per chapter, and what only their exercises need."""

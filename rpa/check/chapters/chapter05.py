@@ -1,0 +1,301 @@
+"""Checks of chapter 5: copies by hand. The learner's kernels run in the sandbox (`dma.py`)."""
+
+import numpy as np
+
+from rpa.check.chapters.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
+from rpa.check.sandbox import faults
+from rpa.check.sandbox.dma import dma_exercise, in_flight
+
+RNG = np.random.default_rng(5)
+
+NO_OVERLAP = "copies and computes by turns: no copy is on its way while it computes"
+ONE_BY_ONE = "waits for each copy before it starts the next one"
+TOO_MUCH = "copies rows behind the last token"
+
+
+def normal(*shape):
+    """f32[shape] of standard normal numbers, the same at every run."""
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def ints(*values):
+    """i32[len(values)]."""
+    return np.array(values, np.int32)
+
+
+# What has to overlap ------------------------------------------------------------------------------
+
+
+def judge_overlap(timeline, *_):
+    """Refuse a kernel that computes while nothing is on its way, but for its last computation."""
+    filled, computed = {copy.target.buffer for copy in timeline.copies}, None
+    for event, flying in in_flight(timeline):
+        if event.kind == "start" and computed:
+            read = f"{faults.line_of(computed.where)} reads {computed.source.label}"
+            advice = "Start the copy of the next block before you wait for this one."
+            return faults.explain(NO_OVERLAP, [f"{read}, and the HBM is idle.", advice])
+        if event.kind == "load" and event.source.buffer in filled and not flying:
+            computed = event  # right only if no copy is started after it
+    return None
+
+
+def judge_together(timeline, *_):
+    """Refuse a kernel that has never two copies on their way, though it makes several."""
+    together = any(event.kind == "start" and flying for event, flying in in_flight(timeline))
+    if len(timeline.copies) < 2 or together:
+        return None
+    latency = "A copy waits for about a microsecond before its first byte comes: pay that once."
+    return faults.explain(ONE_BY_ONE, [latency, "Start all of them, then wait for all."])
+
+
+def judge_tokens(timeline, cache, page_indices, kv_len):
+    """Refuse copies of rows behind kv_len, also where zeros cover them; then pages by turns."""
+    copied = sum(copy.num_bytes for copy in timeline.copies)
+    if copied > kv_len * cache[0, 0].nbytes:
+        lines = [
+            f"{copied // cache[0, 0].nbytes} rows are copied, and there are {kv_len} tokens.",
+            "What lies behind them is not yours: whoever reads it reads what the page's last owner "
+            "left.",
+        ]
+        return faults.explain(TOO_MUCH, lines)
+    return judge_together(timeline)
+
+
+# 5.1 a copy ---------------------------------------------------------------------------------------
+
+
+copy = dma_exercise(
+    "5.1",
+    lambda x: 2 * np.asarray(x),
+    run_copy,
+    axes=("row", "lane"),
+    faults=(
+        faults.READ_TOO_EARLY,
+        faults.WAIT_TOO_LATE,
+        faults.LEFTOVER,
+        faults.NOBODY_SIGNALS,
+        faults.WRITTEN_IN_FLIGHT,
+    ),
+)
+copy.case("one tile of ones", x=np.ones((8, 128), np.float32))
+copy.case("two tiles", x=normal(16, 128))
+
+
+@copy.mistake("the array is copied and not doubled")
+def _not_doubled(x):
+    return np.asarray(x)
+
+
+@copy.mistake(
+    "nothing is copied back, or what comes back was never filled (source and target swapped?): "
+    "memory that nobody wrote is NaN here"
+)
+def _not_copied_back(x):
+    return np.full(x.shape, np.nan, np.float32)
+
+
+@copy.mistake("the result is doubled twice")
+def _twice(x):
+    return 4 * np.asarray(x)
+
+
+# 5.2 a double buffer ------------------------------------------------------------------------------
+
+
+def _sum_of(x, chunk_rows, first=0, end=None):
+    return np.asarray(x).reshape(-1, chunk_rows, x.shape[1])[first:end].sum(axis=0)
+
+
+chunks = dma_exercise(
+    "5.2",
+    _sum_of,
+    run_chunks,
+    judge=judge_overlap,
+    axes=("row", "lane"),
+    faults=(
+        faults.READ_TOO_EARLY,
+        faults.NOBODY_SIGNALS,
+        faults.LEFTOVER,
+        faults.TWO_COPIES,
+        faults.DOUBTFUL,
+        NO_OVERLAP,
+    ),
+)
+chunks.case("one chunk", x=np.full((8, 128), 3, np.float32), chunk_rows=8)
+chunks.case(
+    "four chunks: 1, 10, 100, 1000",
+    x=np.repeat(np.float32([1, 10, 100, 1000]), 8)[:, None] * np.ones(128, np.float32),
+    chunk_rows=8,
+)
+chunks.case("five chunks", x=normal(40, 128), chunk_rows=8)
+
+
+@chunks.mistake("the last chunk is missing: the loop ends one chunk early")
+def _without_last(x, chunk_rows):
+    return _sum_of(x, chunk_rows, 0, -1)
+
+
+@chunks.mistake("the first chunk is missing")
+def _without_first(x, chunk_rows):
+    return _sum_of(x, chunk_rows, 1)
+
+
+@chunks.mistake("chunk n begins at row n of x, and not at row n * rows")
+def _overlapping(x, chunk_rows):
+    x, num_chunks = np.asarray(x), len(x) // chunk_rows
+    return sum(x[n : n + chunk_rows] for n in range(num_chunks))
+
+
+@chunks.mistake("only the last chunk is left: each one replaces the sum (`=` for `+=`)")
+def _last_only(x, chunk_rows):
+    return _sum_of(x, chunk_rows, -1)
+
+
+@chunks.mistake(
+    "out_ref is not zero when the first chunk is added, or a buffer is added that nothing was "
+    "copied into: VMEM begins as anything, NaN"
+)
+def _not_zeroed(x, chunk_rows):
+    return np.full((chunk_rows, x.shape[1]), np.nan, np.float32)
+
+
+# 5.3 pages ----------------------------------------------------------------------------------------
+
+
+def _collect(cache, page_indices):
+    return np.asarray(cache)[np.asarray(page_indices)].reshape(-1, cache.shape[2])
+
+
+pages = dma_exercise(
+    "5.3",
+    _collect,
+    run_pages,
+    judge=judge_together,
+    axes=("row", "lane"),
+    faults=(faults.LEFTOVER, faults.NOBODY_SIGNALS, faults.TWO_COPIES, ONE_BY_ONE),
+)
+pages.case(
+    "pages 2 and 0 of three; the number says the page",
+    cache=np.repeat(np.float32([0, 1, 2]), 8).reshape(3, 8, 1) * np.ones(128, np.float32),
+    page_indices=ints(2, 0),
+)
+pages.case("one page", cache=normal(2, 8, 128), page_indices=ints(1))
+pages.case("four pages of nine", cache=normal(9, 8, 128), page_indices=ints(7, 1, 8, 3))
+
+
+@pages.mistake("page p of the sequence is copied from page p of the cache: look into the table")
+def _logical_pages(cache, page_indices):
+    return _collect(cache, np.arange(len(page_indices)))
+
+
+@pages.mistake("all copies take the first entry of the table")
+def _first_page(cache, page_indices):
+    return _collect(cache, np.repeat(np.asarray(page_indices)[:1], len(page_indices)))
+
+
+@pages.mistake("the last page of the table is left out, and its rows hold what VMEM held: NaN")
+def _without_last_page(cache, page_indices):
+    rows = _collect(cache, page_indices)
+    rows[-cache.shape[1] :] = np.nan
+    return rows
+
+
+# 5.4 a dynamic size -------------------------------------------------------------------------------
+
+
+def _tokens(cache, page_indices, kv_len, copied=None, rest=0.0):
+    """The first `copied` tokens of the pages, default kv_len, and `rest` behind them."""
+    room = len(page_indices) * cache.shape[1]
+    rows = np.full((room, cache.shape[2]), rest, np.float32)
+    copied = min(kv_len if copied is None else copied, room)
+    live = np.asarray(page_indices)[: -(-copied // cache.shape[1])]
+    rows[:copied] = _collect(cache, live)[:copied]
+    return rows
+
+
+def _pool(num_pages):
+    return normal(num_pages, 8, 128)
+
+
+tokens = dma_exercise(
+    "5.4",
+    _tokens,
+    run_tokens,
+    judge=judge_tokens,
+    axes=("token", "lane"),
+    faults=(faults.NOBODY_SIGNALS, faults.WRITTEN_IN_FLIGHT, TOO_MUCH, ONE_BY_ONE),
+)
+tokens.case("two full pages of two", cache=_pool(3), page_indices=ints(2, 0), kv_len=16)
+tokens.case("13 tokens: a page and five", cache=_pool(3), page_indices=ints(2, 0), kv_len=13)
+tokens.case(
+    "5 tokens; the second entry is garbage",
+    cache=_pool(3),
+    page_indices=ints(1, 9999),
+    kv_len=5,
+)
+tokens.case("no token yet", cache=_pool(3), page_indices=ints(-1, -1), kv_len=0)
+
+
+@tokens.mistake("the last page is left out where it is not full: kv_len // page_size rounds down")
+def _full_pages_only(cache, page_indices, kv_len):
+    return _tokens(cache, page_indices, kv_len, kv_len // cache.shape[1] * cache.shape[1])
+
+
+@tokens.mistake("out_ref is not set to zero first: behind the last token it holds NaN")
+def _no_zeros(cache, page_indices, kv_len):
+    return _tokens(cache, page_indices, kv_len, rest=np.nan)
+
+
+@tokens.mistake(
+    "every page is copied as far as the last one is filled: the size is "
+    "min(kv_len - p * page_size, page_size), for each page p"
+)
+def _last_size_for_all(cache, page_indices, kv_len):
+    rows, page_size = _tokens(cache, page_indices, kv_len), cache.shape[1]
+    if kv_len % page_size:
+        for p in range(kv_len // page_size):
+            rows[p * page_size + kv_len % page_size : (p + 1) * page_size] = 0
+    return rows
+
+
+# 5.5 three bugs -----------------------------------------------------------------------------------
+
+
+def _sums(x, block_tokens):
+    return np.asarray(x).sum(axis=1)
+
+
+three_bugs = dma_exercise(
+    "5.5",
+    _sums,
+    run_sequences,
+    judge=judge_overlap,
+    axes=("sequence", "lane"),
+    tolerance=1e-4,
+    faults=(
+        faults.TWO_COPIES,
+        faults.WAIT_TOO_LATE,
+        faults.LEFTOVER,
+        faults.NOBODY_SIGNALS,
+        faults.DOUBTFUL,
+        NO_OVERLAP,
+    ),
+)
+three_bugs.case("one sequence, one block", x=normal(1, 8, 128), block_tokens=8)
+three_bugs.case("one sequence, three blocks", x=normal(1, 24, 128), block_tokens=8)
+three_bugs.case("two sequences of three blocks", x=normal(2, 24, 128), block_tokens=8)
+
+
+@three_bugs.mistake("the sum goes on over the end of a sequence: it begins at block 0 of each")
+def _running(x, block_tokens):
+    return _sums(x, block_tokens).cumsum(axis=0)
+
+
+@three_bugs.mistake("only the last block of each sequence is left")
+def _last_block(x, block_tokens):
+    return np.asarray(x)[:, -block_tokens:].sum(axis=1)
+
+
+@three_bugs.mistake("only the first block of each sequence is added")
+def _first_block(x, block_tokens):
+    return np.asarray(x)[:, :block_tokens].sum(axis=1)

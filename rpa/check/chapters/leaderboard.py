@@ -1,0 +1,196 @@
+"""The challenge of chapter 10: score an entry, and keep a table of all entries beside the notebook.
+
+    from rpa.check import leaderboard
+
+    leaderboard.enter(my_attention, "larger query blocks")
+    leaderboard.enter(my_attention, "larger query blocks", chip="v5e")   # its schedule as well
+
+An entry is a function of a notebook, `(queries, keys, values, kv_cache, batch, *, sm_scale,
+backend) -> (output, kv_cache)`. Its score is the HBM bytes that its own transfers move for
+`rpa.lab.bench.comparison.challenge_step()`, and where libtpu is installed the time of its schedule,
+predicted. The file `leaderboard.json` is written where progress is kept (`rpa.check.progress`), and
+nothing here can stop a notebook: what goes wrong is printed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rpa import chips
+from rpa.check.engine import check_exercise
+from rpa.check.errors import CannotShip, CheckFailed
+from rpa.check.progress import progress_path
+from rpa.check.registry import find_exercise
+from rpa.check.sandbox.pickling import Parcel, pack
+from rpa.lab.bench import comparison
+from rpa.lab.copies import traffic
+from rpa.lab.schedule.execution import CannotRun
+from rpa.lab.schedule.schedule import NoSchedule
+
+FILE_NAME = "leaderboard.json"
+EXERCISE = "10.5"
+OPTIONS = {"sm_scale": comparison.LAYER.head_dim**-0.5, "backend": "tpu"}
+
+
+def enter(function: Callable, name: str, *, chip: str | None = None) -> None:
+    """Check an entry, count its bytes, and print the table with it.
+
+    Args:
+        function: the entry.
+        name: what the table calls it; the same name again replaces the entry.
+        chip: also compile for this chip and read the schedule: a minute or two the first time, and
+            only where libtpu is installed. Without it, bytes alone are counted.
+    """
+    try:
+        check_exercise(find_exercise(EXERCISE), function)
+    except (CheckFailed, NotImplementedError) as refusal:
+        print(f"{name} is not entered: its answer is wrong.\n{refusal}")
+        print(table(read()))
+        return
+    try:
+        entry = {"name": name} | count(function)
+    except ValueError as error:
+        print(f"{name} is not entered, its bytes cannot be counted: {error}")
+        return
+    if chip is not None:
+        entry |= schedule(function, chip)
+    entries = [other for other in read() if other["name"] != name] + [entry]
+    write(entries)
+    print(table(entries))
+
+
+def count(function) -> dict:
+    """HBM bytes of an entry for the step of the challenge, from its own transfers.
+
+    Raises:
+        ValueError: if its transfers depend on computed values, or its blocks do not fit.
+    """
+
+    def entry(*arrays, sm_scale):
+        return function(*arrays, sm_scale=sm_scale, backend="tpu")
+
+    moved = traffic.count(entry, comparison.challenge_step(), comparison.LAYER)
+    in_jax = sum(size for operation, size in moved.outside.items() if "scatter" not in operation)
+    return {"num_bytes": moved.num_bytes, "num_copies": moved.num_copies, "in_jax_bytes": in_jax}
+
+
+def schedule(function, chip) -> dict:
+    """Predicted time and bundles of an entry's kernels on a chip; empty, and said, where not."""
+    batch = comparison.challenge_step()
+    args = comparison.arguments(comparison.Racer("entry", ""), batch)
+    total_us, bundles = 0.0, 0
+    try:
+        known = chips.chip(chip).name
+        names = comparison.kernel_names(function, *args, **OPTIONS)
+        if not names:
+            raise CannotRun(
+                "the entry is plain JAX, and schedules are read of Pallas kernels alone"
+            )
+        with as_module(function) as importable:
+            for kernel in names:
+                pattern = f"^{re.escape(kernel)}$"
+                found = comparison.predict_kernel(importable, args, OPTIONS, pattern, known)
+                total_us, bundles = total_us + found.time_us, bundles + found.bundles
+    except (NoSchedule, CannotRun, CannotShip, ValueError) as reason:
+        print(f"(No schedule for {chip}: {reason})")
+        return {}
+    return {"chip": known, "time_us": total_us, "bundles": bundles}
+
+
+@contextlib.contextmanager
+def as_module(function) -> Iterator[str]:
+    """ "module:function" of a notebook's function, in a file that another process can import."""
+    text = source_of(pack(function))
+    module = f"entry_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / f"{module}.py").write_text(text, encoding="utf-8")
+        sys.path.insert(0, folder)
+        try:
+            yield f"{module}:{function.__name__}"
+        finally:
+            sys.path.remove(folder)
+
+
+def source_of(parcel: Parcel) -> str:
+    """A parcel as the text of a module.
+
+    >>> print(source_of(Parcel("f", modules={"np": "numpy"}, sources={"f": ("def f(): ...", 1)})))
+    import pickle
+    import numpy as np
+    def f(): ...
+    """
+    lines = ["import pickle"]
+    lines += [f"import {path} as {name}" for name, path in parcel.modules.items()]
+    lines += [f"from {path} import {old} as {name}" for name, (path, old) in parcel.imports.items()]
+    lines += [f"{name} = pickle.loads({data!r})" for name, data in parcel.values.items()]
+    lines += [source for source, _ in parcel.sources.values()]
+    return "\n".join(lines)
+
+
+def path() -> Path | None:
+    """The file that keeps the entries, or None where nothing is kept."""
+    progress = progress_path()
+    return None if progress is None else progress.with_name(FILE_NAME)
+
+
+@functools.cache
+def _in_memory() -> list:
+    """Entries of this process, for where no file is kept."""
+    return []
+
+
+def read() -> list[dict]:
+    """The entries so far; none where the file is absent or cannot be read."""
+    where = path()
+    if where is None:
+        return _in_memory()
+    try:
+        entries = json.loads(where.read_text(encoding="utf-8"))
+        return [entry for entry in entries if {"name", "num_bytes", "num_copies"} <= set(entry)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        print(f"({where.name} cannot be read, the table begins anew: {error})")
+        return []
+
+
+def write(entries: list[dict]) -> None:
+    """Keep the entries; where that is not possible it is said."""
+    where = path()
+    if where is None:
+        _in_memory()[:] = entries
+        return
+    try:
+        where.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"({where.name} cannot be written, so the table is not kept: {error.strerror})")
+
+
+def table(entries: list[dict]) -> str:
+    """All entries and the kernels of this repository, fewest bytes first."""
+    found = comparison.recorded()
+    least = found["challenge_least_bytes"]
+    rows = [
+        {"name": f"{row['title']} (recorded)", "num_bytes": row["challenge_bytes"]}
+        for row in found["rows"]
+        if row["challenge_bytes"] is not None
+    ]
+    lines = [f"{'':2} {'entry':34} {'MB moved':>9} {'of least':>9} {'copies':>7}  predicted"]
+    for place, row in enumerate(sorted([*rows, *entries], key=lambda r: r["num_bytes"]), start=1):
+        time = f"{row['time_us']:,.1f} us on {row['chip']}" if "time_us" in row else ""
+        mark = "*" if row.get("in_jax_bytes") else " "
+        copies = f"{row['num_copies']:,}" if "num_copies" in row else ""
+        lines.append(
+            f"{place:2} {row['name'][:34]:34} {row['num_bytes'] / 1e6:>9.1f}"
+            f"{row['num_bytes'] / least:>9.2f}{mark} {copies:>7}  {time}".rstrip()
+        )
+    lines.append(f"   {'the least, every page once':34} {least / 1e6:>9.1f}{1:>9.2f}")
+    if any(row.get("in_jax_bytes") for row in entries):
+        lines.append("*: reads the cache in plain JAX; what else that moves is not counted")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""Kernels of the interpreter compiled in haste: a check runs each of them for a moment.
+
+To compile rung 7 for a CPU takes most of the time of a check that runs it. What makes a program
+fast is left out; the numbers stay the same but for the last bits of float32.
+
+`python -m rpa.check.sandbox.fast_compile` prints XLA_FLAGS with which a whole process compiles so:
+all tests, and the notebooks in `make test`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from rpa.kernel import api
+
+_IN_HASTE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,  # the older ones take two thirds of the time
+}
+
+
+@functools.cache
+def options() -> dict[str, int | bool]:
+    """`compiler_options` of `jax.jit` for a program that runs once, on a CPU.
+
+    >>> options()["xla_backend_optimization_level"]
+    0
+    """
+    return {name: value for name, value in _IN_HASTE.items() if _is_safe(name, value)}
+
+
+def xla_flags() -> str:
+    """The same for the environment variable XLA_FLAGS; XLA ends at one that it does not know.
+
+    >>> xla_flags().split()[0]
+    '--xla_backend_optimization_level=0'
+    """
+    known = options()
+    if jax.default_backend() == "tpu":  # libtpu reads the variable too, and of these knows this one
+        known = {name: known[name] for name in known if name == "xla_backend_optimization_level"}
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
+
+
+def _is_safe(name, value):
+    """Whether the XLA of this JAX knows the option, and rounds float8 as it does without.
+
+    The names are nobody's promise; and the older fusion emitters of JAX 0.7.2 round float8 twice,
+    first to float16: just above a tie of 1 and 1.125 they take the wrong one.
+    """
+    above_tie = jnp.float32(1.0625 + 2**-14)
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            rounded = jax.jit(_round_to_float8, compiler_options={name: value})(above_tie)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return float(rounded) == 1.125
+
+
+def _round_to_float8(x):
+    return (x + x - x).astype(jnp.float8_e4m3fn)  # not x alone: arithmetic is what gets fused
+
+
+@contextlib.contextmanager
+def rung_7() -> Iterator[None]:
+    """Compile rung 7 in haste where it is called in the body; on a TPU nothing is different."""
+    if jax.default_backend() == "tpu":
+        yield
+        return
+    with mock.patch.multiple(api, **_runs_in_haste()):
+        yield
+
+
+@functools.cache
+def _runs_in_haste():
+    """By name in `api`; made once, because a `jax.jit` remembers what it has compiled."""
+    haste = functools.partial(jax.jit, static_argnames=api.STATIC, compiler_options=options())
+    return {
+        "_run_on_copy": haste(api._run_on_copy),
+        "_run_in_place": haste(api._run_in_place, donate_argnames="kv_cache"),
+    }
+
+
+if __name__ == "__main__":
+    print(xla_flags())

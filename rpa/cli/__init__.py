@@ -1,0 +1,1 @@
+"""The command line: a module per command, `python -m rpa lab EXPERIMENT` and `rpa bench`."""

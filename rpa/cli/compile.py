@@ -1,0 +1,87 @@
+"""`python -m rpa lab compile`: the compiler's answer from a terminal."""
+
+import argparse
+import dataclasses
+import json
+
+from rpa import chips
+from rpa.cli import compile_time
+from rpa.cli.options import SEVERAL_CHIPS, add_options
+from rpa.lab import peers
+from rpa.lab.compile.compiler import CompileResult, compile_for
+from rpa.lab.programs import MODELS, PROGRAMS, Workload
+
+KERNELS = PROGRAMS | peers.PROGRAMS
+FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
+"""Kernels that choose their blocks for a chip, and so want its name."""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the options of the experiment."""
+    add_options(parser, "chip", chip=SEVERAL_CHIPS)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
+    what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
+    default = Workload()
+    add_options(parser, "share_lanes")
+    for option in dataclasses.fields(Workload):
+        if option.name == "share_lanes":  # a flag: it has no value
+            continue
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=type(getattr(default, option.name)),
+            default=getattr(default, option.name),
+            choices=list(MODELS) if option.name == "model" else None,
+            help="default: %(default)s",
+        )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="with --against: compile so often, the fastest counts",
+    )
+    parser.add_argument("--fresh", action="store_true", help="do not take a kept result")
+    add_options(parser, "json")
+
+
+def main(args) -> int:
+    """Run the experiment; the exit code is 1 if a chip's compiler refused."""
+    if args.against:
+        return compile_time.main(args)
+    options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
+    program = KERNELS[args.kernel](Workload(**options))
+    results = [
+        compile_for(
+            chip,
+            program.function,
+            *program.args,
+            kwargs=program.kwargs | ({"chip": chip} if args.kernel in FOR_A_CHIP else {}),
+            donate_argnums=program.donate_argnums,
+            use_cache=not args.fresh,
+        )
+        for chip in args.chip or chips.CHIPS
+    ]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+    else:
+        for result in results:
+            print(describe(result))
+    return 0 if all(result.ok for result in results) else 1
+
+
+def describe(result: CompileResult) -> str:
+    """One line about a result, for people.
+
+    >>> describe(CompileResult("v5e", "m:f", ok=False, error_kind="timeout", error="too slow"))
+    'v5e    timeout: too slow'
+    """
+    if not result.ok:
+        return f"{result.chip:6} {result.error_kind}: {result.error}"
+    kept = " (kept from an earlier run)" if result.from_cache else ""
+    return (
+        f"{result.chip:6} compiled in {result.compile_time_s:.1f} s{kept}; "
+        f"VMEM {result.vmem_used_bytes / chips.MIB:.1f} of "
+        f"{chips.chip(result.chip).vmem_bytes / chips.MIB:.0f} MiB; "
+        f"HBM {(result.argument_bytes + result.temp_bytes) / chips.MIB:.0f} MiB, "
+        f"{result.temp_bytes / chips.MIB:.0f} MiB of it temporary"
+    )

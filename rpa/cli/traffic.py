@@ -1,0 +1,44 @@
+"""`python -m rpa lab traffic`: the HBM bytes that a rung moves, from a terminal."""
+
+import argparse
+
+from rpa import chips
+from rpa.cli.options import add_options
+from rpa.cli.spinner import waiting
+from rpa.lab.batches import lengths_of, make_batch
+from rpa.lab.copies.traffic import RUNGS, Layer, count
+from rpa.lab.peers import PeerAbsent
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the options of the experiment."""
+    parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung, or a peer")
+    names = ("model", "batch", "page_size", "pages", "share_lanes", "dtype", "kv_dtype")
+    add_options(parser, *names, "chip", "json", chip={"help": "whose HBM time to say too"})
+
+
+def main(args) -> int:
+    """Run the experiment; the exit code is 1 if the rung cannot take the batch."""
+    layer = Layer.of(
+        args.model,
+        page_size=args.page_size,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        share_lanes=args.share_lanes,
+    )
+    options = {"chip": args.chip} if args.kernel in ("kernel", "v3") and args.chip else {}
+    try:
+        with waiting(f"running the transfers of {args.kernel}"):
+            batch = make_batch(lengths_of(args.batch), args.page_size, args.pages)
+            traffic = count(args.kernel, batch, layer, **options)
+    except (ValueError, PeerAbsent) as error:
+        print(f"{args.kernel}: not applicable: {error}")
+        return 1
+    if args.json:
+        print(traffic.to_json())
+        return 0
+    print(traffic.table())
+    if args.chip:
+        seconds = traffic.num_bytes / chips.chip(args.chip).hbm_bytes_per_s
+        print(f"at the peak bandwidth of {args.chip}: {seconds * 1e6:,.1f} us (predicted)")
+    return 0

@@ -1,0 +1,11 @@
+"""Our own claims, each from one command: tables, peers, block sweeps, published timings.
+
+| file | what it holds |
+|---|---|
+| `tables/` | every table of docs/bench.md |
+| `comparison.py` | one step of a server with every rung and its peers |
+| `tune.py` | sweeps of block sizes, and how far the defaults are from the best |
+| `published.py` | timings on real TPUs that were published, next to predictions |
+| `compile_time.py` | compile time of the kernel next to a peer's |
+| `on_device.py`, `stopwatch.py` | `python -m rpa bench`: time every rung on an attached TPU |
+"""

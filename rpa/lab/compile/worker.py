@@ -1,0 +1,102 @@
+"""The subprocess of `rpa.lab.compile`: lowers and compiles one function, writes one JSON file."""
+
+import functools
+import importlib
+import json
+import pickle
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import rpa
+from rpa.lab.compile.compiler import file_hash
+
+
+def compile_spec(spec, shapes) -> dict:
+    """Compile for one chip of the topology; returns the fields of a CompileResult, and the HLO."""
+    module, name = spec["function"].split(":")
+    function = functools.partial(getattr(importlib.import_module(module), name), **spec["kwargs"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
+    mesh = Mesh(np.array(topology.devices[:1]), "x")
+    on_chip = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
+    start = _clocks()
+    # Inside the mesh pltpu.get_tpu_info() and Pallas itself see this chip, not the host's CPU.
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
+    traced = _clocks()
+    compiled = lowered.compile()
+    trace_time_s, trace_cpu_s = (traced - start).tolist()
+    compile_time_s, compile_cpu_s = (_clocks() - traced).tolist()
+    memory = compiled.memory_analysis()
+    return {
+        "trace_time_s": trace_time_s,
+        "compile_time_s": compile_time_s,
+        "trace_cpu_s": trace_cpu_s,
+        "compile_cpu_s": compile_cpu_s,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "hlo": compiled.as_text(),
+    }
+
+
+def _clocks():
+    """Wall clock, and CPU seconds of all threads: other processes make only the first one slow."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def loaded_files(spec) -> dict:
+    """The source files that the result depends on: those of rpa, and those beside the function."""
+    module = sys.modules.get(spec["function"].split(":")[0])
+    homes = {str(Path(rpa.__file__).parent)}
+    if getattr(module, "__file__", None):
+        homes.add(str(Path(module.__file__).parent))
+    files = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
+    return {f: file_hash(f) for f in files if f and f.startswith(tuple(homes))}
+
+
+def main(order, answer):
+    """Read the order, compile, write the answer; whatever goes wrong is the answer's "message"."""
+    spec, shapes = pickle.loads(Path(order).read_bytes())
+    write_answer(answer, functools.partial(compile_spec, spec, shapes), spec)
+
+
+def write_answer(answer, work, spec):
+    """Write what `work()` returns, or its error, and the files that it depends on."""
+    loaded = {}
+    try:
+        importlib.import_module(spec["function"].split(":")[0])
+        # As they are now: who edits a file while the compiler works does not change what it has.
+        loaded = loaded_files(spec)
+        result = work()
+    except Exception as error:
+        # The last line of the caller's own: what JAX did below it says little. Where rpa is
+        # installed, it lies in site-packages, too; its frames are never absent.
+        frames = traceback.extract_tb(error.__traceback__)
+        package = str(Path(__file__).parents[2])
+        where = [
+            f for f in frames if "site-packages" not in f.filename or f.filename.startswith(package)
+        ][-1]
+        result = {
+            "message": f"{type(error).__name__}: {error}",
+            "where": f"{_short(where.filename)}:{where.lineno}, in {where.name}",
+        }
+    Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec) | loaded}))
+
+
+def _short(filename) -> str:
+    """A file of rpa from its package on, which is the same on every machine."""
+    path, home = Path(filename), Path(__file__).parents[3]
+    return str(path.relative_to(home) if path.is_relative_to(home / "rpa") else path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,17 @@
+"""Read and execute the machine schedule of a kernel, as the TPU compiler wrote it.
+
+| file | what it holds |
+|---|---|
+| `schedule.py` | the door, `schedule_for`: stages, loops, units of a compiled kernel |
+| `worker.py`, `dumps.py` | compile with dumps on; parse the VLIW bundles |
+| `pallas_calls.py`, `feeds.py` | find the kernels in a function, and the integers that they read |
+| `execution.py`, `coder.py`, `machine.py`, `values.py` | run the scalar instructions, count bundles
+|
+| `loop_tree.py` | loops and predicated regions, and what bounds them |
+| `cases.py` | what a chunk of decode, or of prefill, costs in each kernel |
+| `inner_loop.py`, `recorded.py` | the bench of chapter 8; schedules recorded for other machines |
+"""
+
+from rpa.lab.schedule.schedule import NoSchedule, Schedule, schedule_for
+
+__all__ = ["NoSchedule", "Schedule", "schedule_for"]
