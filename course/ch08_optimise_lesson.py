@@ -152,6 +152,7 @@ for chip in CHIPS:
 # %%
 from rpa.figures.roofline import under_roof
 from rpa.lab.batches import make_batch
+from rpa.lab.predict.roofline import Point
 from rpa.ladder import LADDER
 
 step, found = comparison.decode_step(), comparison.recorded()
@@ -192,8 +193,6 @@ for name, title in {"tiled": "rung 4", "kernel": "rung 7"}.items():
     points[title] = (num_bytes, 32 * tile_bundles[name])
 
 # %%
-from rpa.lab.predict.roofline import Point
-
 v5e = chips.chip("v5e")
 rungs = {}
 for title, (num_bytes, bundles) in points.items():
