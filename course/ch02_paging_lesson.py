@@ -34,7 +34,8 @@ import numpy as np
 from rpa import chips, dense, paging, traces
 from rpa.figures import paging as pictures
 from rpa.figures import show_source
-from rpa.paging import OutOfPages, PagePool, cdiv
+from rpa.page_pool import OutOfPages, PagePool
+from rpa.paging import cdiv
 from rpa.serving import LLAMA3_8B
 
 # %% [markdown]

@@ -34,7 +34,8 @@ from rpa import chips, dense, paging, ragged
 from rpa.figures import ragged as pictures
 from rpa.figures import show_source
 from rpa.figures.paging import page_owners
-from rpa.paging import PagePool, cdiv, get_kv_cache_shape, paged_attention
+from rpa.page_pool import PagePool
+from rpa.paging import cdiv, get_kv_cache_shape, paged_attention
 from rpa.ragged import RaggedBatch
 
 # %% [markdown]

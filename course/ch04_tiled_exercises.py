@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 
 import rpa
 from rpa.check.chapters.launchers import run_flash
-from rpa.compat import choose_interpret
 from rpa.figures import show_source
+from rpa.interpreter import choose_interpret
 from rpa.tiled import (
     MASK_VALUE,
     dot,

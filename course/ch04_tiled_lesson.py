@@ -32,9 +32,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from rpa import chips, dense, tiled
-from rpa.compat import choose_interpret
 from rpa.figures import show_source
 from rpa.figures import tiled as pictures
+from rpa.interpreter import choose_interpret
 from rpa.lab.schedule import NoSchedule
 from rpa.paging import cdiv
 
@@ -465,7 +465,8 @@ picture
 
 # %%
 from rpa.ladder import kv_lens_of, kv_tokens_needed
-from rpa.paging import PagePool, get_kv_cache_shape
+from rpa.page_pool import PagePool
+from rpa.paging import get_kv_cache_shape
 from rpa.ragged import RaggedBatch
 
 q_lens = np.array([1, 1, 1, 1, 1, 1, 1, 128])

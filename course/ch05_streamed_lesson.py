@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 # %%
-from rpa import compat, ragged, streamed
+from rpa import interpreter, ragged, streamed
 from rpa.check import sandbox
 from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
 from rpa.figures import show_source
@@ -114,9 +114,9 @@ for mode in ("eager", "on_wait"):
 report = io.StringIO()  # what the interpreter prints about the race, with files and clocks
 with interpreted(dma_execution_mode="eager", detect_races=True), redirect_stdout(report):
     run_copy(forgetful, x).block_until_ready()
-print("a race:", compat.races_found())
-assert compat.races_found() and "RACE DETECTED" in report.getvalue()
-compat.reset_interpreter()
+print("a race:", interpreter.races_found())
+assert interpreter.races_found() and "RACE DETECTED" in report.getvalue()
+interpreter.reset()
 
 # %% [markdown]
 # No tool finds everything. A copy into a buffer that is still in use can be right in `on_wait` and

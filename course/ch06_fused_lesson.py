@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa import chips, compat, dense, fused, lab, ragged, streamed
+from rpa import chips, dense, fused, interpreter, lab, ragged, streamed
 from rpa.figures import fused as pictures
 from rpa.figures import show_source
 from rpa.figures.timeline import gantt
 from rpa.lab.compile import dma_layouts
 from rpa.lab.copies.timeline import record_dmas
-from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
+from rpa.page_pool import PagePool
+from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
@@ -80,7 +81,7 @@ def make_step(q_lens, kv_lens, page_size=8, heads=(4, 2), head_dim=128):
 # %%
 def recorded(attention, step, **params):
     """Results of a kernel in the interpreter, and everything that it copied."""
-    interpret = compat.interpreter_params(**params)
+    interpret = interpreter.params(**params)
     names = {"scratch[0]": "buffers"}
     with jax.default_device(HOST), record_dmas(names) as timeline:
         results = attention(*step, sm_scale=128**-0.5, block_tokens=32, interpret=interpret)
@@ -325,7 +326,7 @@ def faulty(step, right_cache, mode):
         (output, cache), timeline = recorded(
             fused.attention, step, dma_execution_mode=mode, detect_races=mode == "eager"
         )
-        raced = compat.races_found()
+        raced = interpreter.races_found()
     jax.clear_caches()
     wrong = int((np.asarray(cache) != np.asarray(right_cache)).any((2, 3, 4)).sum())
     return output, wrong, len(timeline.never_awaited), raced

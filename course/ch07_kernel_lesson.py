@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rpa
-from rpa import chips, compat, dense, ragged
+from rpa import chips, dense, interpreter, ragged
 from rpa.figures import kernel as pictures
 from rpa.figures import show_source
 from rpa.kernel import blocks, cases, loop, transfers, traversal
@@ -254,7 +254,12 @@ sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
 with on_host, record_dmas() as timeline:
     cache = jnp.array(kv_cache)
     output, new_cache = rpa.ragged_paged_attention(
-        *tokens, cache, *arrays, **sizes, sm_scale=128**-0.5, backend=compat.interpreter_params()
+        *tokens,
+        cache,
+        *arrays,
+        **sizes,
+        sm_scale=128**-0.5,
+        backend=interpreter.params(),
     )
     jax.block_until_ready(output)
 

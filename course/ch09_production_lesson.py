@@ -34,7 +34,8 @@ from rpa.check.chapters import wrong_kernels
 from rpa.figures import production as pictures
 from rpa.figures import show_source
 from rpa.kernel import cases, softmax
-from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
+from rpa.page_pool import PagePool
+from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.serving import LLAMA3_8B, decode_step
 
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU

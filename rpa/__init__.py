@@ -1,6 +1,6 @@
 """rpa: Ragged Paged Attention for TPUs, built rung by rung.
 
-Read the package in the order of the ladder: `chips`, `dense`, `paging`, `ragged`, `tiled`,
+Read the package in the order of the ladder: `chips`, `dense`, `page_pool`, `paging`, `ragged`, `tiled`,
 `streamed`, `fused`, `kernel`. Each file answers the same question, attention over a batch of
 sequences with a KV cache, and changes one thing in how it is answered.
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: the doctor must be able to say that jax is missing or too old.
 _HOMES = {
-    "PagePool": "rpa.paging",
+    "PagePool": "rpa.page_pool",
     "RaggedBatch": "rpa.ragged",
     "get_kv_cache_shape": "rpa.paging",
     "ragged_paged_attention": "rpa.kernel",

@@ -24,7 +24,8 @@ from rpa.dense import Truth, relative_error, scaled_error
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
 from rpa.models.scheduler import Request, Scheduler, Step
-from rpa.paging import PagePool, get_kv_cache_shape, kv_token_bytes
+from rpa.page_pool import PagePool
+from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch, oracle_ragged, store_new_tokens
 
 PAGE_SIZE = 16

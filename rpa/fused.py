@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat, streamed
+from rpa import compat, interpreter, streamed
 from rpa.paging import cdiv, pack_kv
 from rpa.ragged import check_call
 from rpa.streamed import (
@@ -133,7 +133,7 @@ def fused_attention(
         jnp.asarray([queries.shape[-1] ** -0.5 if sm_scale is None else sm_scale], jnp.float32),
         max_q_len=max_q_len,
         block_tokens=choose_block_tokens(block_tokens, page_size, batch.pages_per_seq),
-        interpret=compat.choose_interpret(interpret),
+        interpret=interpreter.choose_interpret(interpret),
     )
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import compat, interpreter
 from rpa.kernel import ragged_paged_attention
 from rpa.paging import cdiv, get_kv_cache_shape, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
@@ -161,7 +161,7 @@ def timed(path, covers, check: Callable):
     try:
         errors, limit, wrong, fix = check()
     except Exception as error:  # the compiler's refusal, or a fault of the chip, is the finding
-        compat.reset_interpreter()
+        interpreter.reset()
         message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         errors, limit, wrong, fix = {}, 0.0, f"it did not run: {message}", REPORT
     return Result(path, covers, errors, limit, wrong, fix, time.perf_counter() - start)
@@ -314,7 +314,7 @@ def wrong_places(kv_cache, case):
 def check_dma(on_tpu):
     """Run `copy_rows`; returns (errors, limit, wrong, fix) as in `Result`."""
     source = np.arange(1.0, 4097.0, dtype=np.float32).reshape(16, 256)
-    interpret = False if on_tpu else compat.interpreter_params()
+    interpret = False if on_tpu else interpreter.params()
     copied = np.asarray(copy_rows(source, interpret=interpret))
     if np.array_equal(copied, source[8:]):
         return {}, 0.0, "", ""

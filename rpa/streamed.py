@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import compat, interpreter
 from rpa.paging import LANES, cdiv, get_kv_cache_shape, lanes_are_shared, paged_attention
 from rpa.ragged import check_call, store_new_tokens
 from rpa.tiled import (
@@ -152,7 +152,7 @@ def paged_decode(
         jnp.asarray(page_indices, jnp.int32),
         jnp.asarray([head_dim**-0.5 if sm_scale is None else sm_scale], jnp.float32),
         sizes=sizes,
-        interpret=compat.choose_interpret(interpret),
+        interpret=interpreter.choose_interpret(interpret),
     )
 
 
@@ -524,7 +524,7 @@ it to another rung.
         batch,
         sm_scale,
         block_tokens=block_tokens,
-        interpret=compat.choose_interpret(interpret),
+        interpret=interpreter.choose_interpret(interpret),
     )
 
 

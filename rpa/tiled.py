@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import interpreter
 from rpa.dense import check_dense_shapes
 from rpa.paging import cdiv, unpack_kv
 from rpa.ragged import check_call, store_new_tokens
@@ -220,7 +220,7 @@ def flash_attention(
         causal: whether a query is kept from keys after its own position.
         block_q, block_kv: tokens of a block; they decide VMEM and speed, not the result.
         interpret: None compiles on a TPU and interprets elsewhere, False compiles, parameters of
-            the TPU interpreter interpret (see `rpa.compat.interpreter_params`).
+            the TPU interpreter interpret (see `rpa.interpreter.params`).
 
     Returns:
         [max_q_len, num_q_heads, head_dim] in the dtype of q.
@@ -256,7 +256,7 @@ def flash_attention(
         causal=causal,
         block_q=min(block_q, q.shape[0]),
         block_kv=min(block_kv, k.shape[0]),
-        interpret=compat.choose_interpret(interpret),
+        interpret=interpreter.choose_interpret(interpret),
     )
 
 

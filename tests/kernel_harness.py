@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rpa import compat, dense, lab
+from rpa import dense, interpreter, lab
 from rpa.ragged import oracle_ragged
 from tests.batches import bits
 
@@ -29,7 +29,7 @@ class Mode:
 
     @property
     def params(self):
-        return compat.interpreter_params(
+        return interpreter.params(
             dma_execution_mode=self.dma_execution_mode, detect_races=self.detect_races
         )
 
@@ -63,10 +63,10 @@ def run(fn, *args, **kwargs):
             results = jax.tree.map(np.asarray, results)
             jax.effects_barrier()
     except Exception as error:
-        compat.reset_interpreter()
+        interpreter.reset()
         raise KernelFault("crash", str(error)[-2000:]) from error
-    if compat.races_found() or "RACE DETECTED" in printed.getvalue():
-        compat.reset_interpreter()
+    if interpreter.races_found() or "RACE DETECTED" in printed.getvalue():
+        interpreter.reset()
         raise KernelFault("race", printed.getvalue()[:2000])
     if "non-zero count" in printed.getvalue():
         raise KernelFault("leftover", printed.getvalue()[:2000])

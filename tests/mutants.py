@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import rpa
-from rpa import compat
+from rpa import interpreter
 from tests.kernel_harness import KernelFault
 
 ACTIONS = ("drop", "other_semaphore")
@@ -144,7 +144,7 @@ def verdict(check, fault) -> str:
     "survived" if it does not. `fault` is a Fault, or a context manager such as `replaced(...)`.
     """
     context = faulty(fault) if isinstance(fault, Fault) else fault
-    with context, compat.deadlocks_raise():
+    with context, interpreter.deadlocks_raise():
         try:
             check()
         except KernelFault as found:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat, fused
+from rpa import compat, fused, interpreter
 from rpa.paging import get_kv_cache_shape
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 from tests import mutants
@@ -156,7 +156,7 @@ WRONG_PARTS = {
     "buffer reused before its write-back arrived": ("wait_store", lambda refs, slot: None),
 }
 needs_deadlock_errors = pytest.mark.skipif(
-    not compat.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
+    not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
 )
 
 

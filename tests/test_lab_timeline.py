@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa import compat, streamed
+from rpa import interpreter, streamed
 from rpa.figures.timeline import gantt
 from rpa.lab.copies.timeline import page_labels, predict_cycles, record_dmas
 from tests import dma_programs as programs
@@ -22,7 +22,7 @@ TABLE = np.array([5, 2, 7, 1, 9, 9, 9, 9, 0, 3, 4, 9], np.int32)
 
 def record(kernel, mode=MODES[0]):
     with record_dmas() as timeline:
-        programs.call(kernel, interpret=compat.interpreter_params(**mode))(X)
+        programs.call(kernel, interpret=interpreter.params(**mode))(X)
     return timeline
 
 
@@ -31,7 +31,7 @@ def record_rung_5():
     with record_dmas() as timeline:
         streamed.paged_decode(
             q, cache, KV_LENS, TABLE, num_kv_heads=2, block_tokens=BLOCK_TOKENS,
-            interpret=compat.interpreter_params(),
+            interpret=interpreter.params(),
         )  # fmt: skip
     return timeline
 
@@ -80,7 +80,7 @@ def test_a_copy_says_what_it_moves_where_and_whom_it_tells(buffering):
 
 def test_a_second_kernel_is_recorded_too_though_it_is_compiled_already(buffering):
     with record_dmas() as timeline:
-        call = programs.call(programs.single_buffer, interpret=compat.interpreter_params())
+        call = programs.call(programs.single_buffer, interpret=interpreter.params())
         call(X), call(X)
     assert [copy.kernel for copy in timeline.copies] == [0] * 4 + [1] * 4
     with record_dmas() as again:
@@ -91,7 +91,7 @@ def test_a_second_kernel_is_recorded_too_though_it_is_compiled_already(buffering
 
 
 def test_what_is_not_recorded_is_not_disturbed():
-    call = programs.call(programs.single_buffer, interpret=compat.interpreter_params())
+    call = programs.call(programs.single_buffer, interpret=interpreter.params())
     with record_dmas() as timeline:
         pass
     np.testing.assert_array_equal(call(X), np.full((programs.CHUNK, 128), programs.NUM_CHUNKS))
@@ -106,15 +106,15 @@ def test_a_forgotten_wait_is_seen_and_what_was_read_too_early():
     assert "1 bars never waited for" in gantt(timeline).text
 
 
-@pytest.mark.skipif(not compat.deadlocks_can_raise(), reason="jax 0.7.2 hangs for ever")
+@pytest.mark.skipif(not interpreter.deadlocks_can_raise(), reason="jax 0.7.2 hangs for ever")
 def test_a_kernel_that_hangs_leaves_its_record_with_the_wait_that_never_ends():
     with pytest.raises(Exception, match="deadlock"), record_dmas() as timeline:  # noqa: SIM117
-        with compat.deadlocks_raise():
+        with interpreter.deadlocks_raise():
             call = programs.call(
-                programs.waits_on_the_wrong_semaphore, interpret=compat.interpreter_params()
+                programs.waits_on_the_wrong_semaphore, interpret=interpreter.params()
             )
             call(X).block_until_ready()
-    compat.reset_interpreter()
+    interpreter.reset()
     stuck = timeline.unfinished_wait
     assert (stuck.kind, stuck.semaphore, stuck.missing_bytes) == ("wait", "sems[1]", CHUNK_BYTES)
     assert "4096 bytes never come" in timeline.table()
@@ -175,7 +175,7 @@ def test_the_clock_counts_what_can_be_counted_by_hand(buffering):
 
 
 def test_each_kernel_of_a_record_can_be_timed_by_itself(buffering):
-    call = programs.call(programs.single_buffer, interpret=compat.interpreter_params())
+    call = programs.call(programs.single_buffer, interpret=interpreter.params())
     with record_dmas() as twice:
         call(X), call(X)
     once = predict_cycles(buffering["single_buffer"]).total_cycles

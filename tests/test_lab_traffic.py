@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpa import compat, fused, ladder, ragged_paged_attention, streamed, tiled
+from rpa import fused, interpreter, ladder, ragged_paged_attention, streamed, tiled
 from rpa.__main__ import main
 from rpa.figures.traffic import where_bytes_go
 from rpa.lab import peers
@@ -54,7 +54,7 @@ def bytes_of(traffic):
 @pytest.mark.parametrize("kernel", [programs.double_buffer, programs.reads_twice])
 def test_a_small_kernel_dry_and_interpreted_alike(kernel):
     with record_dmas() as timeline:
-        programs.call(kernel, interpret=compat.interpreter_params())(jnp.ones(X.shape))
+        programs.call(kernel, interpret=interpreter.params())(jnp.ones(X.shape))
     run = dry_run(programs.call(kernel, interpret=False), X, names=["x"])
     assert moves(run.timeline) == moves(timeline)
     num_copies = {"double_buffer": 4, "reads_twice": 8}[kernel.__name__]
@@ -77,7 +77,7 @@ OPTIONS = {
 
 def rung(name, *, interpreted):
     """A rung as a function of all arrays, with the metadata among them: traced once for all."""
-    interpret = compat.interpreter_params() if interpreted else False
+    interpret = interpreter.params() if interpreted else False
     if name == "kernel":
         backend = "interpret" if interpreted else "tpu"
         fixed = {"backend": backend, "donate": False, "validate": False, "sm_scale": 0.125}

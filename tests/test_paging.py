@@ -8,14 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rpa.dense import oracle
-from rpa.paging import (
-    OutOfPages,
-    PageCopy,
-    PagePool,
-    copy_pages,
-    get_kv_cache_shape,
-    paged_attention,
-)
+from rpa.page_pool import OutOfPages, PageCopy, PagePool
+from rpa.paging import copy_pages, get_kv_cache_shape, paged_attention
 
 pytestmark = pytest.mark.core
 

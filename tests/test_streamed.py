@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat, streamed
+from rpa import interpreter, streamed
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import ref_ragged_paged_attention
 from tests import mutants
@@ -164,7 +164,7 @@ WRONG_PARTS = {
     ),
 }
 needs_deadlock_errors = pytest.mark.skipif(
-    not compat.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
+    not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
 )
 
 

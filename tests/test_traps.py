@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa import chips, compat
+from rpa import chips, interpreter
 from rpa.kernel import blocks, ragged_paged_attention, traversal
 from rpa.kernel.cases import Case
 from rpa.kernel.plan import TABLE_TILE_WORDS, Plan
@@ -309,9 +309,11 @@ def test_21_padding_of_new_tokens_with_shared_lanes_is_zero():
         assert heads[:3].any(axis=2).all() and not heads[3].any()
 
 
-@pytest.mark.skipif(not compat.deadlocks_can_raise(), reason="this JAX's interpreter would hang")
+@pytest.mark.skipif(
+    not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter would hang"
+)
 def test_no_wait_is_left_without_a_start():
     """All of the above once more as a deadlock test: the smallest batch of each kind."""
-    with compat.deadlocks_raise():
+    with interpreter.deadlocks_raise():
         for lengths in ([(1, 1)], [(2, 2)], [(0, 0), (1, 1), (0, 0), (2, 2)], []):
             check_small(lengths)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from rpa import compat
+from rpa import interpreter
 from rpa.kernel import (
     blocks,
     layout,
@@ -40,7 +40,7 @@ BLOCKS = {"d_block_sizes": (1, 80, 1, 16), "m_block_sizes": (8, 80, 4, 16)}
 """So many pages a block that they are issued in two turns."""
 
 needs_deadlock_errors = pytest.mark.skipif(
-    not compat.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
+    not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
 )
 
 

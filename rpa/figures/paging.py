@@ -159,12 +159,12 @@ def page_owners(pool, names, title, pages_per_seq=None):
     a stripe of each colour.
 
     Args:
-        pool: an `rpa.paging.PagePool`, small enough to look at.
+        pool: an `rpa.page_pool.PagePool`, small enough to look at.
         names: the sequences to draw, in order; each gets a colour.
         title: what has just happened.
         pages_per_seq: width of the table drawn; default the longest page list.
 
-    >>> from rpa.paging import PagePool
+    >>> from rpa.page_pool import PagePool
     >>> pool = PagePool(num_pages=4, page_size=2)
     >>> copies = pool.allocate("a", 3)
     >>> page_owners(pool, ["a"], "One sequence")

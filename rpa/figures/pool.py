@@ -15,14 +15,14 @@ def pool_map(pool, names, title="Who owns which page"):
     A page that several sequences list has a stripe for each of them.
 
     Args:
-        pool: an `rpa.paging.PagePool`.
+        pool: an `rpa.page_pool.PagePool`.
         names: the sequences to draw; more than there are colours get a hatch beside the colour.
         title: what stands above the picture.
 
     Returns:
         A `Picture`.
 
-    >>> from rpa.paging import PagePool
+    >>> from rpa.page_pool import PagePool
     >>> pool = PagePool(4, 8)
     >>> pool.allocate("a", 12), pool.fork("a", "b", 8)
     ([], None)

@@ -83,7 +83,7 @@ def gantt(
     Traceback (most recent call last):
         ...
     ValueError: timeline is empty: the record has no DMA. Run the kernel inside record_dmas(), \
-interpreted with compat.interpreter_params().
+interpreted with interpreter.params().
     """
     panels = timeline if isinstance(timeline, dict) else {"": timeline}
     drawn = {}
@@ -129,7 +129,7 @@ def _keep(timeline, rows, kernel):
     if not timeline.copies:
         raise ValueError(
             "timeline is empty: the record has no DMA. Run the kernel inside record_dmas(), "
-            "interpreted with compat.interpreter_params()."
+            "interpreted with interpreter.params()."
         )
     known = dict.fromkeys(copy.row for copy in timeline.copies)
     wrong = [row for row in rows or () if row not in known]

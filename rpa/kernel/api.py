@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import chips, compat
+from rpa import chips, interpreter
 from rpa.kernel import blocks, launch
 from rpa.kernel.cases import cases_of
 from rpa.kernel.plan import Plan, Problem
@@ -202,7 +202,7 @@ def _choose_backend(backend):
             f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
             "InterpretParams of the TPU interpreter, or None to choose by the device."
         )
-    return backend, compat.interpreter_params() if backend == "interpret" else None
+    return backend, interpreter.params() if backend == "interpret" else None
 
 
 def _make_problem(queries, keys, kv_cache, batch, **options):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rpa.paging import PageCopy
+from rpa.page_pool import PageCopy
 from rpa.ragged import RaggedBatch
 
 
@@ -75,7 +75,7 @@ class Scheduler:
         chunk_size: the most prompt tokens that one request gets in one step.
         max_num_seqs, pages_per_seq: room of the batch.
 
-    >>> from rpa.paging import PagePool
+    >>> from rpa.page_pool import PagePool
     >>> pool = PagePool(num_pages=8, page_size=4)
     >>> requests = [Request("a", [5, 6, 7], 3), Request("b", [8] * 9, 9)]
     >>> scheduler = Scheduler(requests, pool, token_budget=8, chunk_size=4, max_num_seqs=2,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa import compat
+from rpa import interpreter
 from rpa.check.chapters.ablation import is_model, with_schedule
 from rpa.check.chapters.launchers import interpreted
 from rpa.check.errors import WrongResult
@@ -239,7 +239,7 @@ def drive_order(kernel, q, kv, chip):
         return kernel(q, kv, chip)
     # The first jax that is supported traces a kernel only as it is called.
     with interpreted():
-        return inner_loop.call(kernel, q, kv, interpret=compat.interpreter_params())[0]
+        return inner_loop.call(kernel, q, kv, interpret=interpreter.params())[0]
 
 
 def _attend_each(q, kv, chip, *, values_of=None, totals_of=None):

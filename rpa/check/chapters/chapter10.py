@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import interpreter
 from rpa.check.errors import CannotShip, WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.sandbox import fast_compile
@@ -415,7 +415,7 @@ def run_entry(function, queries, keys, values, kv_cache, batch):
         WrongResult: if it donates the cache, takes no notice of its backend, or returns something
             else than two arrays.
     """
-    options = {"sm_scale": SCALE, "backend": _Given(**vars(compat.interpreter_params()))}
+    options = {"sm_scale": SCALE, "backend": _Given(**vars(interpreter.params()))}
     attend = jax.jit(lambda *arrays: function(*arrays, batch, **options))
     with jax.default_device(jax.devices("cpu")[0]):
         traced = attend.trace(queries, keys, values, kv_cache)

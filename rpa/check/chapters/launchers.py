@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import interpreter
 from rpa.paging import cdiv
 
 
@@ -21,13 +21,13 @@ def interpreted(**modes):
     """Run kernels in the TPU interpreter and on the CPU, also where there is a TPU.
 
     Args:
-        **modes: of `rpa.compat.interpreter_params`: dma_execution_mode, detect_races.
+        **modes: of `rpa.interpreter.params`: dma_execution_mode, detect_races.
 
     >>> with interpreted(dma_execution_mode="eager"):
     ...     float(run_copy(lambda x_ref, out_ref, buffer_ref, sem: None, jnp.ones((8, 128)))[0, 0])
     nan
     """
-    params = compat.interpreter_params(**modes)
+    params = interpreter.params(**modes)
     with pltpu.force_tpu_interpret_mode(params), jax.default_device(jax.devices("cpu")[0]):
         yield
 
@@ -63,7 +63,7 @@ def run_flash(kernel, q, k, v, *, block_q, block_kv):
             pltpu.VMEM((block_q, head_dim), jnp.float32),
         ],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        interpret=compat.choose_interpret(None),
+        interpret=interpreter.choose_interpret(None),
     )(q, k, v)
 
 
@@ -183,5 +183,5 @@ def _call(kernel, arrays, *, scalars=(), out_shape, out_space=pltpu.VMEM, scratc
             scratch_shapes=scratch_shapes,
         ),
         out_shape=jax.ShapeDtypeStruct(out_shape, arrays[0].dtype),
-        interpret=compat.choose_interpret(None),
+        interpret=interpreter.choose_interpret(None),
     )(*scalars, *arrays)

@@ -4,7 +4,7 @@ from rpa.check.errors import WrongResult
 
 
 class PageBook:
-    """Who lists which page: `rpa.paging.PagePool` without its guards, and without `append`.
+    """Who lists which page: `rpa.page_pool.PagePool` without its guards, and without `append`.
 
     Attributes:
         page_size: tokens of a page.

@@ -6,7 +6,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import interpreter
 
 
 def run_write_back(kernel, new_kv, cache, page_indices):
@@ -23,7 +23,7 @@ def run_write_back(kernel, new_kv, cache, page_indices):
         f32[page_size, 128], the sum of the blocks, and the cache with the new tokens in it.
     """
     page_size, lanes = cache.shape[1:]
-    interpret = compat.choose_interpret(None)
+    interpret = interpreter.choose_interpret(None)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         partial(kernel, num_blocks=len(page_indices)),

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import interpreter
 from rpa.check.errors import KernelFault, WrongResult
 from rpa.check.messages import explain_exception
 from rpa.check.sandbox.faults import RACE, fault_of, outside
@@ -74,10 +74,10 @@ def run(job: Job) -> Answer:
 def _on_wait(job, function, recorder):
     """The result of the recorded run, if nothing is wrong with its copies."""
     try:
-        with compat.observe_interpreter(recorder):
-            result = _call(job, function, compat.interpreter_params())
+        with interpreter.observe(recorder):
+            result = _call(job, function, interpreter.params())
     except Exception:
-        compat.reset_interpreter()
+        interpreter.reset()
         # Whatever was raised, a broken rule of DMAs is the better explanation.
         hangs = recorder.timeline.unfinished_wait and fault_of(recorder.timeline)
         if fault := hangs or outside(recorder.timeline):
@@ -92,11 +92,11 @@ def _on_wait(job, function, recorder):
 
 def _eager(job, function):
     try:
-        params = compat.interpreter_params(dma_execution_mode="eager", detect_races=True)
+        params = interpreter.params(dma_execution_mode="eager", detect_races=True)
         _call(job, function, params)
-        raced = compat.races_found()
+        raced = interpreter.races_found()
     finally:
-        compat.reset_interpreter()
+        interpreter.reset()
     if raced:
         raise KernelFault(f"Your kernel {RACE}.")
 

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat
+from rpa import compat, interpreter
 
 SHAPES = {
     "heads_first": ((8, 2, 1, 128), (8, 2, 16, 128)),  # [KV head, K or V, token, lane]
@@ -49,7 +49,7 @@ def _store(place, row, token, page, interpret):
         copy.start()
         copy.wait()
 
-    interpret = compat.choose_interpret(interpret)
+    interpret = interpreter.choose_interpret(interpret)
     hbm = pl.BlockSpec(memory_space=compat.hbm_memory_space(interpret))
     return pl.pallas_call(
         kernel,

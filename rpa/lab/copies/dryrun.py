@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rpa import compat
+from rpa import compat, interpreter
 from rpa.lab.copies import dryrun_program as program
 from rpa.lab.copies.events import (
     Buffer,
@@ -118,7 +118,7 @@ class _Machine:
         self.writer.begin_kernel()
         params = eqn.params
         grid_mapping = params["grid_mapping"]
-        arguments = compat.kernel_arguments(**params)
+        arguments = interpreter.kernel_arguments(**params)
         num_dynamic = grid_mapping.num_dynamic_grid_bounds
         bounds, values = iter(values[:num_dynamic]), values[num_dynamic:]
         grid = tuple(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from rpa import compat
+from rpa import compat, interpreter
 from rpa.lab.copies.events import Slice
 
 MOST_ELEMENTS = 2**20
@@ -220,7 +220,7 @@ def _call(eqn, in_kernel):
 def _cond(eqn, in_kernel):
     opened = [compat.open_jaxpr(branch) for branch in eqn.params["branches"]]
     branches = [(block_of(jaxpr, in_kernel), consts) for jaxpr, consts in opened]
-    where = compat.source_line(eqn.source_info)
+    where = interpreter.source_line(eqn.source_info)
 
     def run(machine, values):
         index = int(_known(values[0], f"the branch at {where}"))
@@ -235,7 +235,7 @@ def _while(eqn, in_kernel):
     body_jaxpr, body_own = compat.open_jaxpr(eqn.params["body_jaxpr"])
     cond, body = block_of(cond_jaxpr, in_kernel), block_of(body_jaxpr, in_kernel)
     num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    where = compat.source_line(eqn.source_info)
+    where = interpreter.source_line(eqn.source_info)
 
     def run(machine, values):
         cond_consts = [*cond_own, *values[:num_cond]]
@@ -416,7 +416,7 @@ def _dma_start(eqn, in_kernel):
     source_ref, source_view, target_ref, target_view, sem_ref, sem_view = (
         _View(part) if i % 2 else part for i, part in enumerate(ends)
     )
-    where = compat.source_line(eqn.source_info)
+    where = interpreter.source_line(eqn.source_info)
     what = f"the copy at {where}"
 
     def run(machine, values):
@@ -441,7 +441,7 @@ def _dma_wait(eqn, in_kernel):
     source_ref, source_view, _, _, sem_ref, sem_view = (
         _View(part) if i in (1, 5) else part for i, part in enumerate(ends)
     )
-    where = compat.source_line(eqn.source_info)
+    where = interpreter.source_line(eqn.source_info)
     what = f"the wait at {where}"
 
     def run(machine, values):

@@ -3,7 +3,7 @@
     from rpa.lab.copies.timeline import record_dmas
 
     with record_dmas() as timeline:
-        my_kernel(...)                    # interpreted: interpret=compat.interpreter_params()
+        my_kernel(...)                    # interpreted: interpret=interpreter.params()
 
     print(timeline.table())               # every start, wait, compute and block copy, in order
     timeline.copies[0].num_bytes          # also .source, .target, .semaphore, .start, .wait
@@ -25,7 +25,7 @@ from collections import deque
 
 import numpy as np
 
-from rpa import compat
+from rpa import interpreter
 from rpa.lab.copies.clock import Prediction, predict_cycles
 from rpa.lab.copies.events import (
     HBM,
@@ -57,7 +57,7 @@ __all__ = [
 def record_dmas(names: dict[str, str] | None = None):
     """Record what kernels do in the TPU interpreter while the context is open.
 
-    The first use in a process drops JAX's compiled functions, see `compat.observe_interpreter`.
+    The first use in a process drops JAX's compiled functions, see `interpreter.observe`.
 
     Args:
         names: other names for arguments of the kernel, {"args[0]": "kv"}.
@@ -80,7 +80,7 @@ def record_dmas(names: dict[str, str] | None = None):
     ...     kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
     ...     in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
     ...     scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
-    ...     interpret=compat.interpreter_params())
+    ...     interpret=interpreter.params())
     >>> with record_dmas() as timeline:
     ...     _ = call(jnp.ones((16, 128)))
     >>> [(event.kind, event.num_bytes) for event in timeline.events]  # doctest: +ELLIPSIS
@@ -89,12 +89,12 @@ def record_dmas(names: dict[str, str] | None = None):
     ('x[8:16]', 'buffer')
     """
     recorder = Recorder(names)
-    with compat.observe_interpreter(recorder):
+    with interpreter.observe(recorder):
         yield recorder.timeline
 
 
 class Recorder(Writer):
-    """Makes a Timeline of `compat.InterpreterCall`s."""
+    """Makes a Timeline of `interpreter.InterpreterCall`s."""
 
     def __init__(self, names=None):
         super().__init__()

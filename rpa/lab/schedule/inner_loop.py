@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa import compat
+from rpa import interpreter
 from rpa.kernel import layout
 
 NUM_KV_HEADS, GROUP, HEAD_DIM, NUM_TOKENS = 8, 4, 128, 512
@@ -209,7 +209,7 @@ def attend_turned(q, kv, *, quarters):
 
 def call(kernel, q, kv, *, load=load_strided, interpret=False):
     """Call such a kernel; in the interpreter, which knows no bitcast, it reads by value."""
-    interpret = compat.choose_interpret(interpret)
+    interpret = interpreter.choose_interpret(interpret)
     return pl.pallas_call(
         partial(kernel, load=load_by_value if interpret else load),
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
@@ -238,6 +238,6 @@ def every_row(matrix, *, stride, num_rows=512, interpret=False):
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((num_rows, matrix.shape[1]), matrix.dtype),
-        interpret=compat.choose_interpret(interpret),
+        interpret=interpreter.choose_interpret(interpret),
         name="every_row",
     )(matrix)
