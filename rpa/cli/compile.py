@@ -9,7 +9,8 @@ from rpa.cli import compile_time
 from rpa.cli.options import SEVERAL_CHIPS, add_options
 from rpa.lab import peers
 from rpa.lab.compile.compiler import CompileResult, compile_for
-from rpa.lab.programs import MODELS, PROGRAMS, Workload
+from rpa.lab.programs import PROGRAMS, Workload
+from rpa.shapes import MODELS
 
 KERNELS = PROGRAMS | peers.PROGRAMS
 FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
