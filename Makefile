@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme publish lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -33,6 +33,7 @@ help:
 	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
 	@echo "make tune       sweep the block sizes of rung 7, and judge its defaults"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
+	@echo "make publish    set the address of the repository: REPOSITORY=https://github.com/OWNER/NAME"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
 
@@ -144,6 +145,11 @@ notebooks: env
 
 lab: env
 	$(BIN)/jupyter lab notebooks/00_start.ipynb
+
+# Writes the address into every notebook, badge and README; readers then install REVISION from there.
+REVISION ?= v$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+publish: env
+	$(BIN)/python tools/publish.py --repository "$(REPOSITORY)" --revision "$(REVISION)"
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ from course.notebook import (
     not_fully_executed,
     notebooks_of,
     to_text,
+    with_outputs_of,
     without_outputs,
 )
 from course.source import Source, SourceError, count_lines, find_sources, with_solution
@@ -38,10 +39,19 @@ def build(sources: list[Source], run: bool) -> None:
                     notebook = execute(notebook, ROOT / path.parent)
                 elif _compare(path, notebook) is None:
                     continue  # it has the outputs of just these cells
+                elif kept := _with_committed_outputs(path, notebook):
+                    notebook = kept
                 else:
                     print(f"{path} has no outputs now: its source changed. Run it with --execute")
             (ROOT / path).parent.mkdir(exist_ok=True)
             (ROOT / path).write_text(to_text(notebook), encoding="utf-8")
+
+
+def _with_committed_outputs(path: Path, notebook):
+    file = ROOT / path
+    if not file.exists():
+        return None
+    return with_outputs_of(notebook, nbformat.read(file, as_version=4))
 
 
 def stale(sources: list[Source]) -> list[str]:

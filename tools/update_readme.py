@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rpa._repository import BRANCH, REPOSITORY  # noqa: E402
+from course.notebook import badges  # noqa: E402
 
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
@@ -32,25 +32,18 @@ def chapter_table() -> str:
     for source in sorted((ROOT / "course").glob("ch*_lesson.py")):
         number, name = re.match(r"ch(\d\d)_(.+)_lesson", source.stem).groups()
         title = re.search(r"^# # Chapter \d+: (.+)$", source.read_text("utf-8"), re.M).group(1)
-        notebook = f"{number}_{name}.ipynb"
+        stem = f"{number}_{name}"
         cells = [f"{int(number)} {title}"]
         for folder in ("notebooks", "exercises", "solutions"):
-            exists = (ROOT / folder / notebook).exists()
-            cells.append(links(f"{folder}/{notebook}") if exists else "")
+            exists = (ROOT / folder / f"{stem}.ipynb").exists()
+            cells.append(links(folder, stem) if exists else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def links(path: str) -> str:
-    """A notebook on GitHub, in Colab and on Kaggle."""
-    in_repository = REPOSITORY.removeprefix("https://github.com/")
-    colab = f"https://colab.research.google.com/github/{in_repository}/blob/{BRANCH}/{path}"
-    kaggle = f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/{BRANCH}/{path}"
-    return (
-        f"[read]({path}) "
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
-        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle})"
-    )
+def links(folder: str, stem: str) -> str:
+    """A notebook on GitHub and, once the project is published, in Colab and on Kaggle."""
+    return f"[read]({folder}/{stem}.ipynb) {badges(folder, stem)}".strip()
 
 
 def demo_output() -> str:

@@ -68,7 +68,7 @@ def no_libtpu(system, machine) -> tuple[str, str]:
     libtpu exists for Linux on x86-64 only
     """
     if (system, machine) == ("Linux", "x86_64"):
-        return "no libtpu", "libtpu is not installed: pip install libtpu (or rpa[tpu])."
+        return "no libtpu", "libtpu is not installed: pip install libtpu."
     return "no libtpu", (
         f"libtpu exists for Linux on x86-64 only; this is {system} on {machine}. "
         "Compile on a Linux machine or in Colab."
