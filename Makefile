@@ -26,7 +26,7 @@ help:
 	@echo "make test       the tests: package, course, notebooks, the oldest supported jax"
 	@echo "make lab        JupyterLab at chapter 0"
 	@echo "make notebooks  rebuild and run all notebooks from course/"
-	@echo "make readme     renew the tables and pictures of README.md"
+	@echo "make readme     renew the picture and the tables of README.md from the records"
 	@echo "make test-full  slow and exhaustive tests too"
 	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
 	@echo "make peers      install the kernels that rung 7 is compared with"
@@ -110,7 +110,7 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 	touch $@
 
-readme: env peers
+readme: env
 	$(BIN)/python tools/update_readme.py
 
 # No constraints: what a user gets who installs today.

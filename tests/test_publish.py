@@ -66,8 +66,9 @@ def test_every_notebook_installs_the_tag_and_keeps_its_outputs(published):
         assert [cell.get("outputs") for cell in cells] == outputs, path
 
 
-def test_the_readme_links_to_it(published):
-    assert f"{ADDRESS}/blob/{TAG}/notebooks/" in (published / "README.md").read_text("utf-8")
+def test_the_index_of_chapters_links_to_it(published):
+    index = (published / "notebooks/README.md").read_text("utf-8")
+    assert f"{ADDRESS}/blob/{TAG}/notebooks/" in index
 
 
 @pytest.fixture(scope="module")

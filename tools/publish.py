@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not REVISION.fullmatch(options.revision):
         parser.error(f"--revision is {options.revision!r}; expected a tag or a commit, as v0.1.0.")
     write_address(repository, options.revision)
-    for command in (["-m", "course.build"], ["tools/update_readme.py", "chapters"]):
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "course.build"], cwd=ROOT, check=True)
     print(
         f"Published as {repository} at {options.revision}. Now commit, `git tag {options.revision}`"
         " and push both: readers install the tag."
