@@ -34,8 +34,7 @@ import numpy as np
 from rpa import chips, dense, paging, traces
 from rpa.figures import paging as pictures
 from rpa.figures import show_source
-from rpa.page_pool import OutOfPages, PagePool
-from rpa.paging import cdiv
+from rpa.page_pool import OutOfPages, PagePool, cdiv
 from rpa.shapes import LLAMA3_8B
 
 # %% [markdown]

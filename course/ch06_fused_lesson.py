@@ -26,13 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rpa
 from rpa import chips, dense, fused, interpreter, lab, ragged, streamed
 from rpa.figures import fused as pictures
 from rpa.figures import show_source
 from rpa.figures.timeline import gantt
-from rpa.lab.compile import dma_layouts
 from rpa.lab.copies.timeline import record_dmas
-from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
@@ -68,7 +67,7 @@ assert [sum(way.values()) for way in trips(2, 6, token_bytes=1).values()] == [10
 # %%
 def make_step(q_lens, kv_lens, page_size=8, heads=(4, 2), head_dim=128):
     """Queries, keys, values, a cache full of numbers, and the batch."""
-    rng, pool = np.random.default_rng(6), PagePool(32, page_size)
+    rng, pool = np.random.default_rng(6), rpa.PagePool(32, page_size)
     for s, kv_len in enumerate(kv_lens):
         pool.allocate(s, kv_len)
     batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, pool.page_table(range(len(kv_lens)), 8))
@@ -162,6 +161,8 @@ assert (heads_first, k_alone, token_major) == (16, 1, 1)
 # Ask the TPU compiler, on this machine, without a TPU. Two kernels, each a single DMA:
 
 # %%
+from rpa.lab.compile import dma_layouts
+
 show_source(dma_layouts.heads_first)
 show_source(dma_layouts._store)
 

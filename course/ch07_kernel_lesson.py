@@ -253,14 +253,8 @@ on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter run
 sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
 with on_host, record_dmas() as timeline:
     cache = jnp.array(kv_cache)
-    output, new_cache = rpa.ragged_paged_attention(
-        *tokens,
-        cache,
-        *arrays,
-        **sizes,
-        sm_scale=128**-0.5,
-        backend=interpreter.params(),
-    )
+    sizes |= {"sm_scale": 128**-0.5, "backend": interpreter.params()}
+    output, new_cache = rpa.ragged_paged_attention(*tokens, cache, *arrays, **sizes)
     jax.block_until_ready(output)
 
 # %% [markdown]

@@ -34,9 +34,7 @@ from rpa.check.chapters import wrong_kernels
 from rpa.figures import production as pictures
 from rpa.figures import show_source
 from rpa.kernel import cases, softmax
-from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
-from rpa.shapes import LLAMA3_8B, decode_step
 
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
 
@@ -83,7 +81,7 @@ show_source(softmax.nothing_seen)
 # %%
 def make_step(dtype=np.float32, q_lens=(1, 1, 6), kv_lens=(21, 9, 30), heads=(4, 2)):
     """Queries, keys, values, a cache with numbers in it, and the batch; pages of 8."""
-    rng, pool = np.random.default_rng(9), PagePool(12, 8)
+    rng, pool = np.random.default_rng(9), rpa.PagePool(12, 8)
     for s, kv_len in enumerate(kv_lens):
         pool.allocate(s, kv_len)
     batch, _ = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, pool.page_table(range(3), 4))
@@ -132,6 +130,8 @@ assert dense.relative_error(output, truth) < 1e-5
 # it. By hand: 128 KiB a token and 64 x 4,096 tokens make 32 GiB, kept and read.
 
 # %%
+from rpa.shapes import LLAMA3_8B, decode_step
+
 token_bytes = LLAMA3_8B.kv_bytes_per_token("bfloat16")
 num_seqs, kv_len, prefix, window = 64, 4096, 3072, 1024
 all_bytes = num_seqs * kv_len * token_bytes
@@ -247,7 +247,7 @@ assert np.asarray(same_cache).tobytes() == cache.tobytes()
 # `append` says so. Who forgets the copy is told by the validator:
 
 # %%
-pool = PagePool(12, 8)
+pool = rpa.PagePool(12, 8)
 pool.allocate("system prompt", 12)
 pool.fork("system prompt", "user")
 pages = [pool.pages(name) for name in ("system prompt", "user")]
