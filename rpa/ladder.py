@@ -57,7 +57,7 @@ class Rung:
         if self.max_q_len is None or longest <= self.max_q_len:
             return None
         tokens = "1 new token" if self.max_q_len == 1 else f"{self.max_q_len} new tokens"
-        return f"takes at most {tokens} a sequence, the batch has {longest}"
+        return f"takes at most {tokens} per sequence, the batch has {longest}"
 
 
 def q_lens_of(batch: RaggedBatch) -> np.ndarray:

@@ -4,7 +4,7 @@ Bitcasts and strided loads run on a chip only; the interpreter reads the same ro
 what the tests prove off-TPU says nothing about these paths, and a compiler of another version may
 get one of them wrong. `python -m rpa doctor --selftest` takes every one of them:
 
-    loads       of 32-bit words: one row of 128 lanes a head (head_dim 64 and 128) and two (256);
+    loads       of 32-bit words: one row of 128 lanes per head (head_dim 64 and 128) and two (256);
     packing     1 (float32), 2 (bfloat16) and 4 (float8) values in a word, in queries, K and V;
     kernels     decode (a query block of 1), chunked prefill and mixed (blocks of many);
     stores      of new tokens from HBM to HBM: the cache must be right to the last bit;
@@ -81,18 +81,18 @@ class Path:
 
 PATHS = (
     Path((2, 1), 64, "float32", "float32", "whole words, padded lanes", off_tpu=True),
-    Path((8, 4), 256, "float32", "float32", "whole words, two rows of lanes a head"),
-    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values a word, padded group", off_tpu=True),
+    Path((8, 4), 256, "float32", "float32", "whole words, two rows of lanes per head"),
+    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values per word, padded group", off_tpu=True),
     Path((32, 8), 128, "bfloat16", "bfloat16", "4 heads in one product (Llama 3 8B)"),
-    Path((8, 1), 256, "bfloat16", "bfloat16", "2 values a word, two rows of lanes a head"),
+    Path((8, 1), 256, "bfloat16", "bfloat16", "2 values per word, two rows of lanes per head"),
     Path(
         (8, 2), 128, "bfloat16", "bfloat16", "float32 output of bfloat16", {"out_dtype": "float32"}
     ),
     Path(
-        (3, 3), 64, "bfloat16", "float8_e4m3fn", "4 values a word, padded heads", {"k_scale": 0.5}
+        (3, 3), 64, "bfloat16", "float8_e4m3fn", "4 values per word, padded heads", {"k_scale": 0.5}
     ),
     Path((4, 2), 128, "bfloat16", "float8_e5m2", "queries rounded too", {"q_scale": 0.1}, True),
-    Path((8, 4), 256, "bfloat16", "float8_e4m3fn", "4 values a word, two rows of lanes a head"),
+    Path((8, 4), 256, "bfloat16", "float8_e4m3fn", "4 values per word, two rows of lanes per head"),
     Path((4, 2), 128, "bfloat16", "bfloat16", "sliding window", {"sliding_window": 20}),
 )
 """Every packing with every width of a head's load; the window starts loads inside a sequence."""

@@ -214,7 +214,7 @@ def test_scalar_instructions(text, expected):
 @needs_libtpu
 @pytest.mark.parametrize("chip", COMPILED_CHIPS)
 def test_calibration_a_matmul_takes_its_flops(chip):
-    """MATMUL slots an MXU = FLOP / peak FLOP a cycle, exactly: what all shares rest on."""
+    """MATMUL slots an MXU = FLOP / peak FLOP per cycle, exactly: what all shares rest on."""
     n = 512
     schedule = schedule_for(chip, schedule_programs.matmul, *schedule_programs.matrices(n))
     executed = schedule.execute(*schedule_programs.matrices(n))

@@ -91,7 +91,7 @@ def tiled(w: Workload) -> Program:
 
 
 def streamed(w: Workload) -> Program:
-    """Rung 5, one query a sequence."""
+    """Rung 5, one query per sequence."""
     kv_lens, page_indices, _, _ = w.metadata
     args = (w.queries(w.num_seqs), w.kv_cache, kv_lens, page_indices)
     kwargs = {"num_kv_heads": w.heads[1], "interpret": False}

@@ -41,7 +41,7 @@ LAYER = AttentionShape.of("llama-3-8b", page_size=128)
 PACKAGE = Path(__file__).parents[2]
 RECORD = PACKAGE / "data" / "comparison.json"
 PAGES_PER_SEQ = 128
-"""Room for 16,384 tokens a sequence, as a server has it; few sequences use it."""
+"""Room for 16,384 tokens per sequence, as a server has it; few sequences use it."""
 
 
 def decode_step() -> RaggedBatch:

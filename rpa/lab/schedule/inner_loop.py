@@ -2,7 +2,7 @@
 
 Rung 7 has a schedule of thousands of bundles, in which the reason for one number is hard to see.
 This is its inner loop alone, small enough to compile while one waits: 512 tokens of a KV cache
-(8 KV heads, 32 query heads, head_dim 128, bfloat16) that lie in VMEM, one query token a sequence,
+(8 KV heads, 32 query heads, head_dim 128, bfloat16) that lie in VMEM, one query token per sequence,
 no copies by hand, no masks. `STEPS` names the optimisations of chapter 8, each on top of the last.
 
     q    [num_seqs, num_kv_heads, group, head_dim]
