@@ -31,7 +31,7 @@ def by_hand(scores, weights, output):
         output: f32[q_len, head_dim].
 
     >>> by_hand(np.zeros((1, 2)), np.full((1, 2), 0.5), np.ones((1, 2))).text[:36]
-    'Three tables, one row per query. Score'
+    'Three tables, one row per query. Sco'
     """
     panels = {
         "scores = q · k / √head_dim": ("key", scores),
