@@ -452,7 +452,7 @@ picture
 # have not begun; from the middle on it pauses again and again, and waits for maxima, exponentials
 # and masks (VALU, EUP, XLU), because the second product needs their results. And much of the loads
 # and stores is *spills*: 512 rows of scores do not fit 64 registers. None of that is in a roofline.
-# It is latency and order, and chapter 8 is about nothing else.
+# It is latency and order, and chapter 9 is about nothing else.
 #
 # **Takeaway.** A roofline says what must be waited for. The schedule says what is.
 

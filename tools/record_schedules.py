@@ -1,4 +1,4 @@
-"""Record the schedules that chapter 8 reads, for machines whose compiler does not show any.
+"""Record the schedules that chapters 9 and 10 read, for machines whose compiler does not show any.
 
 python tools/record_schedules.py               # needs libtpu and an hour if nothing is cached
 python tools/record_schedules.py inner_loop    # only one section of rpa/data/schedules.json

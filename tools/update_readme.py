@@ -89,7 +89,7 @@ def replace_part(text: str, name: str, part: str) -> str:
 
 
 def ladder() -> str:
-    """The recorded race of chapter 10: its picture, in docs/pictures, and its table."""
+    """The recorded comparison of chapter 12: its picture, in docs/pictures, and its table."""
     from rpa.figures import comparison as pictures
     from rpa.lab.bench import comparison
 
