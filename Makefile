@@ -29,9 +29,9 @@ help:
 	@echo "make readme     renew the picture and the tables of README.md from the records"
 	@echo "make test-full  slow and exhaustive tests too"
 	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
-	@echo "make peers      install the kernels that rung 7 is compared with"
+	@echo "make peers      install the kernels that rung 8 is compared with"
 	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
-	@echo "make tune       sweep the block sizes of rung 7, and judge its defaults"
+	@echo "make tune       sweep the block sizes of rung 8, and judge its defaults"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
 	@echo "make publish    set the address of the repository: REPOSITORY=https://github.com/OWNER/NAME"
 	@echo "make format     ruff, fixing what it can"
@@ -61,7 +61,7 @@ test:
 	$(MAKE) --no-print-directory nbtest
 	$(MAKE) --no-print-directory test-floor
 
-# Of what is marked full, the seeded faults of rung 7 alone (tests/test_wrong_kernels.py) keep one core
+# Of what is marked full, the seeded faults of rung 8 alone (tests/test_wrong_kernels.py) keep one core
 # busy for 9 minutes: 532 s of processor time (2026-11, jax 0.10.2).
 test-full: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
@@ -133,7 +133,7 @@ BENCH ?=
 bench: env peers
 	$(BIN)/python -m rpa lab all $(BENCH)
 
-# Sweeps the block sizes of rung 7 again, into rpa/data/blocks.json: by some of its cells 40 minutes
+# Sweeps the block sizes of rung 8 again, into rpa/data/blocks.json: by some of its cells 40 minutes
 # of one processor from an empty cache, so half of that on two (2026-11, jax 0.10.2).
 # TUNE="--chip v6e --case decode" sweeps a part of it, TUNE=--check only judges the defaults.
 TUNE ?=

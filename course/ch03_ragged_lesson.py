@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# %%
 from rpa import chips, dense, paging, ragged
 from rpa.figures import ragged as pictures
 from rpa.figures import show_source

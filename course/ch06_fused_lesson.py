@@ -35,6 +35,7 @@ from rpa.lab.copies.timeline import record_dmas
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
+# %%
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
 
 # %% [markdown]
@@ -450,7 +451,8 @@ assert table_kib > smem_kib and kv_cache.nbytes > 100 * written
 # %% [markdown]
 # A decode pays for rows that it does not have, a prompt does not fit, a long context's page table
 # does not fit either, and the cache is copied before a byte of it is written. **Chapter 7** puts a
-# loop over query blocks around what you have now, streams the page table, builds a kernel for each
-# kind of work, and updates the cache in place. It is the last rung.
+# loop over query blocks around what you have now, which makes it one kernel for any batch.
+# **Chapter 8** streams the page table, builds a kernel for each kind of work, and updates the cache
+# in place.
 #
 # **Before you go on:** the exercises of this chapter are in `exercises/06_fused.ipynb`.

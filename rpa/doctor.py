@@ -661,7 +661,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also compare rung 7 with rung 3 on this device: every path of the layout on a TPU "
+        help="also compare rung 8 with rung 3 on this device: every path of the layout on a TPU "
         ", some of them in the interpreter elsewhere",
     )
 

@@ -1,4 +1,4 @@
-"""The self-test: rung 7 on the device that is here, against rung 3 on the host.
+"""The self-test: rung 8 on the device that is here, against rung 3 on the host.
 
 Bitcasts and strided loads run on a chip only; the interpreter reads the same rows by value. So
 what the tests prove off-TPU says nothing about these paths, and a compiler of another version may
@@ -168,7 +168,7 @@ def timed(path, covers, check: Callable):
 
 
 REPORT = (
-    "Do not use rung 7 with these dtypes and this head_dim here: pass backend='reference'. Try "
+    "Do not use rung 8 with these dtypes and this head_dim here: pass backend='reference'. Try "
     "another libtpu, and report the output of `python -m rpa doctor --selftest --json`."
 )
 
@@ -215,7 +215,7 @@ def make_case(path, seed=0):
 
 
 def check_path(path, on_tpu, attention=ragged_paged_attention):
-    """Run rung 7 on one path; returns (errors, limit, wrong, fix) as in `Result`."""
+    """Run rung 8 on one path; returns (errors, limit, wrong, fix) as in `Result`."""
     with _on_host():
         case = make_case(path)
         truth = _reference(path, case)
@@ -357,16 +357,16 @@ def heading(on_tpu, device_kind):
     """What is run how, as the lines above the table.
 
     >>> print(heading(True, "TPU v5 lite").splitlines()[0])
-    Self-test of rung 7 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
+    Self-test of rung 8 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
     """
     if on_tpu:
         return (
-            f"Self-test of rung 7 on {device_kind}, compiled, against rung 3 in float32 on the "
+            f"Self-test of rung 8 on {device_kind}, compiled, against rung 3 in float32 on the "
             f"host.\n{COLUMNS}"
         )
     count = sum(path.off_tpu for path in PATHS)
     return (
-        f"Self-test of rung 7 in the TPU interpreter on {device_kind}, against rung 3 in float32.\n"
+        f"Self-test of rung 8 in the TPU interpreter on {device_kind}, against rung 3 in float32.\n"
         f"This is {count} of {len(PATHS)} paths, and the interpreter takes neither bitcasts nor "
         f"strided loads:\nonly a TPU can say whether those are right.\n{COLUMNS}"
     )

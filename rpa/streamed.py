@@ -417,7 +417,7 @@ def read_kv_head(buffers_ref, slot, h):
     """K and V of one head out of a buffer: two arrays [block_tokens, lanes], by value.
 
     Combined head 2h is K and 2h + 1 is V; `packing` of them share a 32-bit word, so reading one
-    makes the compiler shift and mask every word. Rung 7 reads both at once instead.
+    makes the compiler shift and mask every word. Rung 8 reads both at once instead.
     """
     packing = buffers_ref.shape[3]
     (k_row, k_part), (v_row, v_part) = divmod(2 * h, packing), divmod(2 * h + 1, packing)

@@ -1,4 +1,4 @@
-"""Pictures of chapter 8: units before and after, steps against HBM, banks, block-diagonal heads."""
+"""Pictures of chapters 9 and 10: units before and after, steps against HBM, banks, a diagonal."""
 
 import numpy as np
 from matplotlib.patches import Rectangle

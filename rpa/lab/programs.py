@@ -108,7 +108,7 @@ def fused(w: Workload) -> Program:
 
 
 def kernel(w: Workload) -> Program:
-    """Rung 7, with the cache donated."""
+    """Rung 8, with the cache donated."""
     num_tokens = w.num_seqs * w.q_len
     new = w.kv(num_tokens)
     args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)

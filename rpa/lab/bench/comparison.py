@@ -236,7 +236,7 @@ def least_us(chip) -> float:
 
 
 def prefill_chunks() -> list[dict]:
-    """Bundles of 128 query x 512 KV tokens in a prefill, rung 7 and v3, beside the MATMUL floor."""
+    """Bundles of 128 query x 512 KV tokens in a prefill, rung 8 and v3, beside the MATMUL floor."""
     rows = []
     for chip in CHIPS:
         for name, kernel in (("7 kernel", "rpa"), ("v3", "v3")):
