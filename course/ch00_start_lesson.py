@@ -276,7 +276,7 @@ print(f"Llama 3 8B here: {weights_s:.2f} s a token or more, for the weights alon
 # %% [markdown]
 # On a TPU the two rates should be close: a sum is as simple as streaming gets. Attention has to
 # stream the same way and compute on the fly, from a cache that lies in pieces, for sequences of all
-# lengths, and that is why it takes seven rungs to get there.
+# lengths, and that is why it takes eight rungs to get there.
 #
 # **Next:** [chapter 1](01_dense.ipynb) starts with the formula. You compute attention by hand,
 # count its FLOP and bytes, and find out which of the two limits each kind of work runs into.

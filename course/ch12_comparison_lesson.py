@@ -14,7 +14,7 @@
 # **You need:** chapters 4 to 10, and chapter 11 if a server waits for your kernel. No TPU; with
 # one, everything is timed as well.
 #
-# **You will be able to:** put seven rungs and three other kernels on one page, in lines, bytes and
+# **You will be able to:** put eight rungs and three other kernels on one page, in lines, bytes and
 # microseconds; say which of these numbers is counted, which predicted and which measured; and name
 # what nobody has solved yet.
 #
