@@ -380,4 +380,12 @@ assert counted == by_list
 #
 # **Chapter 8** reads the kernel in which each of these is solved, against this one.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/07_plain.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/07_plain.ipynb).
+#
+# **Read more:**
+#
+# - [Ragged Paged Attention](https://arxiv.org/abs/2604.15464): the production kernel that this
+#   one agrees with.
+# - [Splash
+#   attention](https://github.com/jax-ml/jax/tree/main/jax/experimental/pallas/ops/tpu/splash_attention),
+#   `splash_attention_mask_info.py`: another kernel whose order of work is data.
