@@ -47,7 +47,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import chips, compat, fused, streamed, tiled
+from rpa import chips, compat, fused, interpreter, streamed, tiled
 from rpa.paging import cdiv, kv_token_bytes, lanes_are_shared, pack_kv
 from rpa.ragged import check_call, quantize
 
@@ -443,7 +443,7 @@ def attention(
     arrays = tuple(map(jnp.asarray, (queries, keys, values, kv_cache)))
     if queries.shape[0] == 0:  # nothing to store, and no query block at all
         return arrays[0].astype(out_dtype), arrays[3]
-    interpret = compat.choose_interpret(interpret)
+    interpret = interpreter.choose_interpret(interpret)
     return _attention(*arrays, batch, scales, attention_sink, options, out_dtype, interpret)
 
 
