@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rpa import interpreter, plain
+from rpa import compat, interpreter, plain
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 from tests import mutants
