@@ -32,7 +32,18 @@ _HOMES = {
 }
 
 _ROOMS = (
-    *("chips", "dense", "paging", "ragged", "tiled", "streamed", "fused", "kernel", "ladder"),
+    *(
+        "chips",
+        "dense",
+        "paging",
+        "ragged",
+        "tiled",
+        "streamed",
+        "fused",
+        "plain",
+        "kernel",
+        "ladder",
+    ),
     *("check", "figures", "lab", "models", "shapes", "traces"),
 )
 

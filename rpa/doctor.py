@@ -61,7 +61,8 @@ RUNGS = (
     ("4 tiled", "rpa.tiled", "pallas"),
     ("5 streamed", "rpa.streamed", "pallas"),
     ("6 fused", "rpa.fused", "pallas"),
-    ("7 kernel", "rpa.kernel", "pallas"),
+    ("7 plain", "rpa.plain", "pallas"),
+    ("8 kernel", "rpa.kernel", "pallas"),
 )
 """Every rung of the ladder, its module, and what it is written in."""
 

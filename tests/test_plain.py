@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rpa import compat, plain
+from rpa import compat, interpreter, plain
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 from tests import mutants
@@ -459,7 +459,7 @@ def test_many_batches(name, mode):
 
 FAULTY_LENGTHS = [(1, 7), (0, 4), (1, 20), (1, 1), (9, 30), (2, 2)]
 needs_deadlock_errors = pytest.mark.skipif(
-    not compat.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
+    not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
 )
 
 
