@@ -85,8 +85,8 @@ rpa.doctor()
 
 # %% [markdown]
 # What the interpreter can tell you: whether numbers are right, whether a copy is used before it has
-# arrived, whether there is a data race. What it cannot tell you: how fast anything is. For that, later
-# chapters ask the real TPU compiler, which also runs on a laptop with Linux and needs no TPU.
+# arrived, whether there is a data race. What it cannot tell you: how fast anything is. For that,
+# later chapters ask the real TPU compiler, which also runs on a laptop with Linux and needs no TPU.
 #
 # **Takeaway.** Every chapter runs unchanged on a TPU (compiled) and without one (interpreted). What
 # is right in the interpreter may still be slow; that is a separate question, with its own tools.
