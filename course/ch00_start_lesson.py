@@ -10,9 +10,11 @@
 # attention; and read what a check says about your answer.
 #
 # In this course you write the kernel that a language model server spends much of its time in,
-# **ragged paged attention**, from the plain formula to the full kernel. Run the next cell first, as
-# in every notebook here: it finds or installs `rpa`, and says in one line that all is well, or what
-# is wrong and what to do about it.
+# **ragged paged attention**, from the plain formula to the full kernel. What that is, in ten
+# minutes and without any code: [What is ragged paged attention?](../docs/overview.md)
+#
+# Run the next cell first, as in every notebook here: it finds or installs `rpa`, and says in one
+# line that all is well, or what is wrong and what to do about it.
 
 # %%
 import os
