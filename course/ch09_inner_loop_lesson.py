@@ -54,10 +54,10 @@ print("share of the slots used:", (by_hand.sum(axis=0) / (capacity * len(by_hand
 # full. They wait for each other. Three things can bind a loop:
 #
 # - **a unit**: it uses 80 % of its slots or more. Give it less to do;
-# - **latency**: nobody is full, for everybody waits for a result. Give them more that is
-#   independent;
-# - **HBM**, which is not in the listing: copies run beside it, and if they take longer, that is the
-#   time.
+# - **latency**: no unit is full, because all of them wait for results. Give them more independent
+#   work;
+# - **HBM**, which is not in the listing: copies run next to it, and if they take longer, that is
+#   the time.
 #
 # The whole of rung 8 has thousands of bundles. So take its heart to the bench: **one KV block of
 # 512 tokens in VMEM, one query token**, 8 KV heads and 32 query heads of 128, bfloat16, no copies.
@@ -94,8 +94,8 @@ for unit, slots in live.slots.items():
 assert live.bound == "latency"
 
 # %% [markdown]
-# **Takeaway.** Count bundles, then ask who is full. If nobody is, it is latency. The compiler's
-# listing says both, without a TPU. Exercise 9.1.
+# **Takeaway.** Count bundles, then ask which unit is full. If none is, it is latency. The
+# compiler's listing says both, without a TPU. Exercise 9.1.
 
 # %% [markdown]
 # ## 2. What should bind?
@@ -143,10 +143,10 @@ for chip in CHIPS:
     assert mixed["floor"] > hbm_cycles(chip)
 
 # %% [markdown]
-# All rungs, under the roof of one TPU7x core, which is the hardest to feed. The batch is that of
-# chapter 12: 16 decodes of real lengths. Rungs 1 to 3 are plain JAX and have no schedule that we
-# could read: they are drawn as if XLA moved what they gather once, at peak bandwidth. The kernels
-# are drawn with the time of their executed schedule and its waits (`rpa.lab.bench.comparison`):
+# The rungs that have a schedule, under the roof of one TPU7x core, which is the hardest to feed.
+# The batch is that of chapter 12: 16 decodes of real lengths. Times are those of the executed
+# schedule and its waits (`rpa.lab.bench.comparison`). Rungs 1 to 3 are plain JAX, of which we read
+# no schedule: they have no time here, so they have no point.
 
 # %%
 from rpa.figures.roofline import under_roof
@@ -154,39 +154,32 @@ from rpa.lab.batches import make_batch
 from rpa.lab.predict.roofline import Point
 from rpa.ladder import LADDER
 
-step, found = comparison.decode_step(), comparison.recorded()
-decode_cost = chips.attention_cost(1, np.array(found["kv_lens"]), 32, 8, 128)
-points = {}
-for name in ("dense", "paging", "ragged"):
-    num_bytes = traffic.count(name, step, comparison.LAYER).num_bytes
-    at_peak_us = 1e6 * num_bytes / chips.chip("tpu7x").hbm_bytes_per_s
-    points[name] = Point(decode_cost.flops, num_bytes, at_peak_us)
-
 # %%
-kernels = {
-    row["name"]: row for row in found["rows"] if row["name"] in ("streamed", "fused", "kernel")
+found = comparison.recorded()
+decode_cost = chips.attention_cost(1, np.array(found["kv_lens"]), 32, 8, 128)
+numbers = {rung.name: rung.number for rung in LADDER}
+timed = {row["name"]: row for row in found["rows"] if row["time_us"]}
+rungs = {
+    f"rung {numbers[name]}": Point(decode_cost.flops, row["num_bytes"], row["time_us"]["tpu7x"])
+    for name, row in timed.items()
+    if name in numbers
 }
-for name, row in kernels.items():
-    points[name] = Point(decode_cost.flops, row["num_bytes"], row["time_us"]["tpu7x"])
-rungs = {f"rung {rung.number}": points[rung.name] for rung in LADDER if rung.name in points}
-slowness = {name: row["time_us"]["tpu7x"] for name, row in kernels.items()}
-assert min(slowness["streamed"], slowness["fused"]) > 9 * found["least_us"]["tpu7x"]
+slowness = {name: timed[name]["time_us"]["tpu7x"] for name in ("streamed", "fused")}
+assert min(slowness.values()) > 9 * found["least_us"]["tpu7x"]
 under_roof("tpu7x", rungs, title="16 decodes on a TPU7x (predicted)")
 
 # %% [markdown]
 # Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 8,
 # and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of 512 after
-# 3,584 cached tokens, on a v5e, on the other side of the ridge. Rung 3 writes scores and weights
-# down (chapter 4); rungs 4 and 7 have a schedule for a tile of 128 queries by 512 keys, so their
-# time is that of 32 tiles, or of their bytes:
+# 3,584 cached tokens, on a v5e, on the other side of the ridge. Rungs 4 and 8 have a schedule for a
+# tile of 128 queries by 512 keys, so their time is that of 32 tiles, or of their bytes:
 
 # %%
 chunk_cost = chips.attention_cost(512, 4096, 32, 8, 128)
-notes_bytes = 4 * 32 * 512 * 4096 * 4  # scores and weights, each written and read, by rung 3
 chunk = make_batch([(512, 4096)], page_size=128)
 tile_bundles = {"tiled": 8 * recorded("tiled")["bundles"],  # a KV head at a time
                 "kernel": recorded("kernels")["v5e"]["mixed"]["executed_per_chunk"]}  # fmt: skip
-points = {"rung 3": (chunk_cost.hbm_bytes + notes_bytes, 0)}
+points = {}
 for name, title in {"tiled": "rung 4", "kernel": "rung 8"}.items():
     num_bytes = traffic.count(name, chunk, comparison.LAYER).num_bytes
     points[title] = (num_bytes, 32 * tile_bundles[name])
@@ -253,8 +246,8 @@ for stride in (1, 8, 9, 12, 16, 32):
 
 # %% [markdown]
 # These are the compiler's loads, and 32 banks would explain all of them (exercise 9.2 counts). So
-# the buffer of rung 8 has a row a token more than it needs, which nobody reads. Each chip may have
-# its own number of banks; an odd distance meets all of them, whatever power of two they are:
+# the buffer of rung 8 has one row per token more than it needs. It is never read. Each chip may
+# have its own number of banks; an odd distance meets all of them, whatever power of two they are:
 
 # %%
 show_source(Plan.kv_buffer_words.fget)
@@ -268,8 +261,9 @@ for chip in CHIPS:
     assert 0.94 < odd.bundles / even.bundles < 0.97
 
 # %% [markdown]
-# Half of the loads, and only 4 or 5 % of the bundles? Nobody waits for loads *yet*. Take the loop
-# at the end of section 7, with all that comes until then, and give it the even distance again:
+# Half of the loads, and only 4 or 5 % of the bundles? Loads are not what is waited for *yet*. Take
+# the loop at the end of section 7, with all that comes until then, and give it the even distance
+# again:
 
 # %%
 more = {}
@@ -284,7 +278,7 @@ assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
 # A fifth on v6e, a third on a TPU7x; on a v5e another unit is full by then. An optimisation is
 # worth what it is worth in its company; measure it there.
 #
-# **Takeaway.** Odd strides. An eighth of VMEM that nobody reads saves half of the loads.
+# **Takeaway.** Odd strides. An eighth of VMEM that is never read saves half of the loads.
 
 # %% [markdown]
 # ## 5. Who waits for whom?
@@ -429,8 +423,8 @@ pictures.before_after(
 )
 
 # %% [markdown]
-# MATPUSH still binds, but it has less to take in, and MATMUL works beside it. In rung 8 it is a
-# room of its own:
+# MATPUSH still binds, but it has less to take in, and MATMUL works in the same bundles. In rung 8
+# it is a room of its own:
 
 # %%
 show_source(mxu)
@@ -483,7 +477,7 @@ assert per_head < 0.6 * rung4.bundles and rung8.bound == "MATMUL"
 
 # %% [markdown]
 # Three things made the difference. Order, as in section 5: two heads ahead, and of the last head
-# one half after the other, since no other head has products left to run beside its softmax. **Masks
+# one half after the other, since no other head has products left to run during its softmax. **Masks
 # off the common path**: rung 4 compares positions in every block, rung 8 only where the diagonal or
 # an end goes through (chapter 8), and what it does there costs:
 
@@ -508,7 +502,7 @@ for chip in CHIPS:
 show_source(mxu.append_ones)
 
 # %% [markdown]
-# Columns of ones beside V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
+# Columns of ones next to V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
 # for nothing. By hand: weights (2, 3), values (10, 20) become (10, 1), (20, 1): 80 and 5.
 
 # %%
@@ -526,11 +520,67 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 #
 # What did *not* help is worth as much: three heads ahead spills, and was 5 % slower on a TPU7x; the
 # same sums without any head ahead make the MXU wait, a quarter longer on v6e; a third copy of the
-# code for full masked blocks saves 5 % of those, and compiles longer for everybody.
+# code for full masked blocks saves 5 % of those, and makes every compilation longer.
 #
 # **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
 # they matter, sums and scales where a unit idles.
+
+
+# %% [markdown]
+# ## 10. From rung 7 to rung 8, one step at a time
 #
+# The bench showed each step on top of the last. Is that what a step is worth in the kernel? Turn
+# the question round: take rung 8 as it is, take *one* optimisation away, compile and execute it,
+# and compare. Each is one line of `rpa/kernel/` (`tools/record_steps.py` changes it in a copy of
+# the package). `python -m rpa lab steps` prints the table, with the reason for each row:
+
+# %%
+from rpa.lab.schedule import steps
+
+print(steps.table(steps.rows()))
+worth = {(row.step, row.where): row.values for row in steps.rows()}
+
+# %% [markdown]
+# Rows "inner loop" are a decode of 512 tokens on the bench, before and after. Rows "kernel" are all
+# of rung 8 without the step and with it: bundles of a decode of 1,024 tokens, bundles of a mixed
+# tile, and, in the last row, microseconds of 256 short decodes.
+#
+# Three readings. **Order is worth most**, and it costs not one instruction: without it a TPU7x
+# takes more than twice as long. **No step is worth on one chip what it is worth on another**: half
+# of an MXU that idles is not there on a v5e, and copies that start early help only where HBM is
+# fast. And **the sum of the parts is not the whole**: in the kernel the odd stride is worth 11 to
+# 14 %, three times as much as on the bench, because by now the loads are what is waited for.
+
+# %%
+order = worth["order of products", "kernel, decode"]["tpu7x"]
+odd = {where: worth["odd stride", where]["v6e"] for where in ("inner loop", "kernel, decode")}
+ahead = worth["copies further ahead", "kernel, batch"]
+assert order[0] > 2 * order[1]
+assert odd["kernel, decode"][0] / odd["kernel, decode"][1] > 1.1
+assert odd["inner loop"][0] / odd["inner loop"][1] < 1.06
+assert ahead["tpu7x"][0] > 1.3 * ahead["tpu7x"][1] and ahead["v5e"][0] < 1.01 * ahead["v5e"][1]
+
+# %% [markdown]
+# One step is not in the table, because it has no time to show: rung 7 keeps the page table in SMEM,
+# which holds 262,144 page numbers; rung 8 streams it from HBM, so that no context is too long.
+#
+# **Takeaway.** Nine changes make rung 8 out of rung 7. Each is a line that can be taken away, and
+# the lab says what that costs.
+
+# %% [markdown]
+# ## What is still slow
+#
+# The last bundles of each loop. At its start and its end the MXU has nothing that is independent
+# yet, or no more:
+
+# %%
+for chip in CHIPS:
+    mixed = recorded("kernels")[chip]["mixed"]
+    print(f"{chip:6} mixed tile: {mixed['floor'] / mixed['interior_region']:.0%} of the floor; "
+          f"decode: {recorded('kernels')[chip]['decode']['bound']} binds")  # fmt: skip
+    assert mixed["floor"] > 0.8 * mixed["interior_region"]
+
+# %% [markdown]
 # **Chapter 10** goes from the inner loop to the batch: how large the blocks should be, how far the
 # copies must run ahead, and what time comes of it all.
 #
