@@ -184,7 +184,7 @@ show_source(loop._Area)
 
 # %% [markdown]
 # **Takeaway.** One walk over (sequence, query block, KV block), idle slots passed over, tiles that
-# nobody sees skipped, masks only where the diagonal, a window or the end of a sequence goes
+# no query sees skipped, masks only where the diagonal, a window or the end of a sequence goes
 # through. Exercises 7.2 and 8.1.
 
 # %% [markdown]
@@ -340,7 +340,7 @@ show_source(transfers.start_stores)
 
 # %% [markdown]
 # Two things follow. No token can be missed: its query block always runs, and always reads the KV
-# block that the token lies in, window or not. And nobody ever waits to *read* a new token from the
+# block that the token lies in, window or not. And nothing ever waits to *read* a new token from the
 # cache, since every query block takes all new tokens from `new_kv`, those of earlier query blocks
 # too. A buffer has to be kept until its tokens have left, as in rung 6; they leave while the block
 # is computed. Count:

@@ -39,10 +39,10 @@ CHIPS = ("v5e", "v6e", "tpu7x")
 # %% [markdown]
 # ## 1. What does a chip do in a cycle?
 #
-# A TPU core issues one **bundle** a cycle, in order. A bundle has **slots**: so many for the matrix
-# units, so many for vector arithmetic, for loads, for stores. The compiler fills them in advance,
-# so its listing is a timetable. Four bundles by hand, of a core with one MATMUL slot and four VALU
-# slots:
+# A TPU core issues one **bundle** per cycle, in order. A bundle has **slots**: so many for the
+# matrix units, so many for vector arithmetic, for loads, for stores. The compiler fills them in
+# advance, so its listing is a timetable. Four bundles by hand, of a core with one MATMUL slot and
+# four VALU slots:
 
 # %%
 by_hand = np.array([[1, 0], [0, 4], [0, 4], [1, 1]])  # [bundle, unit]: slots used
@@ -90,7 +90,7 @@ live = on_the_bench("v5e", "odd stride")
 print(f"{live.bundles:,} bundles on a v5e, bound by {live.bound}; as recorded with libtpu", end=" ")
 print(f"{recorded('versions')['libtpu']}: {recorded_step('v5e', 'odd stride').bundles:,}")
 for unit, slots in live.slots.items():
-    print(f"  {unit:8} {slots:6,} slots, {live.capacity[unit]} a bundle: {live.share[unit]:4.0%}")
+    print(f"  {unit:8} {slots:6,} slots, {live.capacity[unit]} per bundle: {live.share[unit]:4.0%}")
 assert live.bound == "latency"
 
 # %% [markdown]
@@ -103,11 +103,11 @@ assert live.bound == "latency"
 # Before one makes a loop shorter: how short may it be? Three floors under 512 tokens of a decode,
 # by hand for a v5e:
 #
-# - **HBM**: 512 tokens of 4,096 bytes, 547 bytes a cycle: 3,836 cycles.
+# - **HBM**: 512 tokens of 4,096 bytes, 547 bytes per cycle: 3,836 cycles.
 # - **MATPUSH**: an MXU multiplies rows with *weights* that it must have taken in before. K and V
 #   are weights here, 2 x 8 heads x 512 x 128 numbers, and a few rows of queries use each of them
-#   once. The compiler's listing has 3,072 such slots, 4 a bundle: 768 cycles.
-# - **MATMUL**: the rows that go through, 1,024 slots, 4 a bundle: 256 cycles.
+#   once. The compiler's listing has 3,072 such slots, 4 per bundle: 768 cycles.
+# - **MATMUL**: the rows that go through, 1,024 slots, 4 per bundle: 256 cycles.
 
 
 # %%
@@ -169,10 +169,11 @@ assert min(slowness.values()) > 9 * found["least_us"]["tpu7x"]
 under_roof("tpu7x", rungs, title="16 decodes on a TPU7x (predicted)")
 
 # %% [markdown]
-# Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 8,
-# and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of 512 after
-# 3,584 cached tokens, on a v5e, on the other side of the ridge. Rungs 4 and 8 have a schedule for a
-# tile of 128 queries by 512 keys, so their time is that of 32 tiles, or of their bytes:
+# Look at rungs 5 and 6: they move hardly a byte more than they must, their place *across* is that
+# of rung 8, and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of
+# 512 after 3,584 cached tokens, on a v5e, on the other side of the ridge. Rungs 4 and 8 have a
+# schedule for a tile of 128 queries by 512 keys, so their time is that of 32 tiles, or of their
+# bytes:
 
 # %%
 chunk_cost = chips.attention_cost(512, 4096, 32, 8, 128)
@@ -242,7 +243,7 @@ pictures.banks([1, 8, 9, 16])
 # %%
 for stride in (1, 8, 9, 12, 16, 32):
     loads, bundles = recorded("strides")["v5e"][str(stride)]
-    print(f"every {stride:2} rows: {loads} loads a register, {bundles:3} bundles for 512 rows")
+    print(f"every {stride:2} rows: {loads} loads per register, {bundles:3} bundles for 512 rows")
 
 # %% [markdown]
 # These are the compiler's loads, and 32 banks would explain all of them (exercise 9.2 counts). So
@@ -320,8 +321,8 @@ show_source(loop._attend_tiles)
 # %% [markdown]
 # ## 6. What are four rows good for?
 #
-# A decode has 4 query heads a KV head, so 4 rows in registers of 8 (of 16, in bfloat16), and eight
-# chains of them. Put four heads in one product: queries on the diagonal, zeros elsewhere.
+# A decode has 4 query heads per KV head, so 4 rows in registers of 8 (of 16, in bfloat16), and
+# eight chains of them. Put four heads in one product: queries on the diagonal, zeros elsewhere.
 
 # %%
 pictures.block_diagonal(4)
@@ -350,7 +351,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 # %% [markdown]
 # With that a TPU7x is below its HBM time for the first time. Not more heads: with all eight in one
 # product there is a single chain, and nothing overlaps it. When it was tried in rung 8, eight heads
-# and two heads a product both took about an eighth more bundles than four (`docs/ablations.md`).
+# and two heads per product both took about an eighth more bundles than four (`docs/ablations.md`).
 #
 # **Takeaway.** Where the MXU is bound by its weights, rows are free. Fill them with other heads.
 
@@ -386,7 +387,7 @@ show_source(decode._attend_piece)
 # %% [markdown]
 # ## 8. Which side goes in?
 #
-# K and V are the weights, so MATPUSH is the fullest unit; four rows of queries a head go through,
+# K and V are the weights, so MATPUSH is the fullest unit; four rows of queries per head go through,
 # so MATMUL idles. But which side of a product is the weights is a matter of writing. By hand, one
 # query (2, 1) and three keys (1, 0), (0, 1), (3, 3):
 
@@ -433,8 +434,8 @@ show_source(mxu)
 # A product of rung 8 has 512 keys by default, which is one cell. Float32, and dots of fewer than
 # 384 lanes, turn none (`Plan.turns_keys`).
 #
-# All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
-# do better with half, see the table.
+# All seven steps, per sequence, next to HBM. The last one turns a quarter on every chip; v6e and
+# TPU7x do better with half, see the table.
 
 
 # %%
@@ -472,7 +473,7 @@ pictures.before_after({"Rung 4, one KV head": rung4, "Rung 8, eight KV heads": r
 
 # %%
 per_head = rung8.bundles / 8
-print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 8 {per_head:,.0f}; MATMUL floor 1,024")
+print(f"per head: rung 4 {rung4.bundles:,} bundles, rung 8 {per_head:,.0f}; MATMUL floor 1,024")
 assert per_head < 0.6 * rung4.bundles and rung8.bound == "MATMUL"
 
 # %% [markdown]
@@ -490,8 +491,8 @@ for chip in CHIPS:
     assert mixed["floor"] < inner < masked
 
 # %% [markdown]
-# It once was 18 % on v6e, because masks were compared anew for every head: 2.6
-# instructions a register of scores. Now they are computed once, stored as *limits*, and a score
+# It once was 18 % on v6e, because masks were compared again for every head: 2.6
+# instructions per register of scores. Now they are computed once, stored as *limits*, and a score
 # becomes `min(score, limit)`: a load and one instruction.
 #
 # And third, on v6e and TPU7x, **the idle half**. Their MXU is 256 wide, a head is 128: half of it
