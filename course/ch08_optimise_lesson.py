@@ -276,7 +276,7 @@ for chip in CHIPS:
 more = {}
 for chip in CHIPS:
     even = recorded("even_stride_at_the_end")[chip]
-    odd = recorded_step(chip, "two sequences a turn").bundles
+    odd = recorded_step(chip, "two sequences together").bundles
     more[chip] = even / odd - 1
     print(f"{chip:6} then: {even:5,} bundles even, {odd:5,} odd, {more[chip]:+.0%}")
 assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
@@ -372,7 +372,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 pictures.before_after(
     {
         "One head after the other, one sequence": recorded_step("v5e", "odd stride"),
-        "Six steps, two sequences": recorded_step("v5e", "two sequences a turn"),
+        "Six steps, two sequences": recorded_step("v5e", "two sequences together"),
     }
 )
 
@@ -384,7 +384,7 @@ pictures.before_after(
 # its own sequence has summed up before. That is the room `decode` of rung 7:
 
 # %%
-show_source(decode._attend_piece)
+show_source(decode._attend_sub_block)
 
 # %% [markdown]
 # **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
@@ -424,8 +424,8 @@ assert best == {"v5e": 1, "v6e": 2, "tpu7x": 2}
 # %%
 pictures.before_after(
     {
-        "All keys go in": recorded_step("v5e", "two sequences a turn"),
-        "A quarter goes through": recorded_step("v5e", "a quarter of the keys turned"),
+        "All keys go in": recorded_step("v5e", "two sequences together"),
+        "A quarter goes through": recorded_step("v5e", "a quarter of the keys swapped"),
     }
 )
 
@@ -438,7 +438,7 @@ show_source(mxu)
 
 # %% [markdown]
 # A product of rung 7 has 512 keys by default, which is one cell. Float32, and dots of fewer than
-# 384 lanes, turn none (`Plan.turns_keys`).
+# 384 lanes, turn none (`Plan.swaps_operands`).
 #
 # All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
 # do better with half, see the table.
@@ -678,7 +678,7 @@ assert cycles_per_turn(1) > 1.5 * copy_cycles > 1.3 * cycles_per_turn(3)
 # One turn ahead is a double buffer. HBM idles for more than a third of the time, although neither
 # the copies nor the products of a turn take as long as a turn does. Three ahead, it never stops:
 # what is on its way lasts for a latency and a computation. The lab says the same of the kernel
-# itself, 62 % before it ran three turns ahead in decode (`blocks.DECODE_TURNS_AHEAD`) and 91 %
+# itself, 62 % before it ran three turns ahead in decode (`blocks.DECODE_ITERATIONS_AHEAD`) and 91 %
 # since (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs

@@ -40,7 +40,7 @@ def test_who_has_a_spare_half(chip, bq, head_dim, dtype, expected):
     case = Case.DECODE if bq == 1 else Case.MIXED
     blocks, mxu_size = BlockSizes(bq, 16, bq, 16), chips.chip(chip).mxu_size
     plan = Plan(problem, case, blocks, interpret=False, is_last=True, mxu_size=mxu_size)
-    assert plan.has_spare_mxu == expected
+    assert plan.uses_idle_mxu == expected
 
 
 def test_two_parts_keep_sixteen_bits_of_a_scaled_query():

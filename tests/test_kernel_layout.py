@@ -111,7 +111,7 @@ def random_values(shape, dtype, seed=0):
 def query_buffer(plan):
     """A q buffer with random queries in slot 1, and the queries [tokens, kv, group, lanes]."""
     p, tokens = plan.problem, plan.buffer_tokens
-    heads = random_values((tokens, p.num_kv_heads, p.padded_group, p.lanes), p.q_dtype)
+    heads = random_values((tokens, p.num_kv_heads, p.padded_q_per_kv, p.lanes), p.q_dtype)
     packing = packing_of(p.q_dtype)
     shape = (tokens, p.head_words(p.q_dtype), packing, p.lanes)
     buffer = np.zeros((2, *shape), p.q_dtype)
@@ -122,12 +122,12 @@ def query_buffer(plan):
 def row_owners(plan, piece, dot):
     """(token, kv head, head of the group) of each row of a tile, from the rule in `layout`."""
     p, rows = plan.problem, []
-    words = p.padded_group // p.row_packing
+    words = p.padded_q_per_kv // p.row_packing
     for place in range(p.row_packing):
-        for h in range(plan.heads_per_dot):
+        for h in range(plan.heads_per_group):
             for word in range(words):
-                for t in range(plan.piece_rows):
-                    head = dot * plan.heads_per_dot + h
+                for t in range(plan.q_sub_rows):
+                    head = dot * plan.heads_per_group + h
                     group_head = word * p.row_packing + place
                     rows.append((piece * plan.blocks.bq_c + t, head, group_head))
     return rows
@@ -144,8 +144,8 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
     chip = replace(plan, interpret=False)
     o_shape = (2, plan.buffer_tokens, p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
     o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
-    for piece in range(plan.num_q_pieces):
-        for dot in range(plan.num_dots):
+    for piece in range(plan.num_q_subs):
+        for dot in range(plan.num_head_groups):
             tile = layout.load_q_tile(plan, WordRows(plan, ValueRef(buffer)), 1, piece, dot)
             expected = np.stack([heads[owner] for owner in row_owners(plan, piece, dot)])
             np.testing.assert_array_equal(tile, expected)
@@ -182,14 +182,14 @@ def test_keys_and_values(name, dtype, blocks):
     chip = replace(plan, interpret=False)
     for num_valid in (None, 5):
         kept = slice(8, 16 if num_valid is None else 8 + num_valid)
-        for dot in range(plan.num_dots):
+        for dot in range(plan.num_head_groups):
             args = (1, 8, dot, num_valid)
             by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
             by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
             for loaded, from_words, given in zip(by_value, by_words, (k, v), strict=True):
                 np.testing.assert_array_equal(loaded, from_words)
-                expected = np.zeros((8, plan.heads_per_dot, p.lanes), np.float32)
-                heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
+                expected = np.zeros((8, plan.heads_per_group, p.lanes), np.float32)
+                heads = slice(dot * plan.heads_per_group, (dot + 1) * plan.heads_per_group)
                 expected[: kept.stop - 8, :, : p.head_dim] = given[kept, heads]
                 got = np.asarray(loaded).astype(np.float32)
                 np.testing.assert_array_equal(got, expected.reshape(8, -1))
@@ -216,12 +216,12 @@ def test_keys_and_values_that_share_lanes(name, dtype, blocks):
     chip = replace(plan, interpret=False)
     for num_valid in (None, 5):
         kept = 8 if num_valid is None else num_valid
-        for dot in range(plan.num_dots):
+        for dot in range(plan.num_head_groups):
             args = (1, 8, dot, num_valid)
             by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
             by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
-            heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
-            expected = np.zeros((8, plan.heads_per_dot, 128), np.float32)
+            heads = slice(dot * plan.heads_per_group, (dot + 1) * plan.heads_per_group)
+            expected = np.zeros((8, plan.heads_per_group, 128), np.float32)
             both = np.concatenate([k, v], axis=2)[8 : 8 + kept, heads]
             expected[:kept] = both.astype(np.float32)
             for loaded in (*by_value, *by_words):
@@ -236,9 +236,9 @@ def test_block_diagonal_heads(name):
     owners = row_owners(plan, 0, 0)
     tile = random_values((plan.tile_rows, plan.problem.lanes), "float32")
     spread = np.asarray(layout.spread_heads(plan, jnp.asarray(tile)))
-    blocks = spread.reshape(plan.tile_rows, plan.heads_per_dot, -1)
+    blocks = spread.reshape(plan.tile_rows, plan.heads_per_group, -1)
     for row, (_, head, _) in enumerate(owners):
-        for h in range(plan.heads_per_dot):
+        for h in range(plan.heads_per_group):
             np.testing.assert_array_equal(blocks[row, h], tile[row] if h == head else 0)
     noise = np.where(spread == 0, 7.0, spread)
     np.testing.assert_array_equal(layout.gather_heads(plan, jnp.asarray(noise)), tile)
@@ -249,8 +249,8 @@ def test_sinks_stand_in_the_order_of_rows(blocks):
     plan = make_plan((9, 3), blocks=blocks)
     sinks = np.arange(1.0, 10.0, dtype=np.float32)
     tiles = np.asarray(layout.sink_tiles(plan, jnp.asarray(sinks)))
-    for dot in range(plan.num_dots):
-        rows = np.repeat(tiles[dot, :, 0], plan.piece_rows)
+    for dot in range(plan.num_head_groups):
+        rows = np.repeat(tiles[dot, :, 0], plan.q_sub_rows)
         for value, (_, head, group_head) in zip(rows, row_owners(plan, 0, dot), strict=True):
             padding = group_head >= 3
             assert value == (0 if padding else sinks[3 * head + group_head])

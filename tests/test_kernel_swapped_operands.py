@@ -22,7 +22,7 @@ def test_every_key_has_its_score(num_keys, mxu_size):
     parts = mxu.parts(num_keys, mxu_size)
     assert [key for first, end, _ in parts for key in range(first, end)] == list(range(num_keys))
     turns_some = num_keys >= (512 if mxu_size == 128 else 256)  # a quarter or a half, in 128s
-    assert any(is_turned for *_, is_turned in parts) == turns_some
+    assert any(is_swapped for *_, is_swapped in parts) == turns_some
     rng = np.random.default_rng(num_keys)
     q, k = (rng.integers(-8, 9, (n, 16)).astype(np.float32) for n in (4, num_keys))
     scores = mxu.product(jnp.asarray(q), jnp.asarray(k), mxu_size, lambda a, b: a @ b.T)
@@ -55,10 +55,10 @@ def test_whose_keys_are_turned(heads, head_dim, dtype, expected):
         is_last=True,
         max_q_len=1,
     )
-    assert plan.turns_keys == expected
+    assert plan.swaps_operands == expected
 
 
 def test_only_a_decode_turns_keys():
     blocks = BlockSizes(8, 1024, 8, 512)
     plan = Plan(make_problem((32, 8), 128), Case.MIXED, blocks, interpret=False, is_last=True)
-    assert not plan.turns_keys
+    assert not plan.swaps_operands

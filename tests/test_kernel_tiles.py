@@ -38,7 +38,7 @@ def test_query_blocks_of_few_tokens(mode):
     check_few_tokens(mode)
 
 
-TILE, FOR_EACH_PIECE, PARTS_OF_TILE = softmax.Tile, loop._for_each_piece, loop._parts_of_tile
+TILE, FOR_EACH_PIECE, PARTS_OF_TILE = softmax.Tile, loop._for_each_q_sub, loop._parts_of_tile
 WRONG_TILES = {
     "all small tiles in one place": (
         softmax,
@@ -49,7 +49,7 @@ WRONG_TILES = {
     ),
     "one small tile, however many tokens": (
         loop,
-        "_for_each_piece",
+        "_for_each_q_sub",
         lambda plan, block: (
             loop._repeat(1) if plan.has_small_tiles else FOR_EACH_PIECE(plan, block)
         ),

@@ -61,7 +61,7 @@ def test_blocks_of_rung_7_are_left_out_just_where_vmem_has_no_room_for_them():
             )  # fmt: skip
             new = sizes.kv(sizes.num_seqs)
             args = (sizes.queries(sizes.num_seqs), new, new, sizes.kv_cache, *sizes.metadata)
-            with mock.patch.object(api, "_run_on_copy", lambda *_, **__: None):
+            with mock.patch.object(api, "_call_on_copy", lambda *_, **__: None):
                 try:
                     jax.eval_shape(attend, *args)
                 except ValueError as error:

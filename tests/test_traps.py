@@ -57,7 +57,7 @@ def test_03_a_negative_distribution_reads_nothing_before_the_arrays():
     plan = SimpleNamespace(max_q_len=1, problem=SimpleNamespace(max_num_seqs=2))
     lengths = SimpleNamespace(kv_lens=jnp.array([3, 5]), cu_q_lens=jnp.array([0, 1, 2]))
     for first, end in [(0, -1), (-2, -1), (-2, 2)]:
-        step = traversal.first_step(plan, lengths, jnp.int32(first), jnp.int32(end))
+        step = traversal.first_item(plan, lengths, jnp.int32(first), jnp.int32(end))
         assert step.seq.index == 0, "an index that is not below `end` ends the walk"
 
 

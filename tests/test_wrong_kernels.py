@@ -47,7 +47,7 @@ needs_deadlock_errors = pytest.mark.skipif(
 @contextlib.contextmanager
 def in_short_supply():
     """Few buffers, so that they are waited for in a small batch; normally it takes 16 decodes."""
-    with mock.patch.object(blocks, "DECODE_TURNS_AHEAD", 1):
+    with mock.patch.object(blocks, "DECODE_ITERATIONS_AHEAD", 1):
         yield
 
 
@@ -77,7 +77,7 @@ def changed(function, **changes):
 
 
 PAGE_COPY, STORE_IN_PAGE = transfers._page_copy, transfers._store_in_page
-AREA_MASK = loop._Area.mask
+SCORE_TILE_MASK = loop.ScoreTile.mask
 ACCUMULATE, LOAD_KV = softmax.accumulate, layout.load_kv
 WRONG_PARTS = {
     "page index off by one": (
@@ -97,7 +97,7 @@ WRONG_PARTS = {
         "_chunk_start",
         lambda plan, entry: 0 * entry + 128,
     ),
-    "every block taken for a run": (page_table, "is_run", lambda entry: entry >= -(2**31)),
+    "every block taken for a run": (page_table, "is_contiguous", lambda entry: entry >= -(2**31)),
     "mark of a run left on its page": (page_table, "page", lambda entry: entry),
     "stale rows behind the last token kept": (
         layout,
@@ -105,14 +105,14 @@ WRONG_PARTS = {
         lambda words, num_valid: words,
     ),
     "mask one key late": (
-        loop._Area,
+        loop.ScoreTile,
         "mask",
-        lambda area: jnp.roll(AREA_MASK(area), 1, axis=1).at[:, 0].set(True),
+        lambda area: jnp.roll(SCORE_TILE_MASK(area), 1, axis=1).at[:, 0].set(True),
     ),
     "mask never needed": (
-        loop._Area,
+        loop.ScoreTile,
         "mask",
-        lambda area: jnp.ones_like(AREA_MASK(area)),
+        lambda area: jnp.ones_like(SCORE_TILE_MASK(area)),
     ),
     "query position off by one": (
         traversal,
@@ -167,9 +167,9 @@ WRONG_WINDOWS = {
         changed(traversal.query_block, kv_start=lambda block: jnp.minimum(block.kv_start + 8, 64)),
     ),
     "window ignored by the mask": (
-        loop._Area,
+        loop.ScoreTile,
         "mask",
-        lambda area: AREA_MASK(area) | AREA_MASK(_shifted_back(area)),
+        lambda area: SCORE_TILE_MASK(area) | SCORE_TILE_MASK(_shifted_back(area)),
     ),
 }
 

@@ -1,9 +1,11 @@
-"""Rung 7: the complete kernel, in rooms.
+"""Rung 8: the complete kernel, in rooms.
 
 `api` is the public function. `cases` says which kernel computes which sequences, `plan` what is
-static about one of them, `blocks` how large its blocks are, `launch` how it is called, `table` what
+static about one of them, `blocks` how large its blocks are, `launch` how it is called,
+`page_table` what
 it is told about neighbouring pages. Inside it, `loop` is the loop nest (`decode` the one of
-decode), `belt` how far copies run ahead, `tiles` brings queries in and results out, `walk` is the
+decode), `pipeline` how far copies run ahead, `tiles` brings queries in and results out,
+`traversal` is the
 order of the blocks, `transfers` every copy, `layout` how values lie in memory, `softmax` the
 arithmetic of one tile, `mxu` what an MXU does for it that would be idle otherwise.
 

@@ -55,7 +55,7 @@ def ragged_paged_attention(
     donate=True,
     chip=None,
 ):
-    """Ragged paged attention, rung 7: any mix of decode and prefill in one pass over the KV cache.
+    """Ragged paged attention, rung 8: any mix of decode and prefill in one pass over the KV cache.
 
     First the keys and values of the new tokens are stored in the cache, then every token attends
     to its own sequence. Same arguments, layouts and results as tpu-inference v3; where that one is
@@ -172,7 +172,7 @@ def ragged_paged_attention(
             "native_float8": chip.peak("float8_e4m3fn") > chip.peak(),
         }
     plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine)
-    run = _run_in_place if donate else _run_on_copy
+    run = _call_in_place if donate else _call_on_copy
     return run(
         *(queries, keys, values, kv_cache, batch),
         tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale))),
@@ -185,10 +185,10 @@ def ragged_paged_attention(
 
 
 STATIC = ("plans", "options")
-_run_in_place = partial(jax.jit, static_argnames=STATIC, donate_argnames="kv_cache")(
-    launch.run_plans
+_call_in_place = partial(jax.jit, static_argnames=STATIC, donate_argnames="kv_cache")(
+    launch.call_plans
 )
-_run_on_copy = partial(jax.jit, static_argnames=STATIC)(launch.run_plans)
+_call_on_copy = partial(jax.jit, static_argnames=STATIC)(launch.call_plans)
 
 
 def _choose_backend(backend):

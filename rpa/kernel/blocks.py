@@ -1,7 +1,7 @@
 """Block sizes: what fits in VMEM, sensible defaults for a chip, and errors that say what to shrink.
 
-A larger KV block means fewer waits and fewer turns of the loops; a larger query block reads the KV
-cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
+A larger KV block means fewer waits and fewer iterations of the loops; a larger query block reads
+the KV cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ import numpy as np
 
 from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import CHAINS_AHEAD, BlockSizes, Plan, align
+from rpa.kernel.plan import DECODE_QK_AHEAD, BlockSizes, Plan, align
 from rpa.paging import LANES, cdiv, packing_of
 
 KV_BLOCK_BYTES = 4 * 2**20
@@ -29,9 +29,9 @@ heads each has half as many."""
 DECODE_COLUMNS, PRODUCTS = 512, 4
 """Keys a product takes in decode; and the most products in a row of keys, of any block."""
 
-DECODE_TURNS_AHEAD, TURNS_AHEAD = 3, 2
-"""Turns whose copies are on their way, see `belt`: with three, a TPU7x decodes short sequences as
-fast as it reads them. A turn of the other kernels computes longer."""
+DECODE_ITERATIONS_AHEAD, ITERATIONS_AHEAD = 3, 2
+"""Turns whose copies are on their way, see `pipeline`: with three, a TPU7x decodes short sequences
+as fast as it reads them. A turn of the other kernels computes longer."""
 
 COMPILER_BYTES = 4 * 2**20
 """VMEM left to the compiler besides the values of one tile: spilled registers, its own buffers."""
@@ -40,15 +40,15 @@ COMPILER_BYTES = 4 * 2**20
 def vmem_buffers(plan: Plan):
     """The kernel's buffers in VMEM, {name: (shape, dtype)}; what is in them says `loop._Refs`."""
     p = plan.problem
-    num_states = plan.num_slots if plan.is_decode else plan.num_q_pieces
-    tiles = (num_states, plan.num_dots, plan.tile_rows)
+    num_states = plan.num_slots if plan.is_decode else plan.num_q_subs
+    tiles = (num_states, plan.num_head_groups, plan.tile_rows)
     q_packing, o_packing = packing_of(p.q_dtype), packing_of(p.out_dtype)
     kv = (plan.num_slots, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
     q = (plan.num_slots, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
     o = (plan.num_slots, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
     # With a spare half of the MXU: two parts of the queries, and row sums beside the accumulator.
-    q_lanes = plan.tile_lanes * (2 if plan.has_spare_mxu else 1)
-    acc_lanes = plan.tile_lanes + (LANES if plan.has_spare_mxu else 0)
+    q_lanes = plan.tile_lanes * (2 if plan.uses_idle_mxu else 1)
+    acc_lanes = plan.tile_lanes + (LANES if plan.uses_idle_mxu else 0)
     buffers = {
         "kv_buffer": (kv, p.kv_dtype),
         "q_buffer": (q, p.q_dtype),
@@ -59,8 +59,8 @@ def vmem_buffers(plan: Plan):
     # A decode lays its queries out for each block anew, and has its masks in registers.
     if not plan.is_decode:
         buffers["q_tiles"] = ((*tiles, q_lanes), p.compute_dtype)
-        buffers["limits"] = ((plan.mask_rows, plan.blocks.bkv_c), np.dtype(np.float32))
-    if not plan.has_spare_mxu:
+        buffers["mask_limits"] = ((plan.mask_rows, plan.blocks.bkv_c), np.dtype(np.float32))
+    if not plan.uses_idle_mxu:
         buffers["l"] = ((*tiles, LANES), np.dtype(np.float32))
     return buffers
 
@@ -78,9 +78,9 @@ def _bytes_of_values(plan):
     """Scores, weights, K and V of the tiles that are in work at once, most of them spilled."""
     columns, lanes = plan.blocks.bkv_c, plan.tile_lanes
     if plan.is_decode:
-        chains = plan.steps_per_turn * plan.products_in_a_row * plan.num_dots
+        in_flight = plan.items_per_iteration * plan.products_unrolled * plan.num_head_groups
         k_and_v = 2 * columns * lanes * plan.problem.compute_dtype.itemsize
-        return min(CHAINS_AHEAD + 1, chains) * (8 * plan.tile_rows * columns + k_and_v)
+        return min(DECODE_QK_AHEAD + 1, in_flight) * (8 * plan.tile_rows * columns + k_and_v)
     # The tile in work and the one that waits.
     return 4 * (4 * plan.tile_rows * columns + 4 * columns * lanes)
 
@@ -144,7 +144,7 @@ def default_block_sizes(problem, case, max_q_len):
     rows, tokens = SCORE_ROWS, LANES
     if p.num_kv_heads <= 2:
         rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
-    bq = min(_down(rows // p.padded_group, SUBLANES), tokens, align(most_q, SUBLANES))
+    bq = min(_down(rows // p.padded_q_per_kv, SUBLANES), tokens, align(most_q, SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
     return BlockSizes(bq, min(align(most, bkv_c), PRODUCTS * bkv_c), bq, bkv_c)
 
@@ -154,17 +154,17 @@ def _down(x, multiple):
 
 
 def plan_ahead(plan: Plan, vmem_limit_bytes) -> Plan:
-    """A plan with as many turns ahead as fit, at least one.
+    """A plan with as many iterations ahead as fit, at least one.
 
     Args:
         plan: with its blocks; how far it runs ahead does not matter.
         vmem_limit_bytes: VMEM that the plan may take; one turn ahead it may take more.
     """
-    for turns in range(DECODE_TURNS_AHEAD if plan.is_decode else TURNS_AHEAD, 1, -1):
-        ahead = replace(plan, turns_ahead=turns)
+    for iterations in range(DECODE_ITERATIONS_AHEAD if plan.is_decode else ITERATIONS_AHEAD, 1, -1):
+        ahead = replace(plan, iterations_ahead=iterations)
         if _fits(ahead, vmem_limit_bytes):
             return ahead
-    return replace(plan, turns_ahead=1)
+    return replace(plan, iterations_ahead=1)
 
 
 def _fits(plan, vmem_limit_bytes):

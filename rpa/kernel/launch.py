@@ -15,7 +15,7 @@ from rpa.paging import pack_kv, packing_of
 
 
 class Options(NamedTuple):
-    """How the kernels are run; hashable, a static argument of `run_plans`."""
+    """How the kernels are run; hashable, a static argument of `call_plans`."""
 
     interpret_params: pltpu.InterpretParams | None
     vmem_limit_bytes: int
@@ -23,7 +23,7 @@ class Options(NamedTuple):
     disable_semaphore_checks: bool
 
 
-def run_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, options):
+def call_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, options):
     """Run the kernels of one call, one after the other, on the same output and cache.
 
     Args:
@@ -120,10 +120,10 @@ def _scratch(plan):
     return {
         name: pltpu.VMEM(shape, dtype) for name, (shape, dtype) in blocks.vmem_buffers(plan).items()
     } | {
-        "table_chunks": pltpu.SMEM((plan.belt_places * plan.table_chunk_words,), jnp.int32),
-        "belt": pltpu.SMEM((plan.belt_words,), jnp.int32),
-        "state": pltpu.SMEM((2 * plan.num_slots,), jnp.int32),
-        "table_sems": dma((plan.belt_places,)),
+        "table_chunks": pltpu.SMEM((plan.ring_items * plan.table_chunk_words,), jnp.int32),
+        "ring": pltpu.SMEM((plan.ring_words,), jnp.int32),
+        "in_flight": pltpu.SMEM((2 * plan.num_slots,), jnp.int32),
+        "table_sems": dma((plan.ring_items,)),
         "kv_sems": dma((plan.num_slots,)),
         "q_sems": dma((plan.num_slots,)),
         "o_sems": dma((plan.num_slots,)),

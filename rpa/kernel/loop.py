@@ -1,6 +1,7 @@
-"""The loops: steps (KV blocks, see `walk`), compute blocks of keys and of queries, heads.
+"""The loops: steps (KV blocks, see `traversal`), compute blocks of keys and of queries, heads.
 
-Read `kernel` first and go on downwards. While a step is computed, the copies of the next one run.
+Read `kernel` first and go on downwards. While a work item is computed, the copies of the next one
+run.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from jax.experimental import pallas as pl
 from rpa import compat
 from rpa.kernel import decode, layout, pipeline, softmax, tiles, transfers, traversal
 
-DOTS_AHEAD = 2
+MIXED_QK_AHEAD = 2
 """How far Q K^T runs ahead of P V: at the end the MXU has work while it waits for a softmax."""
 
 
@@ -23,24 +24,28 @@ def kernel(plan, names, *args):
     transfers.clear(plan, refs)
     pipeline.clear(plan, refs, end)
 
-    def serve_stations(carry):
-        turn, step = carry
+    def iterate(carry):
+        iteration, item = carry
         # Before the wait for what is computed: the DMA engine must never be without work.
-        pipeline.to_fetch(plan, refs, turn, end, partial(transfers.fetch, plan, refs))
-        looked_up = pipeline.put(plan, refs, turn, traversal.steps_of_turn(plan, refs, step, end))
+        pipeline.to_fetch(plan, refs, iteration, end, partial(transfers.fetch, plan, refs))
+        looked_up = pipeline.put(
+            plan, refs, iteration, traversal.items_of_iteration(plan, refs, item, end)
+        )
         transfers.look_up(plan, refs, looked_up, end)
-        to_compute = pipeline.to_compute(plan, refs, turn)
+        to_compute = pipeline.to_compute(plan, refs, iteration)
         if plan.is_decode:
             decode.compute(plan, refs, to_compute, end)
         else:
             pl.when(to_compute[0].seq.index < end)(partial(_compute, plan, refs, *to_compute))
-        return pipeline.next_turn(plan, turn), traversal.next_step(plan, refs, looked_up[-1], end)
+        return pipeline.next_iteration(plan, iteration), traversal.next_item(
+            plan, refs, looked_up[-1], end
+        )
 
-    step = traversal.first_step(plan, refs, first, end)
+    item = traversal.first_item(plan, refs, first, end)
     lax.while_loop(
-        lambda carry: pipeline.is_on(plan, refs, carry[0], end),
-        serve_stations,
-        (pipeline.first_turn(plan, step, end), step),
+        lambda carry: pipeline.is_running(plan, refs, carry[0], end),
+        iterate,
+        (pipeline.first_iteration(plan, item, end), item),
     )
     transfers.wait_all(plan, refs)
     if plan.is_last:
@@ -60,19 +65,20 @@ class _Refs:
                new_kv                  [num_tokens, kv_words, packing, lanes]
                kv_cache, kv_cache_out  [num_pages * page_size, kv_words, packing, lanes], one memory
                page_table              i32[table_words]
-        VMEM   sinks                   f32[num_dots, tile_rows / piece_rows, 128]
+        VMEM   sinks                   f32[num_head_groups, tile_rows / q_sub_rows, 128]
                q_buffer, o_buffer      [num_slots, buffer_tokens, head_words, packing, lanes]
                kv_buffer               [num_slots, bkv, kv_buffer_words, packing, lanes]
-               m, l                    f32[states, num_dots, tile_rows, 128], running maximum, sum
-               acc                     f32[states, num_dots, tile_rows, tile_lanes (+ 128)]
-               q_tiles                 [states, num_dots, tile_rows, tile_lanes (x 2)]
-               limits                  f32[mask_rows, bkv_c], the mask as inf and -inf
-        SMEM   table_chunks            i32[belt_places * table_chunk_words], one for each step
-               belt                    i32[belt_words], see there
-               state                   i32[2 * num_slots], see `walk`
-        DMA semaphores: table_sems [belt_places]; kv_sems, q_sems, o_sems, store_sems [num_slots]
+               m, l                    f32[states, num_head_groups, tile_rows, 128], running
+               maximum, sum
+               acc                     f32[states, num_head_groups, tile_rows, tile_lanes (+ 128)]
+               q_tiles                 [states, num_head_groups, tile_rows, tile_lanes (x 2)]
+               mask_limits             f32[mask_rows, bkv_c], the mask as inf and -inf
+        SMEM   table_chunks            i32[ring_items * table_chunk_words], one for each item
+               ring                    i32[ring_words], see there
+               in_flight               i32[2 * num_slots], see `traversal`
+        DMA semaphores: table_sems [ring_items]; kv_sems, q_sems, o_sems, store_sems [num_slots]
 
-    There are num_q_pieces states, in decode num_slots. With a spare half of the MXU the row sums
+    There are num_q_subs states, in decode num_slots. With a spare half of the MXU the row sums
     are the last 128 columns of acc, and there is no l; the queries are two parts side by side.
     q_rows, o_rows and kv_rows are the three buffers as `layout.WordRows`.
     """
@@ -84,32 +90,32 @@ class _Refs:
         self.kv_rows = layout.WordRows(plan, self.kv_buffer)
 
 
-def _compute(plan, refs, step):
+def _compute(plan, refs, item):
     """Attention of a query block to one of the KV blocks that it sees."""
-    block = traversal.query_block(plan, step.seq, step.q_index)
+    block = traversal.query_block(plan, item.seq, item.q_index)
 
-    @pl.when(step.kv_index == 0)
+    @pl.when(item.kv_index == 0)
     def _():
         if plan.problem.debug_mode:
-            pl.debug_print("rpa: sequence {}, queries from row {}", step.seq.index, block.row)
-        transfers.wait_queries(refs, block, step.q_slot)
-        _for_each_tile(plan, block, partial(_start_tile, refs, step.q_slot))
+            pl.debug_print("rpa: sequence {}, queries from row {}", item.seq.index, block.row)
+        transfers.wait_queries(refs, block, item.q_slot)
+        _for_each_tile(plan, block, partial(_start_tile, refs, item.q_slot))
 
-    num_tokens = traversal.kv_block_tokens(plan, block, step.kv_index)
-    transfers.wait_kv(plan, refs, step.kv_slot, num_tokens)
-    transfers.start_stores(plan, refs, block, step)
-    position = traversal.kv_block_start(plan, block, step.kv_index)
-    attend = partial(_attend_kv_block, refs, block, step.kv_slot, position, num_tokens)
-    _in_tiles_that_suit(plan, block, attend)
+    num_tokens = traversal.kv_block_tokens(plan, block, item.kv_index)
+    transfers.wait_kv(plan, refs, item.kv_slot, num_tokens)
+    transfers.start_stores(plan, refs, block, item)
+    position = traversal.kv_block_start(plan, block, item.kv_index)
+    attend = partial(_attend_kv_block, refs, block, item.kv_slot, position, num_tokens)
+    _with_tiles_that_fit(plan, block, attend)
 
-    @pl.when(step.kv_index + 1 == traversal.num_kv_blocks(plan, block))
+    @pl.when(item.kv_index + 1 == traversal.num_kv_blocks(plan, block))
     def _():
-        transfers.wait_output(plan, refs, step.q_slot)
-        _for_each_tile(plan, block, partial(_finish_tile, refs, step.q_slot))
-        transfers.start_output(plan, refs, step.q_slot, block.row, block.num_rows)
+        transfers.wait_output(plan, refs, item.q_slot)
+        _for_each_tile(plan, block, partial(_finish_tile, refs, item.q_slot))
+        transfers.start_output(plan, refs, item.q_slot, block.row, block.num_rows)
 
 
-def _in_tiles_that_suit(plan, block, body):
+def _with_tiles_that_fit(plan, block, body):
     """Call body(plan), with `Plan.in_small_tiles` for a query block of few tokens."""
     small = plan.in_small_tiles
     if small is None:
@@ -121,23 +127,24 @@ def _in_tiles_that_suit(plan, block, body):
 
 
 def _for_each_tile(plan, block, body):
-    """Call body(plan, piece, dot) for all tiles that hold at least one token of a query block.
+    """Call body(plan, q_sub, head_group) for all tiles that hold at least one token of a query
+    block.
 
     Both in loops: the dots side by side would be as many copies of the code, to no one's gain.
     """
 
     def tiles_of(plan):
-        @_for_each_piece(plan, block)
-        def _(piece):
-            _repeat(plan.num_dots)(partial(body, plan, piece))
+        @_for_each_q_sub(plan, block)
+        def _(q_sub):
+            _repeat(plan.num_head_groups)(partial(body, plan, q_sub))
 
-    _in_tiles_that_suit(plan, block, tiles_of)
+    _with_tiles_that_fit(plan, block, tiles_of)
 
 
-def _for_each_piece(plan, block):
+def _for_each_q_sub(plan, block):
     """A loop over the pieces of queries, and no loop where there can be only one."""
     return _repeat(
-        1 if plan.num_q_pieces == 1 else traversal.divide_up(block.num_rows, plan.blocks.bq_c)
+        1 if plan.num_q_subs == 1 else traversal.divide_up(block.num_rows, plan.blocks.bq_c)
     )
 
 
@@ -148,19 +155,19 @@ def _repeat(count):
     return compat.loop_once(0, count)
 
 
-def _start_tile(refs, slot, plan, piece, dot):
+def _start_tile(refs, slot, plan, q_sub, head_group):
     """Set a tile to "no key seen yet", and lay its queries out for the MXU."""
-    sinks = refs.sinks[dot] if plan.problem.has_sinks else None
-    tile = softmax.Tile(plan, refs, piece, dot)
+    sinks = refs.sinks[head_group] if plan.problem.has_sinks else None
+    tile = softmax.Tile(plan, refs, q_sub, head_group)
     softmax.start(plan, tile, sinks)
-    queries = tiles.load_queries(plan, refs, slot, piece, dot)
+    queries = tiles.load_queries(plan, refs, slot, q_sub, head_group)
     tile.q[...] = softmax.queries(plan, refs.scalars, queries)
 
 
-def _finish_tile(refs, slot, plan, piece, dot):
-    tile = softmax.Tile(plan, refs, piece, dot)
+def _finish_tile(refs, slot, plan, q_sub, head_group):
+    tile = softmax.Tile(plan, refs, q_sub, head_group)
     acc = tile.acc[:, pl.ds(0, plan.tile_lanes)]  # without the row sums that may stand beside it
-    tiles.store_output(plan, refs, slot, piece, dot, acc, tile.l[...])
+    tiles.store_output(plan, refs, slot, q_sub, head_group, acc, tile.l[...])
 
 
 def _attend_kv_block(refs, block, slot, position, num_tokens, plan):
@@ -168,28 +175,28 @@ def _attend_kv_block(refs, block, slot, position, num_tokens, plan):
     bq_c, bkv_c = plan.blocks.bq_c, plan.blocks.bkv_c
 
     @_repeat(1 if plan.blocks.bkv == bkv_c else traversal.divide_up(num_tokens, bkv_c))
-    def _(kv_piece):
-        token = kv_piece * bkv_c
+    def _(kv_sub):
+        token = kv_sub * bkv_c
         num_valid = jnp.minimum(bkv_c, num_tokens - token)
 
-        @_for_each_piece(plan, block)
-        def _(piece):
-            area = _Area(plan, block.position + piece * bq_c, position + token, num_valid)
+        @_for_each_q_sub(plan, block)
+        def _(q_sub):
+            score_tile = ScoreTile(plan, block.position + q_sub * bq_c, position + token, num_valid)
 
-            is_masked = area.is_needed
+            is_masked = score_tile.is_needed
             if not plan.masks_always:
-                is_masked &= jnp.logical_not(area.needs_no_mask)
+                is_masked &= jnp.logical_not(score_tile.needs_no_mask)
 
-                @pl.when(area.is_needed & area.needs_no_mask)
+                @pl.when(score_tile.is_needed & score_tile.needs_no_mask)
                 def _():
-                    _attend_tiles(plan, refs, slot, token, piece, None)
+                    _attend_tiles(plan, refs, slot, token, q_sub, None)
 
             @pl.when(is_masked)
             def _():
-                _attend_tiles(plan, refs, slot, token, piece, area)
+                _attend_tiles(plan, refs, slot, token, q_sub, score_tile)
 
 
-class _Area:
+class ScoreTile:
     """A rectangle of scores, bq_c queries by bkv_c keys, and what the mask does to it."""
 
     def __init__(self, plan, q_position, kv_position, num_valid):
@@ -222,37 +229,39 @@ class _Area:
         return mask
 
 
-def _attend_tiles(plan, refs, slot, token, piece, area):
-    """All heads of one area. The products of a head overlap the softmax of the next.
+def _attend_tiles(plan, refs, slot, token, q_sub, score_tile):
+    """All heads of one score_tile. The products of a head overlap the softmax of the next.
 
-    P V of a tile is issued after Q K^T of the DOTS_AHEAD next ones: it has to wait for its softmax,
+    P V of a tile is issued after Q K^T of the MIXED_QK_AHEAD next ones: it has to wait for its
+    softmax,
     and the MXU, which takes its work in order, would wait with it. After the last head there is
     nothing to do beside a softmax but its own other half.
     """
-    limits = num_valid = None
-    if area is not None:
-        limits, num_valid = refs.limits.at[pl.ds(0, plan.mask_rows)], area.num_valid
-        limits[...] = jnp.where(area.mask(), jnp.inf, -jnp.inf)
-    waiting = []
-    for dot in range(plan.num_dots):
-        k, v = layout.load_kv(plan, refs.kv_rows, slot, token, dot, num_valid)
-        for tile in _parts_of_tile(plan, refs, piece, dot):
-            s = softmax.scores(plan, refs.scalars, tile.q[...], k, limits)
-            if len(waiting) == DOTS_AHEAD:
-                softmax.accumulate(plan, *waiting.pop(0))
+    mask_limits = num_valid = None
+    if score_tile is not None:
+        mask_limits, num_valid = refs.mask_limits.at[pl.ds(0, plan.mask_rows)], score_tile.num_valid
+        mask_limits[...] = jnp.where(score_tile.mask(), jnp.inf, -jnp.inf)
+    pending = []
+    for head_group in range(plan.num_head_groups):
+        k, v = layout.load_kv(plan, refs.kv_rows, slot, token, head_group, num_valid)
+        for tile in _parts_of_tile(plan, refs, q_sub, head_group):
+            s = softmax.scores(plan, refs.scalars, tile.q[...], k, mask_limits)
+            if len(pending) == MIXED_QK_AHEAD:
+                softmax.accumulate(plan, *pending.pop(0))
             p, decay = softmax.update(plan, s, tile)
-            waiting.append((p, v, decay, tile))
-    for products in waiting:
+            pending.append((p, v, decay, tile))
+    for products in pending:
         softmax.accumulate(plan, *products)
 
 
-def _parts_of_tile(plan, refs, piece, dot):
-    """What one product takes of a tile: all, but of the last dot one half after the other."""
+def _parts_of_tile(plan, refs, q_sub, head_group):
+    """What one product takes of a tile: all, but of the last head_group one half after the
+    other."""
     half = plan.tile_rows // 2
     # The mask must begin anew in the second half; and a bfloat16 register holds 16 rows.
-    if dot < plan.num_dots - 1 or half % plan.mask_rows or half % 16:
-        return [softmax.Tile(plan, refs, piece, dot)]
-    return [softmax.Tile(plan, refs, piece, dot, first, half) for first in (0, half)]
+    if head_group < plan.num_head_groups - 1 or half % plan.mask_rows or half % 16:
+        return [softmax.Tile(plan, refs, q_sub, head_group)]
+    return [softmax.Tile(plan, refs, q_sub, head_group, first, half) for first in (0, half)]
 
 
 def _zero_padding_rows(plan, refs):
@@ -262,9 +271,9 @@ def _zero_padding_rows(plan, refs):
     def _():
         zeros = jnp.zeros((plan.tile_rows, plan.problem.lanes), jnp.float32)
 
-        @_repeat(plan.num_q_pieces)
-        def _(piece):
-            store = partial(layout.store_o_tile, plan, refs.o_rows, 0, piece, tile=zeros)
-            _repeat(plan.num_dots)(store)
+        @_repeat(plan.num_q_subs)
+        def _(q_sub):
+            store = partial(layout.store_o_tile, plan, refs.o_rows, 0, q_sub, tile=zeros)
+            _repeat(plan.num_head_groups)(store)
 
         transfers.write_zero_rows(plan, refs, num_used)

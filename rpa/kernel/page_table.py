@@ -23,11 +23,13 @@ def prepare(plan, page_indices, kv_lens):
     p = plan.problem
     if marks(plan):
         rows = page_indices.reshape(p.max_num_seqs, p.pages_per_seq)
-        page_indices = mark_runs(rows, cdiv(kv_lens, p.page_size), plan.whole_pages).reshape(-1)
+        page_indices = mark_contiguous(rows, cdiv(kv_lens, p.page_size), plan.whole_pages).reshape(
+            -1
+        )
     return jnp.pad(page_indices, (0, plan.table_words - page_indices.size))
 
 
-def mark_runs(rows, num_pages, whole_pages):
+def mark_contiguous(rows, num_pages, whole_pages):
     """Mark the first entry of each block whose pages lie side by side.
 
     Args:
@@ -39,7 +41,7 @@ def mark_runs(rows, num_pages, whole_pages):
         i32, shaped like rows: `~page` where a block is a run, else `page`. What is not in use does
         not matter.
 
-    >>> mark_runs(jnp.array([[4, 5, 6, 9, 3, 0]]), jnp.array([5]), whole_pages=2)
+    >>> mark_contiguous(jnp.array([[4, 5, 6, 9, 3, 0]]), jnp.array([5]), whole_pages=2)
     Array([[-5,  5,  6,  9, -4,  0]], dtype=int32)
     """
     num_seqs, pages_per_seq = rows.shape
@@ -49,8 +51,8 @@ def mark_runs(rows, num_pages, whole_pages):
     in_block = jnp.arange(whole_pages)
     is_used = in_row < num_pages[:, None, None]
     goes_on = blocks == blocks[..., :1] + in_block
-    is_run = jnp.all(goes_on | ~is_used, axis=2, keepdims=True)
-    marked = jnp.where(is_run & (in_block == 0), ~blocks, blocks)
+    is_contiguous = jnp.all(goes_on | ~is_used, axis=2, keepdims=True)
+    marked = jnp.where(is_contiguous & (in_block == 0), ~blocks, blocks)
     return marked.reshape(num_seqs, -1)[:, :pages_per_seq]
 
 
@@ -59,7 +61,7 @@ def marks(plan):
     return plan.problem.sliding_window is None
 
 
-def is_run(entry):
+def is_contiguous(entry):
     """Whether the block that begins with an entry is a run."""
     return entry < 0
 

@@ -9,11 +9,11 @@ Words that all rooms use:
     block   bq query tokens or bkv KV tokens, which are fetched together
     piece   bq_c query tokens or bkv_c keys of a block, which one product takes; in `decode` keys
             of the products that are computed in a row
-    dot     one product, of heads_per_dot KV heads and all query heads that read them
+    dot     one product, of heads_per_group KV heads and all query heads that read them
     tile    its rows: [tile_rows, lanes], in which order is said in `layout`
-    step    one KV block of one query block of one sequence, see `walk`
-    turn    one round of the kernel's loop; steps_per_turn steps are computed together in it
-    slot    one of num_slots buffers of a kind
+    step    one KV block of one query block of one sequence, see `traversal`
+    iteration    one round of the kernel's loop; items_per_iteration steps are computed together in
+    it slot    one of num_slots buffers of a kind
     word    32 bits; they hold as many values, of neighbouring heads, as the dtype's packing
 """
 
@@ -27,31 +27,32 @@ import numpy as np
 from rpa import compat
 from rpa.chips import SUBLANES
 from rpa.kernel.cases import Case
-from rpa.kernel.traversal import STEP_WORDS
+from rpa.kernel.traversal import ITEM_WORDS
 from rpa.paging import LANES, cdiv, packing_of
 
 TABLE_TILE_WORDS = compat.SMEM_TILE_WORDS
 """The page table goes to SMEM in pieces that start at, and are, a multiple of this."""
 
-PAGES_PER_TURN = 8
-"""Copies of pages that are issued in a row: a turn of a loop costs about as much as two copies."""
+PAGES_UNROLLED = 8
+"""Copies of pages that are issued in a row: an iteration of a loop costs about as much as two
+copies."""
 
-TABLE_TURNS = 2
-"""Turns from a copy of page-table entries to its use: a short turn ends before it arrives."""
+TABLE_ITERATIONS = 2
+"""Turns from a copy of page-table entries to its use: a short iteration ends before it arrives."""
 
-MAX_TOKENS_OF_FOUR = 256
+MAX_TOKENS_FOR_FOUR = 256
 """KV blocks of a decode with a window this short are computed by fours, not by twos."""
 
-CHAINS_AHEAD = 7
+DECODE_QK_AHEAD = 7
 """Chains of a decode (see `decode`) that have started when the values of one are multiplied."""
 
-MIN_LANES_TO_TURN = 384
-"""Dots of a decode with so many lanes turn some of their keys, see `mxu`."""
+MIN_LANES_TO_SWAP = 384
+"""Dots of a decode with so many lanes iteration some of their keys, see `mxu`."""
 
 SMALL_TILE_ROWS, MIN_TOKENS_TO_CUT = 256, 256
 """Rows of small tiles, and the bq_c from which on a plan has them, see `Plan.in_small_tiles`."""
 
-MAX_ROWS_PER_DOT, MAX_LANES_PER_DOT = 16, 512
+MAX_ROWS_PER_HEAD_GROUP, MAX_LANES_PER_HEAD_GROUP = 16, 512
 """How far decode stacks KV heads in one dot: 16 rows fill the registers of a bfloat16 product."""
 
 
@@ -120,7 +121,7 @@ class Problem:
         return align(self.head_dim, LANES)
 
     @property
-    def group(self):
+    def q_per_kv(self):
         """Query heads that share a KV head."""
         return self.num_q_heads // self.num_kv_heads
 
@@ -134,13 +135,13 @@ class Problem:
         return max(packing_of(self.q_dtype), packing_of(self.out_dtype))
 
     @property
-    def padded_group(self):
-        """`group` rounded up so that no 32-bit word holds query heads of two KV heads."""
-        return align(self.group, self.row_packing)
+    def padded_q_per_kv(self):
+        """`q_per_kv` rounded up so that no 32-bit word holds query heads of two KV heads."""
+        return align(self.q_per_kv, self.row_packing)
 
     def head_words(self, dtype):
         """32-bit rows of one token's (padded) query heads in queries or output."""
-        return self.num_kv_heads * self.padded_group // packing_of(dtype)
+        return self.num_kv_heads * self.padded_q_per_kv // packing_of(dtype)
 
     @property
     def kv_words(self):
@@ -171,8 +172,8 @@ class Plan:
         max_q_len: the most new tokens of a sequence, or None for any number.
         mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
         native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
-        turns_ahead: turns whose copies are on their way while one is computed, see `belt`.
-        has_small_tiles: whether this is the `in_small_tiles` of a plan.
+        iterations_ahead: iterations whose copies are on their way while one is computed, see
+        `belt`. has_small_tiles: whether this is the `in_small_tiles` of a plan.
     """
 
     problem: Problem
@@ -183,7 +184,7 @@ class Plan:
     max_q_len: int | None = None
     mxu_size: int = 256
     native_float8: bool = False
-    turns_ahead: int = 1
+    iterations_ahead: int = 1
     has_small_tiles: bool = False
 
     @cached_property
@@ -194,7 +195,7 @@ class Plan:
         as after a speculation, would wait for 256. The small tiles lie in the memory of the first
         large one, as many as there are tokens for. They have code of their own, all of it masked.
         """
-        size = max(SUBLANES, SMALL_TILE_ROWS // self.problem.padded_group // SUBLANES * SUBLANES)
+        size = max(SUBLANES, SMALL_TILE_ROWS // self.problem.padded_q_per_kv // SUBLANES * SUBLANES)
         b = self.blocks
         if self.has_small_tiles or b.bq_c < MIN_TOKENS_TO_CUT or b.bq_c < 2 * size:
             return None
@@ -208,8 +209,8 @@ class Plan:
         up to 3 % of the cycles. Where the MXU does not multiply float8, it would save 7 to 10 %,
         but widening keeps the vector unit busy from end to end, and is most of the code.
         """
-        has_one_dot = self.is_decode and self.num_dots == 1
-        return self.widens_float8 or has_one_dot or self.has_small_tiles
+        has_one_head_group = self.is_decode and self.num_head_groups == 1
+        return self.widens_float8 or has_one_head_group or self.has_small_tiles
 
     @property
     def widens_float8(self):
@@ -217,7 +218,7 @@ class Plan:
         return self.problem.kv_dtype.itemsize == 1 and not self.native_float8
 
     @property
-    def has_spare_mxu(self):
+    def uses_idle_mxu(self):
         """Whether products of this kernel leave half of the MXU idle, see `mxu`.
 
         Decode fills the depth of the MXU with several heads, and float32 takes it three times.
@@ -226,7 +227,7 @@ class Plan:
         return idle and self.blocks.bq > 1 and self.problem.compute_dtype != np.float32
 
     @cached_property
-    def heads_per_dot(self):
+    def heads_per_group(self):
         """KV heads whose products share one dot, block-diagonally.
 
         Decode has a handful of query rows a head: too few to hide the latency of the MXU and of the
@@ -240,15 +241,15 @@ class Plan:
             d
             for d in range(1, p.num_kv_heads + 1)
             if p.num_kv_heads % d == 0
-            and d * p.padded_group <= MAX_ROWS_PER_DOT
-            and d * p.lanes <= MAX_LANES_PER_DOT
+            and d * p.padded_q_per_kv <= MAX_ROWS_PER_HEAD_GROUP
+            and d * p.lanes <= MAX_LANES_PER_HEAD_GROUP
         ]
         return max(fits, default=1)
 
     @property
-    def num_dots(self):
+    def num_head_groups(self):
         """Tiles that hold all heads."""
-        return self.problem.num_kv_heads // self.heads_per_dot
+        return self.problem.num_kv_heads // self.heads_per_group
 
     @property
     def is_decode(self):
@@ -256,49 +257,52 @@ class Plan:
         return self.blocks.bq == 1 and self.max_q_len == 1
 
     @property
-    def turns_keys(self):
+    def swaps_operands(self):
         """Whether some keys of a product go through the MXU, instead of being its weights.
 
         See `mxu`. Turned keys cost registers of results, one for 8 keys of a dot; in a dot of few
         lanes that mostly is more than it saves. Float32 goes through in six passes: MATMUL is full.
         """
         is_exact = self.problem.compute_dtype == np.float32
-        return self.is_decode and self.tile_lanes >= MIN_LANES_TO_TURN and not is_exact
+        return self.is_decode and self.tile_lanes >= MIN_LANES_TO_SWAP and not is_exact
 
     @property
-    def steps_per_turn(self):
+    def items_per_iteration(self):
         """KV blocks that are computed together: the less work in one, the more fill the time."""
         if not self.is_decode:
             return 1
-        is_short = self.problem.sliding_window is not None and self.blocks.bkv <= MAX_TOKENS_OF_FOUR
-        return 4 if is_short or self.num_dots == 1 else 2
+        is_short = (
+            self.problem.sliding_window is not None and self.blocks.bkv <= MAX_TOKENS_FOR_FOUR
+        )
+        return 4 if is_short or self.num_head_groups == 1 else 2
 
     @property
     def num_slots(self):
-        """Buffers of each kind: a turn's steps are computed while those of others are fetched."""
-        return (1 + self.turns_ahead) * self.steps_per_turn
+        """Buffers of each kind: an iteration's steps are computed while those of others are
+        fetched."""
+        return (1 + self.iterations_ahead) * self.items_per_iteration
 
     @property
-    def belt_turns(self):
+    def ring_iterations(self):
         """Turns whose steps are looked up and not yet computed, and the one being looked up."""
-        return TABLE_TURNS + self.turns_ahead + 1
+        return TABLE_ITERATIONS + self.iterations_ahead + 1
 
     @property
-    def belt_places(self):
-        """Steps of these turns."""
-        return self.belt_turns * self.steps_per_turn
+    def ring_items(self):
+        """Steps of these iterations."""
+        return self.ring_iterations * self.items_per_iteration
 
     @property
-    def belt_words(self):
+    def ring_words(self):
         """Words of SMEM for these steps."""
-        return self.belt_places * STEP_WORDS
+        return self.ring_items * ITEM_WORDS
 
     @property
-    def products_in_a_row(self):
+    def products_unrolled(self):
         """Products of bkv_c keys that a decode computes together: of one dot four, else two."""
         if self.widens_float8:
             return 1  # one product leaves no unit idle, and is half of the code
-        most = 4 if self.num_dots == 1 else 2
+        most = 4 if self.num_head_groups == 1 else 2
         return math.gcd(most, self.blocks.bkv // self.blocks.bkv_c)
 
     @property
@@ -307,34 +311,34 @@ class Plan:
         return self.max_q_len is not None and self.max_q_len <= self.blocks.bq
 
     @property
-    def num_q_pieces(self):
+    def num_q_subs(self):
         """Compute blocks of bq_c query tokens in a block of bq."""
         return self.blocks.bq // self.blocks.bq_c
 
     @property
-    def piece_rows(self):
+    def q_sub_rows(self):
         """bq_c, rounded up to whole registers; rows past bq_c are computed and never stored."""
         return 1 if self.blocks.bq == 1 else align(self.blocks.bq_c, SUBLANES)
 
     @property
     def tile_rows(self):
         """Rows of one dot's scores and accumulator; `layout` says which (head, token) each is."""
-        return self.heads_per_dot * self.problem.padded_group * self.piece_rows
+        return self.heads_per_group * self.problem.padded_q_per_kv * self.q_sub_rows
 
     @property
     def tile_lanes(self):
         """Columns of one dot's accumulator."""
-        return self.heads_per_dot * self.problem.lanes
+        return self.heads_per_group * self.problem.lanes
 
     @property
     def mask_rows(self):
         """Rows of a tile that the mask differs in: the one token of a decode stands in all rows."""
-        return self.tile_rows if self.blocks.bq == 1 else self.piece_rows
+        return self.tile_rows if self.blocks.bq == 1 else self.q_sub_rows
 
     @property
     def buffer_tokens(self):
         """Query tokens that a q or o buffer has room for: the last piece may reach past bq."""
-        return (self.num_q_pieces - 1) * self.blocks.bq_c + self.piece_rows
+        return (self.num_q_subs - 1) * self.blocks.bq_c + self.q_sub_rows
 
     @property
     def kv_buffer_words(self):
@@ -356,14 +360,14 @@ class Plan:
         return self.whole_pages + (self.problem.sliding_window is not None)
 
     @property
-    def pages_per_turn(self):
-        """Whole pages that are copied in one turn of a loop."""
-        return min(PAGES_PER_TURN, self.whole_pages)
+    def pages_unrolled(self):
+        """Whole pages that are copied in one iteration of a loop."""
+        return min(PAGES_UNROLLED, self.whole_pages)
 
     @property
     def table_reach(self):
         """Page-table entries that are read for a KV block, also of pages that are not there."""
-        passed_over = align(self.whole_pages, self.pages_per_turn) - self.whole_pages
+        passed_over = align(self.whole_pages, self.pages_unrolled) - self.whole_pages
         return self.pages_per_block + passed_over
 
     @property

@@ -64,7 +64,7 @@ def start(plan, tile, sinks):
 
     Args:
         tile: `Tile`.
-        sinks: f32[tile_rows / piece_rows, 128] or None, see `layout.sink_tiles`.
+        sinks: f32[tile_rows / q_sub_rows, 128] or None, see `layout.sink_tiles`.
     """
     tile.acc[...] = jnp.zeros(tile.acc.shape, jnp.float32)
     tile.m[...], tile.l[...] = nothing_seen(plan, sinks)
@@ -75,12 +75,12 @@ def nothing_seen(plan, sinks):
     shape = (plan.tile_rows, LANES)
     if sinks is None:
         return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
-    rows = (len(sinks), plan.piece_rows, LANES)
+    rows = (len(sinks), plan.q_sub_rows, LANES)
     score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * LOG2_E
     m = jnp.maximum(score, LOWEST_MAX)
     lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
     weight = jnp.exp2(score - m)
-    return m, weight if plan.has_spare_mxu else jnp.where(lane == 0, weight, 0.0)
+    return m, weight if plan.uses_idle_mxu else jnp.where(lane == 0, weight, 0.0)
 
 
 class Tile:
@@ -90,32 +90,33 @@ class Tile:
     sums l are the next 128 columns where half of the MXU is spare.
     """
 
-    def __init__(self, plan, refs, piece, dot, first=0, num_rows=None):
+    def __init__(self, plan, refs, q_sub, dot, first=0, num_rows=None):
         if plan.has_small_tiles:  # pieces of the first large tile
-            first = pl.multiple_of(piece * plan.tile_rows + first, num_rows or plan.tile_rows)
-            piece = 0
-        place = (piece, dot, pl.ds(first, num_rows or plan.tile_rows))
-        self.q, self.m, self.acc = (ref.at[place] for ref in (refs.q_tiles, refs.m, refs.acc))
-        if plan.has_spare_mxu:
-            self.l = refs.acc.at[(*place, pl.ds(plan.tile_lanes, LANES))]
+            first = pl.multiple_of(q_sub * plan.tile_rows + first, num_rows or plan.tile_rows)
+            q_sub = 0
+        index = (q_sub, dot, pl.ds(first, num_rows or plan.tile_rows))
+        self.q, self.m, self.acc = (ref.at[index] for ref in (refs.q_tiles, refs.m, refs.acc))
+        if plan.uses_idle_mxu:
+            self.l = refs.acc.at[(*index, pl.ds(plan.tile_lanes, LANES))]
         else:
-            self.l = refs.l.at[place]
+            self.l = refs.l.at[index]
 
 
 def queries(plan, scalars_ref, tile):
     """The left side of a tile's scores, in the compute dtype; tile: f32[tile_rows, tile_lanes]."""
     dtype = plan.problem.compute_dtype
-    if plan.has_spare_mxu:
+    if plan.uses_idle_mxu:
         return mxu.split_queries(tile, scalars_ref[SCORE_FACTOR], dtype)
     return tile.astype(dtype)
 
 
-def scores(plan, scalars_ref, q, k, limits):
+def scores(plan, scalars_ref, q, k, mask_limits):
     """Scores of one tile in units of log2, f32[tile_rows, bkv_c].
 
     Args:
         q: what `queries` returns; k: [bkv_c, tile_lanes] in the compute dtype.
-        limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees a key,
+        mask_limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees a
+        key,
             else -inf; None if all see all. Rows repeat: tile_rows is a multiple of mask_rows.
     """
     contract_lanes = (((1,), (1,)), ((), ()))
@@ -123,19 +124,19 @@ def scores(plan, scalars_ref, q, k, limits):
     def dot(a, b):
         return lax.dot_general(a, b, contract_lanes, precision=precision(plan), **FLOAT32)
 
-    if plan.has_spare_mxu:
+    if plan.uses_idle_mxu:
         k = mxu.double_keys(k)
-    s = mxu.product(q, k, plan.mxu_size, dot) if plan.turns_keys else dot(q, k)
-    if not plan.has_spare_mxu:
+    s = mxu.product(q, k, plan.mxu_size, dot) if plan.swaps_operands else dot(q, k)
+    if not plan.uses_idle_mxu:
         s = s * scalars_ref[SCORE_FACTOR]
     if plan.problem.has_soft_cap:
         s = jnp.tanh(s) * scalars_ref[CAP_FACTOR]
-    if limits is None:
+    if mask_limits is None:
         return s
     # Loaded and taken the minimum of, one instruction a register. A mask would be compared anew for
     # every head: there are few registers for masks, and none survives from one head to the next.
-    folded = s.reshape(-1, *limits.shape)
-    return jnp.minimum(folded, limits[...][None]).reshape(s.shape)
+    folded = s.reshape(-1, *mask_limits.shape)
+    return jnp.minimum(folded, mask_limits[...][None]).reshape(s.shape)
 
 
 def update(plan, s, tile):
@@ -153,7 +154,7 @@ def update(plan, s, tile):
     p = jnp.exp2(s - widen(m, s.shape[1]))
     decay = jnp.exp2(m_before - m)
     tile.m[...] = m
-    if not plan.has_spare_mxu:
+    if not plan.uses_idle_mxu:
         tile.l[...] = decay * tile.l[...] + lane_sums(p)
     return p, decay
 
@@ -167,7 +168,7 @@ def accumulate(plan, p, v, decay, tile):
 def weighted_values(plan, p, v):
     """P V of one tile, f32[tile_rows, tile_lanes], and their sum where the MXU is half idle."""
     contract_keys = (((1,), (0,)), ((), ()))
-    if plan.has_spare_mxu:
+    if plan.uses_idle_mxu:
         v = mxu.append_ones(v)
     p = p.astype(plan.problem.compute_dtype)
     return lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
@@ -180,7 +181,7 @@ def normalise(plan, scalars_ref, acc, row_sums):
         acc: f32[tile_rows, lanes].
         row_sums: f32[tile_rows, 128], the `l` of a `Tile`.
     """
-    if plan.has_spare_mxu:  # all lanes alike
+    if plan.uses_idle_mxu:  # all lanes alike
         total = widen(row_sums, acc.shape[1])
     else:
         total = jnp.sum(row_sums, axis=1, keepdims=True)

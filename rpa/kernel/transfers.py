@@ -1,8 +1,8 @@
 """Every copy of the kernel: what is started, where it lands, and who waits for it.
 
-    page table   HBM -> SMEM   one chunk a step, some turns ahead of the step's own copies
+    page table   HBM -> SMEM   one chunk a work item, some iterations ahead of the item's own copies
     KV pages     HBM -> VMEM   one copy a page, or of a block whose pages lie side by side, see
-                               `table`; the first and the last may be part of a page
+                               `page_table`; the first and the last may be part of a page
     new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
     new K, V     VMEM -> HBM   from there into their pages, when they have arrived; waited for when
                                the buffer is needed. Nothing in this kernel reads them there.
@@ -28,7 +28,8 @@ from rpa import compat
 from rpa.kernel import page_table, traversal
 from rpa.kernel.plan import TABLE_TILE_WORDS
 
-# --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
+# --- Fetching: some iterations ahead of the computation ----------------------------------------
+# ----------------------------
 
 
 def clear(plan, refs):
@@ -36,32 +37,32 @@ def clear(plan, refs):
 
     @compat.loop_once(0, 2 * plan.num_slots)
     def _(word):
-        refs.state[word] = jnp.int32(0)
+        refs.in_flight[word] = jnp.int32(0)
 
 
-def look_up(plan, refs, steps, end):
-    """Ask for the page-table entries of steps, where they exist."""
-    for step in steps:
-        pl.when(step.seq.index < end)(_table_copy(plan, refs, step).start)
+def look_up(plan, refs, items, end):
+    """Ask for the page-table entries of items, where they exist."""
+    for item in items:
+        pl.when(item.seq.index < end)(_table_copy(plan, refs, item).start)
 
 
-def fetch(plan, refs, step):
-    """Start all copies of a step that was looked up."""
-    block = traversal.query_block(plan, step.seq, step.q_index)
-    _table_copy(plan, refs, step).wait()
-    entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
-    is_run = _unmark(plan, refs, entry)
+def fetch(plan, refs, item):
+    """Start all copies of a work item that was looked up."""
+    block = traversal.query_block(plan, item.seq, item.q_index)
+    _table_copy(plan, refs, item).wait()
+    entry = _index_in_chunks(plan, item, block, _first_entry(plan, block, item.kv_index))
+    is_contiguous = _unmark(plan, refs, entry)
 
-    @pl.when(step.kv_index == 0)
+    @pl.when(item.kv_index == 0)
     def _():
-        _start_queries(refs, step, block)
+        _start_queries(refs, item, block)
 
     if plan.is_decode:
-        start_stores(plan, refs, block, step)
+        start_stores(plan, refs, block, item)
     elif plan.problem.update_kv_cache:
-        _wait_stores(plan, refs, step.kv_slot)
+        _wait_stores(plan, refs, item.kv_slot)
     # Whole pages come last: the loop over them is the end of what the compiler can interleave.
-    _start_kv(plan, refs, step, block, entry, is_run)
+    _start_kv(plan, refs, item, block, entry, is_contiguous)
 
 
 def _entry(plan, seq, page):
@@ -81,38 +82,39 @@ def _chunk_start(plan, entry):
     return jnp.minimum(start, plan.table_words - plan.table_chunk_words)
 
 
-def _table_copy(plan, refs, step):
-    """The copy of the page-table entries of a step."""
-    block = traversal.query_block(plan, step.seq, step.q_index)
-    start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
+def _table_copy(plan, refs, item):
+    """The copy of the page-table entries of a work item."""
+    block = traversal.query_block(plan, item.seq, item.q_index)
+    start = _chunk_start(plan, _first_entry(plan, block, item.kv_index))
     source = refs.page_table.at[_table_words(plan, start)]
-    target = refs.table_chunks.at[_table_words(plan, step.place * plan.table_chunk_words)]
-    return pltpu.make_async_copy(source, target, refs.table_sems.at[step.place])
+    target = refs.table_chunks.at[_table_words(plan, item.ring_index * plan.table_chunk_words)]
+    return pltpu.make_async_copy(source, target, refs.table_sems.at[item.ring_index])
 
 
 def _table_words(plan, first):
     return pl.ds(pl.multiple_of(first, TABLE_TILE_WORDS), plan.table_chunk_words)
 
 
-def _place_in_chunks(plan, step, block, entry):
-    """Where an entry of the page table is in SMEM, when the chunk of its step has arrived."""
-    chunk = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
-    return step.place * plan.table_chunk_words + entry - chunk
+def _index_in_chunks(plan, item, block, entry):
+    """Where an entry of the page table is in SMEM, when the chunk of its item has arrived."""
+    chunk = _chunk_start(plan, _first_entry(plan, block, item.kv_index))
+    return item.ring_index * plan.table_chunk_words + entry - chunk
 
 
 def _unmark(plan, refs, entry):
-    """Take the mark of `table` off a block's first entry; return whether the block is a run."""
+    """Take the mark of `page_table` off a block's first entry; return whether the block is a
+    run."""
     if not page_table.marks(plan):
         return False
     value = refs.table_chunks[entry]
     refs.table_chunks[entry] = page_table.page(value)
-    return page_table.is_run(value)
+    return page_table.is_contiguous(value)
 
 
-def _start_queries(refs, step, block):
+def _start_queries(refs, item, block):
     rows = pl.ds(block.row, block.num_rows)
-    target = refs.q_buffer.at[step.q_slot, pl.ds(0, block.num_rows)]
-    pltpu.make_async_copy(refs.queries.at[rows], target, refs.q_sems.at[step.q_slot]).start()
+    target = refs.q_buffer.at[item.q_slot, pl.ds(0, block.num_rows)]
+    pltpu.make_async_copy(refs.queries.at[rows], target, refs.q_sems.at[item.q_slot]).start()
 
 
 def wait_queries(refs, block, slot):
@@ -121,12 +123,12 @@ def wait_queries(refs, block, slot):
     pltpu.make_async_copy(target, target, refs.q_sems.at[slot]).wait()
 
 
-def _start_kv(plan, refs, step, block, entry, is_run):
+def _start_kv(plan, refs, item, block, entry, is_contiguous):
     """Start the copies of a KV block: pages from the cache, then the new tokens after them.
 
     `entry` is where the first page of the block is in the chunks.
     """
-    slot, kv_index = step.kv_slot, step.kv_index
+    slot, kv_index = item.kv_slot, item.kv_index
     start = traversal.kv_block_start(plan, block, kv_index)
     num_tokens = traversal.kv_block_tokens(plan, block, kv_index)
     seq, num_cached = block.seq, num_tokens
@@ -142,10 +144,10 @@ def _start_kv(plan, refs, step, block, entry, is_run):
             pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
 
     if plan.problem.sliding_window is None:
-        _start_pages(plan, refs, slot, entry, 0, num_cached, is_run)
+        _start_pages(plan, refs, slot, entry, 0, num_cached, is_contiguous)
     else:
         num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
-        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head, is_run)
+        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head, is_contiguous)
 
 
 def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
@@ -161,15 +163,15 @@ def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
     return num_head
 
 
-def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
+def _start_pages(plan, refs, slot, entry, row, num_tokens, is_contiguous):
     """Copy num_tokens of the pages from `entry` of the chunk on to a row of the KV buffer.
 
     Whole pages have a static size, which halves the work of issuing a copy. The last copy stops at
     the last token: what lies after it in the page is not ours, and a new token will land there.
     Of a run it is the only copy.
     """
-    page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
-    num_whole = jnp.where(is_run, 0, traversal.divide(num_tokens, page_size))
+    page_size, pages_unrolled = plan.problem.page_size, plan.pages_unrolled
+    num_whole = jnp.where(is_contiguous, 0, traversal.divide(num_tokens, page_size))
 
     @pl.when(num_tokens > num_whole * page_size)
     def _():
@@ -177,13 +179,14 @@ def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
         rest = num_tokens - num_copied
         _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
 
-    @compat.loop_once(0, traversal.divide_up(num_whole, pages_per_turn))
-    def _(turn):
-        first = turn * pages_per_turn
-        for i in range(pages_per_turn):
+    @compat.loop_once(0, traversal.divide_up(num_whole, pages_unrolled))
+    def _(iteration):
+        first = iteration * pages_unrolled
+        for i in range(pages_unrolled):
             first_row = row + (first + i) * page_size
             copy = _page_copy(plan, refs, slot, (entry + first) + i, first_row, page_size)
-            # The last turn passes over some copies: that costs less than a loop for what is left.
+            # The last iteration passes over some copies: that costs less than a loop for what is
+            # left.
             pl.when(i < num_whole - first)(copy.start)
 
 
@@ -213,49 +216,51 @@ def wait_kv(plan, refs, slot, num_tokens):
 # --- Storing the new tokens --------------------------------------------------------------------
 
 
-def start_stores(plan, refs, block, step):
+def start_stores(plan, refs, block, item):
     """Copy those new tokens of the query block into the cache that are in this KV block.
 
     They are in its buffer; in a decode they are only on their way to it. It computes so short that
     a store out of the buffer would not be ready when the next block is fetched into it. So it reads
-    its one token twice, and stores it while the turns ahead are computed.
+    its one token twice, and stores it while the iterations ahead are computed.
     """
     if not plan.problem.update_kv_cache:
         return
-    start = traversal.kv_block_start(plan, block, step.kv_index)
-    end = start + traversal.kv_block_tokens(plan, block, step.kv_index)
+    start = traversal.kv_block_start(plan, block, item.kv_index)
+    end = start + traversal.kv_block_tokens(plan, block, item.kv_index)
     first = jnp.maximum(start, block.position)
     last = jnp.minimum(end, block.position + block.num_rows)
 
     @pl.when(first < last)
     def _():
         if plan.is_decode:  # one token, one page
-            _store_in_page(plan, refs, block, step, first, 1)
+            _store_in_page(plan, refs, block, item, first, 1)
             return
-        refs.state[_leaving(plan, traversal.TOKENS_LEAVING, step.kv_slot)] = last - first
+        refs.in_flight[_in_flight_index(plan, traversal.TOKENS_IN_FLIGHT, item.kv_slot)] = (
+            last - first
+        )
         page_size = plan.problem.page_size
 
         @pl.loop(traversal.divide(first, page_size), traversal.divide_up(last, page_size))
         def _(page):
             begin = jnp.maximum(first, page * page_size)
             num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
-            _store_in_page(plan, refs, block, step, begin, num_tokens)
+            _store_in_page(plan, refs, block, item, begin, num_tokens)
 
 
-def _store_in_page(plan, refs, block, step, position, num_tokens):
+def _store_in_page(plan, refs, block, item, position, num_tokens):
     """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
     page_size = plan.problem.page_size
     page = traversal.divide(position, page_size)
     offset = position - page * page_size
-    entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
+    entry = _index_in_chunks(plan, item, block, _entry(plan, block.seq, page))
     target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
     if plan.is_decode:
         row = block.seq.q_start + position - block.seq.first_new
         source = refs.new_kv.at[pl.ds(row, num_tokens)]
     else:
-        row = position - traversal.kv_block_start(plan, block, step.kv_index)
-        source = _kv_tokens(plan, refs, step.kv_slot, row, num_tokens)
-    pltpu.make_async_copy(source, target, refs.store_sems.at[step.kv_slot]).start()
+        row = position - traversal.kv_block_start(plan, block, item.kv_index)
+        source = _kv_tokens(plan, refs, item.kv_slot, row, num_tokens)
+    pltpu.make_async_copy(source, target, refs.store_sems.at[item.kv_slot]).start()
 
 
 def wait_store_of_token(plan, refs, slot):
@@ -268,24 +273,24 @@ def wait_store_of_token(plan, refs, slot):
 def _wait_stores(plan, refs, slot):
     """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
     tokens = partial(_kv_tokens, plan, refs, slot, 0)
-    _wait_leaving(plan, refs, traversal.TOKENS_LEAVING, slot, tokens, refs.store_sems)
+    _wait_in_flight(plan, refs, traversal.TOKENS_IN_FLIGHT, slot, tokens, refs.store_sems)
 
 
-def _wait_leaving(plan, refs, row, slot, source_of, semaphores):
+def _wait_in_flight(plan, refs, row, slot, source_of, semaphores):
     """Wait until what leaves a slot has left; source_of(size) is so much of the slot's buffer."""
-    place = _leaving(plan, row, slot)
-    size = refs.state[place]
+    place = _in_flight_index(plan, row, slot)
+    size = refs.in_flight[place]
 
     @pl.when(size > 0)
     def _():
         source = source_of(size)
         pltpu.make_async_copy(source, source, semaphores.at[slot]).wait()
 
-    refs.state[place] = jnp.int32(0)
+    refs.in_flight[place] = jnp.int32(0)
 
 
-def _leaving(plan, row, slot):
-    """Where `state` counts what leaves a slot."""
+def _in_flight_index(plan, row, slot):
+    """Where `in_flight` counts what leaves a slot."""
     return row * plan.num_slots + slot
 
 
@@ -294,7 +299,7 @@ def _leaving(plan, row, slot):
 
 def start_output(plan, refs, slot, row, num_rows):
     """Send the first rows of an o buffer to the output."""
-    refs.state[_leaving(plan, traversal.ROWS_LEAVING, slot)] = num_rows
+    refs.in_flight[_in_flight_index(plan, traversal.ROWS_IN_FLIGHT, slot)] = num_rows
     source = _o_rows(refs, slot, num_rows)
     target = refs.output.at[pl.ds(row, num_rows)]
     pltpu.make_async_copy(source, target, refs.o_sems.at[slot]).start()
@@ -303,7 +308,7 @@ def start_output(plan, refs, slot, row, num_rows):
 def wait_output(plan, refs, slot):
     """Wait until an o buffer is free: what it last sent, if anything, has left."""
     rows = partial(_o_rows, refs, slot)
-    _wait_leaving(plan, refs, traversal.ROWS_LEAVING, slot, rows, refs.o_sems)
+    _wait_in_flight(plan, refs, traversal.ROWS_IN_FLIGHT, slot, rows, refs.o_sems)
 
 
 def _o_rows(refs, slot, num_rows):

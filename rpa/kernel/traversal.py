@@ -1,11 +1,13 @@
 """Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
 
-A `Step` is one KV block of one query block of one sequence. The kernel is one loop; a turn of it
-computes one step (in decode two, or four), while the pages of later turns are copied (see `belt`).
+A `WorkItem` is one KV block of one query block of one sequence. The kernel is one loop; a
+iteration of it
+computes one item (in decode two, or four), while the pages of later turns are copied (see
+`pipeline`).
 So copies run ahead across the ends of query blocks and of sequences: a pipeline that drains at
 every sequence end waits for HBM at each of them.
 
-Idle sequences (q_len 0) have no steps and are passed over, wherever they are.
+Idle sequences (q_len 0) have no items and are passed over, wherever they are.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-TOKENS_LEAVING, ROWS_LEAVING = 0, 1
+TOKENS_IN_FLIGHT, ROWS_IN_FLIGHT = 0, 1
 """Rows of the ref `state`, i32[2 * num_slots] in SMEM: of each slot the tokens that its KV buffer
 is still storing in the cache, and the output rows that its o buffer is still sending."""
 
@@ -32,7 +34,7 @@ class Sequence(NamedTuple):
         return self.kv_len - self.q_len
 
 
-class Step(NamedTuple):
+class WorkItem(NamedTuple):
     """A KV block of a query block of a sequence; all i32[] scalars."""
 
     seq: Sequence
@@ -40,11 +42,11 @@ class Step(NamedTuple):
     kv_index: Any  # which KV block of the query block
     q_slot: Any  # which buffer holds the query block, and which its output
     kv_slot: Any  # which buffer holds the KV block
-    place: Any = None  # where on the belt it is, see there, once it is
+    ring_index: Any = None  # where on the belt it is, see there, once it is
 
 
-STEP_WORDS = len(Sequence._fields) + len(Step._fields) - 2
-"""Words of a step on the belt, where its place need not be said."""
+ITEM_WORDS = len(Sequence._fields) + len(WorkItem._fields) - 2
+"""Words of a work item on the belt, where its ring_index need not be said."""
 
 
 class QueryBlock(NamedTuple):
@@ -116,32 +118,32 @@ def first_active(plan, refs, index, end):
     return lax.while_loop(idle, lambda i: i + 1, index)
 
 
-def first_step(plan, refs, first, end):
-    """The first step of the batch."""
+def first_item(plan, refs, first, end):
+    """The first item of the batch."""
     zero = jnp.int32(0)
     # From here on indices only grow, so a wrong `distribution` cannot make one negative.
     first = jnp.maximum(jnp.minimum(first, end), 0)
     index = first_active(plan, refs, first, end)
-    return Step(_sequence_or_end(plan, refs, index, end), zero, zero, zero, zero)
+    return WorkItem(_sequence_or_end(plan, refs, index, end), zero, zero, zero, zero)
 
 
-def next_step(plan, refs, step, end):
-    """The step after this one; its sequence is `end` if this was the last."""
-    seq, block = step.seq, query_block(plan, step.seq, step.q_index)
-    kv_index = step.kv_index + 1
+def next_item(plan, refs, item, end):
+    """The item after this one; its sequence is `end` if this was the last."""
+    seq, block = item.seq, query_block(plan, item.seq, item.q_index)
+    kv_index = item.kv_index + 1
     next_q = kv_index == num_kv_blocks(plan, block)
-    next_seq, q_index = next_q, step.q_index
+    next_seq, q_index = next_q, item.q_index
     if not plan.has_one_query_block:
         q_index = jnp.where(next_q, q_index + 1, q_index)
         next_seq = q_index == num_query_blocks(plan, seq)
         q_index = jnp.where(next_seq, 0, q_index)
     index = first_active(plan, refs, jnp.where(next_seq, seq.index + 1, seq.index), end)
-    return Step(
+    return WorkItem(
         _sequence_or_end(plan, refs, index, end),
         q_index,
         jnp.where(next_q, 0, kv_index),
-        jnp.where(next_q, next_slot(step.q_slot, plan.num_slots), step.q_slot),
-        next_slot(step.kv_slot, plan.num_slots),
+        jnp.where(next_q, next_slot(item.q_slot, plan.num_slots), item.q_slot),
+        next_slot(item.kv_slot, plan.num_slots),
     )
 
 
@@ -167,12 +169,12 @@ def next_slot(slot, num_slots):
     return jnp.where(slot == num_slots - 1, 0, slot + 1)
 
 
-def steps_of_turn(plan, refs, step, end):
-    """A step and those that are computed together with it, steps_per_turn in all."""
-    steps = [step]
-    while len(steps) < plan.steps_per_turn:
-        steps.append(next_step(plan, refs, steps[-1], end))
-    return tuple(steps)
+def items_of_iteration(plan, refs, item, end):
+    """A item and those that are computed together with it, items_per_iteration in all."""
+    items = [item]
+    while len(items) < plan.items_per_iteration:
+        items.append(next_item(plan, refs, items[-1], end))
+    return tuple(items)
 
 
 def _sequence_or_end(plan, refs, index, end):

@@ -81,8 +81,8 @@ def _runs_in_haste():
     """By name in `api`; made once, because a `jax.jit` remembers what it has compiled."""
     haste = functools.partial(jax.jit, static_argnames=api.STATIC, compiler_options=options())
     return {
-        "_run_on_copy": haste(api._run_on_copy),
-        "_run_in_place": haste(api._run_in_place, donate_argnames="kv_cache"),
+        "_call_on_copy": haste(api._call_on_copy),
+        "_call_in_place": haste(api._call_in_place, donate_argnames="kv_cache"),
     }
 
 

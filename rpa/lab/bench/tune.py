@@ -99,7 +99,7 @@ def default_blocks(place: Place) -> tuple[int, ...]:
 
     new = w.kv(w.num_seqs * w.q_len)
     args = (w.queries(w.num_seqs * w.q_len), new, new, w.kv_cache, *w.metadata)
-    with mock.patch.object(api, "_run_on_copy", keep):
+    with mock.patch.object(api, "_call_on_copy", keep):
         jax.eval_shape(
             lambda *arrays: api.ragged_paged_attention(
                 *arrays, backend="tpu", donate=False, validate=False, chip=place.chip
