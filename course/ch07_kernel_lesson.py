@@ -32,8 +32,10 @@ import rpa
 from rpa import chips, compat, dense, ragged
 from rpa.figures import kernel as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, loop, transfers, traversal
-from rpa.kernel.plan import BlockSizes, Plan, Problem
+from rpa.kernel import blocks, cases, loop, mixed, traversal, tricks
+from rpa.kernel.plan import BlockSizes, Plan
+from rpa.kernel.problem import Problem
+from rpa.kernel.transfers import Copies
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
 # %% [markdown]
@@ -56,9 +58,9 @@ pictures.diagram()
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
 # | `traversal.py` | what comes next? | 7.1, 7.2 |
 # | `pipeline.py` | how far do copies run ahead? | 5.5 |
-# | `table.py` | which pages are one copy? | 10.3 |
-# | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
-# | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 8 |
+# | `page_table.py` | which pages are one copy? | 10.3 |
+# | `loop.py`, `mixed.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
+# | `decode.py`, `tricks.py` | what makes it fast? | chapter 8 |
 # | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
 # | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 7.5 |
 #
@@ -94,7 +96,7 @@ problem = Problem(
     *(f32, f32, f32),  # dtypes of queries, cache and output
 )
 decode_blocks, mixed_blocks = BlockSizes(1, 16, 1, 16), BlockSizes(8, 16, 8, 16)
-ahead = {"iterations_ahead": blocks.ITERATIONS_AHEAD}
+ahead = {"iterations_ahead": tricks.ITERATIONS_AHEAD}
 decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, True, False, max_q_len=1)
 mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True, **ahead)
 
@@ -133,10 +135,10 @@ show_source(traversal.query_block)
 def steps_of(plan):
     """Every step that a kernel takes, in its order: (sequence, query block, KV block)."""
     first, end = (int(bound) for bound in plan.case.bounds(batch.distribution))
-    step, steps = traversal.first_item(plan, metadata, first, end), []
-    while int(step.seq.index) < end:
-        steps.append(tuple(int(x) for x in (step.seq.index, step.q_index, step.kv_index)))
-        step = traversal.next_item(plan, metadata, step, end)
+    at, steps = traversal.start(plan, metadata, first, end), []
+    while int(at.seq.index) < end:
+        steps.append(tuple(int(x) for x in (at.seq.index, at.q_index, at.kv_index)))
+        at = traversal.advance(plan, metadata, at, traversal.work_item(plan, at, end), end)
     return steps
 
 
@@ -146,11 +148,13 @@ print("mixed: ", mixed_steps)
 assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) == 3 + 3 + 4
 
 # %% [markdown]
-# Sequence 2 does not occur: idle, passed over. One function says what comes after a step, and it is
-# asked some turns ahead, for the copies; the computation follows in the same order.
+# Sequence 2 does not occur: idle, passed over. One function says what comes after a work item, some
+# iterations ahead, for the copies; the computation follows in the same order. Another one resolves
+# where the traversal is into all that copies and computation have to know, once:
 
 # %%
-show_source(traversal.next_item)
+show_source(traversal.advance)
+show_source(traversal.work_item)
 
 # %% [markdown]
 # An odometer with three wheels, and `first_active` for the idle ones. Now, which of these steps
@@ -179,8 +183,8 @@ pictures.batch_walk(steps, cdiv(kv_lens, 16).tolist(), names)
 # numbers, and has its inner loop twice, with a mask and without:
 
 # %%
-show_source(loop._attend_kv_block)
-show_source(loop.ScoreTile)
+show_source(mixed.Tiled.attend)
+show_source(mixed.ScoreTile)
 
 # %% [markdown]
 # **Takeaway.** One traversal over (sequence, query block, KV block), idle slots passed over, tiles
@@ -208,22 +212,20 @@ show_source(loop.kernel)
 from rpa.kernel import pipeline
 
 print(pipeline.__doc__)
-show_source(pipeline.to_fetch)
-show_source(pipeline.is_running)
+show_source(pipeline.Ring.for_each_to_fetch)
+show_source(pipeline.Ring.is_running)
 
 # %% [markdown]
 # On paper, for a kernel that looks up two iterations ahead of the copies, and copies two iterations
 # ahead of the products. Each column is an iteration, and the work items that it serves:
 
 # %%
-from rpa.kernel.plan import TABLE_ITERATIONS
-
-num_steps, delays = 5, {"looks up": 0, "fetches": TABLE_ITERATIONS}
-delays["computes"] = TABLE_ITERATIONS + mixed_plan.iterations_ahead
+num_steps, delays = 5, {"looks up": 0, "fetches": tricks.TABLE_ITERATIONS}
+delays["computes"] = tricks.TABLE_ITERATIONS + mixed_plan.iterations_ahead
 for stage, delay in delays.items():
     items = [i - delay for i in range(num_steps + delays["computes"])]
     print(f"{stage:9}", *(f"{i:2}" if 0 <= i < num_steps else " ." for i in items))
-assert delays["computes"] == mixed_plan.ring_iterations - 1
+assert delays["computes"] == mixed_plan.depth - 1
 
 # %% [markdown]
 # Nothing is computed in the first four iterations, and nothing is fetched in the last two: the
@@ -231,7 +233,7 @@ assert delays["computes"] == mixed_plan.ring_iterations - 1
 # together should take longer than one of them needs to arrive; chapter 8 has the numbers.
 
 # %%
-show_source(transfers.fetch)
+show_source(Copies.fetch)
 
 # %% [markdown]
 # Wait for the page numbers and for what still leaves the buffer (section 6), then start everything
@@ -317,13 +319,13 @@ for num_seqs, longest in [(64, 8_192), (64, 131_072), (256, 131_072)]:
 # around the entries that it wants, and counts from its start:
 
 # %%
-show_source(transfers._chunk_start)
+show_source(Copies._chunk_start)
 
 # %%
-print(f"entries of a KV block: {mixed_plan.pages_per_block}, words copied for them: "
-      f"{mixed_plan.table_chunk_words}")  # fmt: skip
-print(f"the table of {5 * 5} entries is padded to {mixed_plan.table_words} words")
-assert mixed_plan.table_chunk_words % 128 == 0
+table = mixed_plan.table
+print(f"entries of a KV block: {table.whole_pages}, words copied for them: {table.chunk_words}")
+print(f"the table of {5 * 5} entries is padded to {table.table_words} words")
+assert table.chunk_words % 128 == 0
 
 # %% [markdown]
 # **Takeaway.** What is small and always needed lives in SMEM; what grows with the context is
@@ -338,7 +340,7 @@ assert mixed_plan.table_chunk_words % 128 == 0
 # in its KV buffer. Only a decode sends its one token from HBM to HBM: why, says the comment.
 
 # %%
-show_source(transfers.start_stores)
+show_source(Copies.start_stores)
 
 # %% [markdown]
 # Two things follow. No token can be missed: its query block always runs, and always reads the KV

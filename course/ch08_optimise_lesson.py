@@ -28,8 +28,11 @@ import numpy as np
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, decode, loop, mxu
-from rpa.kernel.plan import Plan, Problem
+from rpa.kernel import blocks, cases, mxu
+from rpa.kernel.decode import Decode
+from rpa.kernel.mixed import Tiled
+from rpa.kernel.plan import Plan
+from rpa.kernel.problem import Problem
 from rpa.lab.bench import comparison, tune
 from rpa.lab.copies import traffic
 from rpa.lab.schedule import NoSchedule, inner_loop
@@ -318,7 +321,7 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
 # of what waits:
 
 # %%
-show_source(loop._attend_tiles)
+show_source(Tiled._attend_groups)
 
 # %% [markdown]
 # **Takeaway.** The MXU takes products in the order in which you write them. Write Q K^T of the next
@@ -384,7 +387,7 @@ pictures.before_after(
 # its own sequence has summed up before. That is the room `decode` of rung 7:
 
 # %%
-show_source(decode._attend_sub_block)
+show_source(Decode._attend_sub_block)
 
 # %% [markdown]
 # **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
@@ -438,7 +441,7 @@ show_source(mxu)
 
 # %% [markdown]
 # A product of rung 7 has 512 keys by default, which is one cell. Float32, and dots of fewer than
-# 384 lanes, turn none (`Plan.swaps_operands`).
+# 384 lanes, turn none (`Tricks.swaps_operands`).
 #
 # All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
 # do better with half, see the table.
@@ -678,7 +681,7 @@ assert cycles_per_turn(1) > 1.5 * copy_cycles > 1.3 * cycles_per_turn(3)
 # One turn ahead is a double buffer. HBM idles for more than a third of the time, although neither
 # the copies nor the products of a turn take as long as a turn does. Three ahead, it never stops:
 # what is on its way lasts for a latency and a computation. The lab says the same of the kernel
-# itself, 62 % before it ran three turns ahead in decode (`blocks.DECODE_ITERATIONS_AHEAD`) and 91 %
+# itself, 62 % before it ran three turns ahead in decode (`tricks.DECODE_ITERATIONS_AHEAD`) and 91 %
 # since (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs

@@ -39,7 +39,7 @@ def attend(case, mode, *, q_dtype=None, **options):
     queries = case.queries if q_dtype is None else case.queries.astype(jnp.dtype(q_dtype))
     arrays = (jnp.asarray(x) for x in (queries, *case.arrays[1:]))
     options = {"backend": mode.params, "sm_scale": case.shape.head_dim**-0.5} | options
-    with fast_compile.rung_7():
+    with fast_compile.rung_8():
         return run(ragged_paged_attention, *arrays, *case.metadata, **options)
 
 
