@@ -26,7 +26,8 @@ from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
 from rpa.kernel import blocks, cases
-from rpa.kernel.plan import Plan, Problem
+from rpa.kernel.plan import Plan
+from rpa.kernel.problem import Problem
 from rpa.lab.bench import comparison, tune
 from rpa.lab.schedule.recorded import recorded
 
@@ -188,7 +189,7 @@ assert cycles_per_iteration(1) > 1.5 * copy_cycles > 1.3 * cycles_per_iteration(
 # neither the copies nor the products of an iteration take as long as an iteration does. Three
 # ahead, it never stops: what is on its way lasts for a latency and a computation. The lab says the
 # same of the kernel itself, 62 % before it ran three iterations ahead in decode
-# (`blocks.DECODE_TURNS_AHEAD`) and 91 % since (`docs/ablations.md`).
+# (`tricks.DECODE_ITERATIONS_AHEAD`) and 91 % since (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs
 # (`python -m rpa lab predict --published`); on a TPU you have your own, with `python -m rpa bench`.
