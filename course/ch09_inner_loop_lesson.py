@@ -24,6 +24,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+# %%
+
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
