@@ -20,6 +20,10 @@ def cdiv(a, b):
     return (a + b - 1) // b
 
 
+NO_PAGE = -1
+"""What pads every page table that is made here: no page, so a row that is too short is refused."""
+
+
 class PageCopy(NamedTuple):
     """One page whose content must be copied on the device before new tokens are stored."""
 
@@ -166,12 +170,12 @@ class PagePool:
         del self._sequences[name]
 
     def page_table(self, names, pages_per_seq: int) -> np.ndarray:
-        """The page table of some sequences, i32[len(names), pages_per_seq]; padding is page 0.
+        """The page table of some sequences, i32[len(names), pages_per_seq]; padding is NO_PAGE.
 
         Raises:
             ValueError: if a sequence has more pages than the table is wide.
         """
-        table = np.zeros((len(names), pages_per_seq), np.int32)
+        table = np.full((len(names), pages_per_seq), NO_PAGE, np.int32)
         for row, name in zip(table, names, strict=True):
             pages = self._known(name).pages
             if len(pages) > pages_per_seq:
@@ -211,6 +215,3 @@ class PagePool:
         page = self._free.pop()
         self._references[page] += 1
         return page
-
-
-# --- Attention through a page table -----------------------------------------------------------
