@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import sys
 
 import jax
 
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, whole
 from rpa.cli.spinner import waiting
 from rpa.lab.schedule.cases import CASES, KERNELS, Measured, measure
-from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.loop_tree import bound, shares
-from rpa.lab.schedule.schedule import NoSchedule
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -21,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
     parser.add_argument(
         "--blocks",
-        type=lambda text: [int(n) for n in text.split(",")],
+        type=_four_sizes,
         metavar="bq,bkv,bq_c,bkv_c",
         help="block sizes; default: the kernel's own",
     )
@@ -32,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(args) -> int:
-    """Run the experiment; the exit code is 1 if there is no schedule."""
+    """Run the experiment and return its exit code.
+
+    Raises:
+        NoSchedule, CannotRun: in words.
+    """
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        measured = _measure(args, args.kernel, args.blocks)
-        against = _measure(args, args.against, None) if args.against else None
-    except (NoSchedule, CannotRun, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    measured = _measure(args, args.kernel, args.blocks)
+    against = _measure(args, args.against, None) if args.against else None
     if args.picture:
         _draw(measured, args.picture)
     if args.json:
@@ -54,6 +51,13 @@ def main(args) -> int:
         if against is not None:
             print("", describe(against), "", side_by_side(measured, against), sep="\n")
     return 0
+
+
+def _four_sizes(text):
+    sizes = [whole(1, 2**20)(n) for n in text.split(",")]
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four sizes: bq,bkv,bq_c,bkv_c")
+    return sizes
 
 
 def _measure(args, kernel, blocks):

@@ -260,8 +260,9 @@ def _check_requests(requests, pool):
         by_name[name] = request
         if not 1 <= whole_number("prompt_len", request.prompt_len) <= len(request.token_ids):
             raise ValueError(
-                f"request {name!r} has prompt_len {request.prompt_len} and {len(request.token_ids)} "
-                "tokens: a prompt has at least one, and token_ids holds all of it."
+                f"request {name!r} has prompt_len {request.prompt_len} and "
+                f"{len(request.token_ids)} tokens: a prompt has at least one, and token_ids holds "
+                "all of it."
             )
     for request in requests:
         _check_fork(request, by_name)
@@ -271,7 +272,7 @@ def _check_fork(request, by_name):
     seen, forks = {request.name}, request.forks
     if forks and whole_number("the shared prefix", forks[1]) < 0:
         raise ValueError(
-            f"request {request.name!r} forks {forks[1]} tokens, but the number must not be negative."
+            f"request {request.name!r} forks {forks[1]} tokens, but that must not be negative."
         )
     while forks:
         parent = by_name.get(forks[0])
