@@ -1,8 +1,8 @@
 """rpa: Ragged Paged Attention for TPUs, built rung by rung.
 
-Read the package in the order of the ladder: `chips`, `dense`, `page_pool`, `paging`, `ragged`, `tiled`,
-`streamed`, `fused`, `kernel`. Each file answers the same question, attention over a batch of
-sequences with a KV cache, and changes one thing in how it is answered.
+Read the package in the order of the ladder: `chips`, `dense`, `page_pool`, `paging`, `ragged`,
+`tiled`, `streamed`, `fused`, `plain`, `kernel`. Each file answers the same question, attention over
+a batch of sequences with a KV cache, and changes one thing in how it is answered.
 
 >>> import rpa
 >>> rpa.get_kv_cache_shape(100, 16, 8, 128, "bfloat16")
@@ -10,10 +10,17 @@ sequences with a KV cache, and changes one thing in how it is answered.
 """
 
 import importlib
+import importlib.metadata
 
-from rpa.doctor import doctor
+from rpa._repository import DISTRIBUTION
+from rpa.doctor import doctor, warn_of_foreign_rpa
 
-__version__ = "0.1.0"
+try:
+    __version__ = importlib.metadata.version(DISTRIBUTION)
+except importlib.metadata.PackageNotFoundError:
+    __version__ = "0+checkout"  # imported from a clone that is not installed
+
+warn_of_foreign_rpa()
 
 # Imported when first asked for: the doctor must be able to say that jax is missing or too old.
 _HOMES = {
@@ -25,8 +32,19 @@ _HOMES = {
 }
 
 _ROOMS = (
-    *("chips", "dense", "paging", "ragged", "tiled", "streamed", "fused", "kernel", "ladder"),
-    *("check", "figures", "lab", "models", "serving", "traces"),
+    *(
+        "chips",
+        "dense",
+        "paging",
+        "ragged",
+        "tiled",
+        "streamed",
+        "fused",
+        "plain",
+        "kernel",
+        "ladder",
+    ),
+    *("check", "figures", "lab", "models", "shapes", "traces"),
 )
 
 __all__ = ["check", "doctor", *_HOMES]

@@ -15,16 +15,17 @@ from rpa.lab import peers
 from rpa.lab.batches import make_batch
 from rpa.lab.copies.dryrun import dry_run
 from rpa.lab.copies.timeline import record_dmas
-from rpa.lab.copies.traffic import Layer, count, least
+from rpa.lab.copies.traffic import count, least
 from rpa.ragged import RaggedBatch
+from rpa.shapes import AttentionShape
 from tests import dma_programs as programs
 from tests.batches import Shape, make_case
 from tests.test_figures import check_places, drawn_texts
 
 X = jax.ShapeDtypeStruct((programs.NUM_CHUNKS * programs.CHUNK, 128), "float32")
 CHUNK_BYTES = programs.CHUNK * 128 * 4
-LLAMA = Layer.of("llama-3-8b", page_size=128)
-SMALL = Layer(4, 2, 64, page_size=8, dtype="float32", kv_dtype="float32")
+LLAMA = AttentionShape.of("llama-3-8b", page_size=128)
+SMALL = AttentionShape(4, 2, 64, page_size=8, dtype="float32", kv_dtype="float32")
 ROW = 4 * 64 * 4  # bytes of the queries, or the output, of one token of SMALL
 SHAPE = Shape(4, 2, 64, page_size=8)
 
@@ -217,7 +218,7 @@ def test_rung_4_gathers_whole_rows_of_the_table_and_reads_them_again():
     assert traffic.kinds["KV read"].sizes == {8 * 64 * 4: 2 * blocks}
 
 
-# --- Rung 7 against the least -------------------------------------------------------------------
+# --- Rung 8 against the least -------------------------------------------------------------------
 
 
 def test_decode_moves_within_2_percent_of_the_least():
@@ -289,8 +290,8 @@ def test_the_command_prints_a_table_or_json(capsys):
 
 
 def test_the_command_says_why_a_rung_cannot_and_what_a_batch_looks_like(capsys):
-    assert main(["lab", "traffic", "--kernel", "streamed", "--batch", "1x8/64"]) == 1
-    assert "streamed: not applicable: sequence 0 has q_len 8" in capsys.readouterr().out
+    assert main(["lab", "traffic", "--kernel", "streamed", "--batch", "1x8/64"]) == 2
+    assert "streamed: not applicable: sequence 0 has q_len 8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["lab", "traffic", "--batch", "8x64/32"])
     assert "is no COUNTxQ_LEN/KV_LEN" in capsys.readouterr().err

@@ -18,7 +18,7 @@
 | `dma.py` | what exercises about kernels with DMAs share, and what flies when |
 | `launchers.py` | the `pallas_call`s around the kernels that exercises ask for |
 | `progress.py` | keeps what is solved in a file, `rpa.check.progress()` prints it |
-| `leaderboard.py` | scores entries to the challenge of chapter 10, keeps their table |
+| `leaderboard.py` | scores entries to the challenge of chapter 12, keeps their table |
 | `page_book.py` | the book of pages that exercise 2.4 is about |
 | `write_back.py` | the call around the kernel of exercise 6.5 |
 | `chapterNN.py` | the exercises of one chapter |

@@ -105,7 +105,7 @@ def in_words(w) -> str:
 def table(rows) -> str:
     """A line for each case and kernel, for people.
 
-    >>> absent = bench.Row("decode", "rung 4 tiled", note="not here")
+    >>> absent = on_device.Row("decode", "rung 4 tiled", note="not here")
     >>> print(table([absent]))  # doctest: +NORMALIZE_WHITESPACE
     case     kernel       time us  middle half of samples   MBU   MFU  predicted calibrated
     decode   rung 4 tiled       -                                                 not here

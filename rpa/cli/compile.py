@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     add_options(parser, "chip", chip=SEVERAL_CHIPS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
-    what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
+    what.add_argument("--against", choices=["v3"], help="time rung 8 beside this peer, 5 models")
     default = Workload()
     add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rpa import chips
 from rpa.lab.batches import PAGES, parse_batch
-from rpa.lab.programs import MODELS
+from rpa.shapes import MODELS
 
 DEFAULT = "default: %(default)s"
 

@@ -6,7 +6,8 @@ from rpa import chips
 from rpa.cli.options import add_options
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
-from rpa.lab.copies.traffic import RUNGS, Layer, count
+from rpa.lab.copies.traffic import RUNGS, count
+from rpa.shapes import AttentionShape
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -23,7 +24,7 @@ def main(args) -> int:
         ValueError: the rung cannot take the batch.
         PeerAbsent: in words.
     """
-    layer = Layer.of(
+    layer = AttentionShape.of(
         args.model,
         page_size=args.page_size,
         dtype=args.dtype,

@@ -41,6 +41,8 @@ def parse_batch(text) -> list[tuple[int, int, int]]:
         groups.append(tuple(map(int, match.groups())))
         if not (groups[-1][0] and groups[-1][2]):
             raise argparse.ArgumentTypeError(f"{part!r} has no sequence, or one without a token")
+    if not any(q_len for _, q_len, _ in groups):
+        raise argparse.ArgumentTypeError(f"{text!r} has no new token: there is nothing to compute")
     num_tokens = sum(count * kv_len for count, _, kv_len in groups)
     if num_tokens > MOST_TOKENS:
         raise argparse.ArgumentTypeError(

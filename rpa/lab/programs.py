@@ -4,22 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
-
-MODELS = {
-    "llama-3-8b": (32, 8, 128),
-    "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
-    "llama-3-8b-on-4": (8, 2, 128),
-    "smollm2-135m": (9, 3, 64),
-    "gpt-oss": (64, 8, 64),
-    "head-dim-256": (16, 4, 256),
-    "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.bench.published
-    "16q-1kv-256": (16, 1, 256),
-}
-"""num_q_heads, num_kv_heads, head_dim of one layer's attention."""
+from rpa.shapes import MODELS, AttentionShape
 
 
 @dataclass(frozen=True)
@@ -49,10 +37,10 @@ class Workload:
         return MODELS[self.model]
 
     @property
-    def kv_token_bytes(self) -> int:
-        """K and V of a token, without what the cache's layout pads."""
-        _, num_kv_heads, head_dim = self.heads
-        return 2 * num_kv_heads * head_dim * jnp.dtype(self.kv_dtype).itemsize
+    def layer(self) -> AttentionShape:
+        """One attention layer of the model, with this cache."""
+        cache = {"page_size": self.page_size, "share_lanes": self.share_lanes}
+        return AttentionShape(*self.heads, dtype=self.dtype, kv_dtype=self.kv_dtype, **cache)
 
     @property
     def pages_per_seq(self) -> int:
@@ -103,7 +91,7 @@ def tiled(w: Workload) -> Program:
 
 
 def streamed(w: Workload) -> Program:
-    """Rung 5, one query a sequence."""
+    """Rung 5, one query per sequence."""
     kv_lens, page_indices, _, _ = w.metadata
     args = (w.queries(w.num_seqs), w.kv_cache, kv_lens, page_indices)
     kwargs = {"num_kv_heads": w.heads[1], "interpret": False}
@@ -120,7 +108,7 @@ def fused(w: Workload) -> Program:
 
 
 def kernel(w: Workload) -> Program:
-    """Rung 7, with the cache donated."""
+    """Rung 8, with the cache donated."""
     num_tokens = w.num_seqs * w.q_len
     new = w.kv(num_tokens)
     args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)

