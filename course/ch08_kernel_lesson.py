@@ -533,4 +533,11 @@ assert len(page_copies) == 15 * 256
 # For that one has to read what the compiler made of all this: the machine's own schedule, bundle by
 # bundle. It can be read on a laptop, and **chapter 9** does, and makes it shorter.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/08_kernel.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/08_kernel.ipynb).
+#
+# **Read more:**
+#
+# - [tpu-inference](https://github.com/vllm-project/tpu-inference),
+#   `kernels/ragged_paged_attention/v3`: the production kernel; docs/kernel.md lists where this
+#   one differs.
+# - [FlashAttention-2](https://arxiv.org/abs/2307.08691), Dao 2023: the division of work on a GPU.

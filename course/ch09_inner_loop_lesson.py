@@ -534,4 +534,11 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # **Chapter 10** goes from the inner loop to the batch: how large the blocks should be, how far the
 # copies must run ahead, and what time comes of it all.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/09_inner_loop.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/09_inner_loop.ipynb).
+#
+# **Read more:**
+#
+# - [Matrix multiplication in Pallas](https://docs.jax.dev/en/latest/pallas/tpu/matmul.html): the
+#   same kind of ladder, measured on a TPU.
+# - [FlashAttention-3](https://arxiv.org/abs/2407.08608), Shah et al. 2024: softmax next to
+#   products, on a GPU.

@@ -426,6 +426,10 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
         )
         for row in counted
     ]
+    bars += [
+        (bars[0][0], name, round(needed_bytes / 1e3), round(num_bytes / 1e3))
+        for name, num_bytes in kv_bytes_of_kernels(scene).items()
+    ]
     bars += [("query rows computed", row.rung, needed_rows, row.query_rows) for row in counted]
     pictures = {
         "pages.png": pool_map(scene.pool, names),
@@ -435,6 +439,30 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
         "waste.png": waste_figure(bars, title="What each rung touches"),
     }
     return [picture.save(folder / name) for name, picture in pictures.items()]
+
+
+def kv_bytes_of_kernels(scene: Scene) -> dict[str, int]:
+    """Bytes of K and V that each rung for any batch reads, counted from its own copies."""
+    from functools import partial
+
+    from rpa import plain
+    from rpa.lab.copies import traffic
+    from rpa.shapes import AttentionShape
+
+    layer = scene.layers[0]
+    heads = layer.queries.shape[1], layer.keys.shape[1], layer.queries.shape[2]
+    dtype = str(layer.kv_cache.dtype)
+    shape = AttentionShape(*heads, page_size=PAGE_SIZE, dtype=dtype, kv_dtype=dtype)
+    counted = {}
+    for name, rung in {
+        "7 plain": partial(plain.attention, interpret=False),
+        "8 kernel": "kernel",
+    }.items():
+        kinds = traffic.count(rung, layer.batch, shape).kinds
+        counted[name] = sum(
+            kinds[kind].num_bytes for kind in (traffic.KV_READ, traffic.NEW_KV) if kind in kinds
+        )
+    return counted
 
 
 # --- The command ----------------------------------------------------------------------------------

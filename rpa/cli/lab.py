@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "all": "print every table of the lab: what is claimed about rung 8's speed",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
+    "steps": "say what each optimisation of rung 8 is worth on three chips",
     "predict": "say how long a batch takes on a chip that is not here",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",

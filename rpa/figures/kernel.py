@@ -28,7 +28,7 @@ ARROWS = [  # from, to, when
     ("cache", "kv", "fetched, some turns later"),
     ("new", "kv", "fetched, some turns later"),
     ("queries", "q", "fetched, some turns later"),
-    ("new", "cache", "stored beside it"),
+    ("kv", "cache", "stored meanwhile"),
     ("kv", "tile", "computed, some turns later"),
     ("q", "tile", "computed, some turns later"),
     ("tile", "state", "computed, some turns later"),
@@ -36,11 +36,14 @@ ARROWS = [  # from, to, when
     ("o", "output", "at the end of a query block"),
     ("walk", "chunk", "looked up"),
 ]
+NUDGED = {("cache", "kv"): (0.3, 0.35), ("kv", "cache"): (0.05, -0.15), ("new", "kv"): (0, -0.4)}
+"""How much higher an arrow starts and ends than in the middle of its boxes: apart from others."""
+
 WHEN = {
     "looked up": COLORS["purple"],
     "fetched, some turns later": COLORS["blue"],
     "computed, some turns later": COLORS["orange"],
-    "stored beside it": COLORS["red"],
+    "stored meanwhile": COLORS["red"],
     "at the end of a query block": COLORS["green"],
 }
 """What an arrow's colour means, in the order of the legend."""
@@ -71,7 +74,8 @@ def diagram():
             axes.add_patch(box)
             axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center")
         for source, target, when in ARROWS:
-            _draw_arrow(axes, BOXES[source], BOXES[target], WHEN[when])
+            nudge = NUDGED.get((source, target), (0, 0))
+            _draw_arrow(axes, BOXES[source], BOXES[target], WHEN[when], nudge)
         axes.set(xlim=(0, 12.1), ylim=(0, 8.2))
         axes.axis("off")
         handles = [Patch(color=color, label=when) for when, color in WHEN.items()]
@@ -83,15 +87,17 @@ def diagram():
         "belt of those under way. In VMEM: KV blocks of some turns, query and output blocks, and "
         "the softmax state of the query block. A step is looked up: its table entries are asked "
         "for. Some turns later it is fetched: pages, new K and V and queries; new K and V are "
-        "stored in the cache beside that. Some turns later one tile after the other is computed. "
-        "At the end of a query block the output leaves.",
+        "stored in the cache out of the KV blocks meanwhile (only a decode stores its one token "
+        "from HBM to HBM). Some turns later one tile after the other is computed. At the end of a "
+        "query block the output leaves.",
     )
 
 
-def _draw_arrow(axes, source, target, color):
-    """From the nearer sides of two boxes."""
+def _draw_arrow(axes, source, target, color, nudge):
+    """From the nearer sides of two boxes, in the middle of them or `nudge` higher."""
     (x0, y0, w0, h0, _), (x1, y1, w1, h1, _) = source, target
-    middle0, middle1 = (x0 + w0 / 2, y0 + h0 / 2), (x1 + w1 / 2, y1 + h1 / 2)
+    middle0 = (x0 + w0 / 2, y0 + h0 / 2 + nudge[0])
+    middle1 = (x1 + w1 / 2, y1 + h1 / 2 + nudge[1])
     if x0 + w0 <= x1:
         start, end = (x0 + w0, middle0[1]), (x1, middle1[1])
     elif x1 + w1 <= x0:
