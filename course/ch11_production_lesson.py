@@ -72,7 +72,7 @@ assert abs(float(sunk.sum()) - 0.5) < 1e-2
 # *begins* as if it had been seen:
 
 # %%
-show_source(softmax.nothing_seen)
+show_source(softmax.Softmax.nothing_seen)
 
 # %% [markdown]
 # Now everything at once, on the real kernel: a float8 cache, window, cap and sinks, two decodes and

@@ -310,7 +310,8 @@ def kernel_arguments(*, jaxpr, grid_mapping, input_output_aliases, **_):
         role, space = ("scalar", "smem") if i < 0 else (role, space_name(space))
         alias = aliases.get(i - num_inputs) if role == "output" else None
         dtype = getattr(var.aval, "dtype", None)
-        name = name or f"args[{place}]"
+        # Of a record of references, what its field is called.
+        name = (name or f"args[{place}]").rpartition(".")[2]
         arguments.append(KernelArgument(name, role, space, shape, block_shape, dtype, alias))
     return arguments
 

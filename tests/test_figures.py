@@ -93,7 +93,7 @@ EXAMPLES = {
         ["A decode", "(idle)", "B chunk"],
     ),
     "before_after": lambda: optimise.before_after(
-        {step: recorded_step("v5e", step) for step in ("odd stride", "two sequences a turn")}
+        {step: recorded_step("v5e", step) for step in ("odd stride", "two sequences together")}
     ),
     "steps_against_hbm": lambda: optimise.steps_against_hbm(
         {chip: {"as written": 9000, "with a trick": 2200} for chip in ("v5e", "tpu7x")},

@@ -11,10 +11,10 @@ BOXES = {  # name: (left, bottom, width, height, text)
     "queries": (0.3, 1.8, 2.3, 0.8, "queries"),
     "output": (0.3, 0.5, 2.3, 0.8, "output"),
     "chunk": (4.6, 6.3, 2.6, 0.8, "entries of the\nKV blocks"),
-    "kv": (4.6, 3.9, 2.6, 1.3, "KV blocks\nof some turns"),
+    "kv": (4.6, 3.9, 2.6, 1.3, "KV blocks\nof some iterations"),
     "q": (4.6, 1.8, 2.6, 0.8, "query blocks"),
     "o": (4.6, 0.5, 2.6, 0.8, "output blocks"),
-    "walk": (8.9, 6.3, 2.8, 0.8, "walk: which step is next?\nbelt: which are under way?"),
+    "traversal": (8.9, 6.3, 2.8, 0.8, "traversal: what is next?\npipeline: what is in flight?"),
     "tile": (8.9, 3.4, 2.8, 1.8, "one tile:\nQ K$^T$, mask if needed,\nexp, P V"),
     "state": (8.9, 1.4, 2.8, 1.1, "softmax state\nof the query block"),
 }
@@ -25,24 +25,24 @@ MEMORIES = {  # title: (left, bottom, width, height)
 }
 ARROWS = [  # from, to, when
     ("table", "chunk", "looked up"),
-    ("cache", "kv", "fetched, some turns later"),
-    ("new", "kv", "fetched, some turns later"),
-    ("queries", "q", "fetched, some turns later"),
+    ("cache", "kv", "fetched, some iterations later"),
+    ("new", "kv", "fetched, some iterations later"),
+    ("queries", "q", "fetched, some iterations later"),
     ("kv", "cache", "stored meanwhile"),
-    ("kv", "tile", "computed, some turns later"),
-    ("q", "tile", "computed, some turns later"),
-    ("tile", "state", "computed, some turns later"),
+    ("kv", "tile", "computed, some iterations later"),
+    ("q", "tile", "computed, some iterations later"),
+    ("tile", "state", "computed, some iterations later"),
     ("state", "o", "at the end of a query block"),
     ("o", "output", "at the end of a query block"),
-    ("walk", "chunk", "looked up"),
+    ("traversal", "chunk", "looked up"),
 ]
 NUDGED = {("cache", "kv"): (0.3, 0.35), ("kv", "cache"): (0.05, -0.15), ("new", "kv"): (0, -0.4)}
 """How much higher an arrow starts and ends than in the middle of its boxes: apart from others."""
 
 WHEN = {
     "looked up": COLORS["purple"],
-    "fetched, some turns later": COLORS["blue"],
-    "computed, some turns later": COLORS["orange"],
+    "fetched, some iterations later": COLORS["blue"],
+    "computed, some iterations later": COLORS["orange"],
     "stored meanwhile": COLORS["red"],
     "at the end of a query block": COLORS["green"],
 }
@@ -83,12 +83,13 @@ def diagram():
     return alt(
         fig,
         "The kernel in one picture. In HBM: page table, KV cache, new K and V, queries, output. In "
-        "SMEM: the table entries of the KV blocks, the walk that says which step is next, and the "
-        "belt of those under way. In VMEM: KV blocks of some turns, query and output blocks, and "
-        "the softmax state of the query block. A step is looked up: its table entries are asked "
-        "for. Some turns later it is fetched: pages, new K and V and queries; new K and V are "
-        "stored in the cache out of the KV blocks meanwhile (only a decode stores its one token "
-        "from HBM to HBM). Some turns later one tile after the other is computed. At the end of a "
+        "SMEM: the table entries of the KV blocks, the traversal that says which work item is "
+        "next, and the ring of those in flight. In VMEM: KV blocks of some iterations, query and "
+        "output blocks, and the softmax state of the query block. A work item is looked up: its "
+        "table entries are requested. Some iterations later it is fetched: pages, new K and V and "
+        "queries; new K and V are stored in the cache out of the KV blocks meanwhile (only a "
+        "decode stores its one token from HBM to HBM). Some iterations later one tile after the "
+        "other is computed. At the end of a "
         "query block the output leaves.",
     )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rpa import chips
+from rpa.kernel import prepare
 from rpa.lab import peers, programs
 from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.schedule.execution import DELAY_SLOTS, Execution
@@ -64,11 +65,19 @@ class KernelChoice:
         program: workload to the function and its arguments.
         names: by case, the pattern of the `pallas_call`'s name.
         blocks: by case, the keyword argument for its blocks.
+        default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
     """
 
     program: Callable
     names: dict[str, str]
     blocks: dict[str, str]
+    default_blocks: Callable = lambda *_: None
+
+
+def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
+    """The blocks that rung 8 chooses: (bq, bkv, bq_c, bkv_c)."""
+    plans = prepare(*program.args, chip=chip, backend="tpu")
+    return next(tuple(plan.blocks) for plan in plans if plan.case.label == case)
 
 
 KERNELS = {
@@ -76,6 +85,7 @@ KERNELS = {
         programs.kernel,
         {"decode": "^rpa_decode$", "mixed": "^rpa_mixed$"},
         {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
+        rung_8_blocks,
     ),
     "v3": KernelChoice(
         peers.PROGRAMS["v3"],
@@ -97,6 +107,7 @@ class Measured:
 
     Attributes:
         kernel, case, chip: names.
+        blocks: (bq, bkv, bq_c, bkv_c); None where the kernel chose them and does not say.
         schedule: of the compiled kernel.
         chunks: what `num_chunks` chunks execute.
         num_chunks: how many.
@@ -111,6 +122,7 @@ class Measured:
     kernel: str
     case: str
     chip: str
+    blocks: tuple[int, ...] | None
     schedule: Schedule
     chunks: Execution
     num_chunks: int
@@ -165,6 +177,7 @@ def measure(
     *,
     model="llama-3-8b",
     page_size=128,
+    kv_dtype="bfloat16",
     share_lanes=False,
     blocks=None,
     use_cache=True,
@@ -177,6 +190,7 @@ def measure(
         chip: anything that `rpa.chips.chip` knows.
         model: a name in `rpa.shapes.MODELS`.
         page_size: tokens of a page.
+        kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
         use_cache: False compiles again.
@@ -189,6 +203,7 @@ def measure(
     sizes = programs.Workload(
         model,
         page_size=page_size,
+        kv_dtype=kv_dtype,
         num_seqs=what.max_num_seqs,
         q_len=max(1, what.q_len // 4),
         kv_len=LONG,
@@ -219,8 +234,10 @@ def measure(
         more = (run(2 * n, SHORT) - short).bundles
         per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
+    known = chips.chip(chip).name
+    chosen = KERNELS[kernel].default_blocks(program, known, case) if blocks is None else blocks
     return Measured(
-        *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
+        *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
         floor_of,
         *regions(schedule, chunks, what.num_chunks),
