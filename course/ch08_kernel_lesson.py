@@ -35,7 +35,6 @@ from rpa.figures import show_source
 from rpa.kernel import blocks, cases, loop, mixed, traversal, tricks
 from rpa.kernel.plan import BlockSizes, Plan
 from rpa.kernel.problem import Problem
-from rpa.kernel.transfers import Copies
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
 # %% [markdown]
@@ -61,7 +60,7 @@ pictures.diagram()
 # | `page_table.py` | which pages are one copy? | 12.3 |
 # | `loop.py`, `mixed.py` | in which order is computed, and where is a mask? | 4.5, 8.1 |
 # | `decode.py`, `tricks.py` | what makes it fast? | chapter 9 |
-# | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
+# | `cases.py` | which kernel computes which sequences? | 3.4, 8.2 |
 # | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 8.3 |
 #
 # **Takeaway.** The kernel is a loop that looks up, fetches and computes, each for other keys.
@@ -233,6 +232,8 @@ assert delays["computes"] == mixed_plan.depth - 1
 # together should take longer than one of them needs to arrive; chapter 10 has the numbers.
 
 # %%
+from rpa.kernel.transfers import Copies
+
 show_source(Copies.fetch)
 
 # %% [markdown]
