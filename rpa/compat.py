@@ -106,7 +106,7 @@ def dma_operands(tree, operands):
     return tuple(ends)
 
 
-def memoryspace_name(aval):
+def memory_space_name(aval):
     """Where a reference of a kernel is: "hbm", "vmem", "smem" or "semaphore"."""
     return space_name(getattr(aval, "memory_space", None))
 

@@ -6,9 +6,9 @@ import sys
 
 import jax
 
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, kernel_of
 from rpa.cli.spinner import waiting
-from rpa.lab.schedule.cases import CASES, KERNELS, Measured, measure
+from rpa.lab.schedule.cases import CASES, KERNELS, Measured, label, measure
 from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.loop_tree import bound, shares
 from rpa.lab.schedule.schedule import NoSchedule
@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     add_options(parser, "chip", chip={"required": True, "help": None})
     parser.add_argument("--case", choices=list(CASES), required=True)
-    parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
+    known = {"type": kernel_of(KERNELS), "metavar": f"{','.join(KERNELS)},FILE.py:FUNCTION"}
+    parser.add_argument("--kernel", **known, default="rpa", help="default: rpa")
     parser.add_argument(
         "--blocks",
         type=lambda text: [int(n) for n in text.split(",")],
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="block sizes; default: the kernel's own",
     )
     add_options(parser, "model", "page_size", "share_lanes")
-    parser.add_argument("--against", choices=list(KERNELS), help="compare with this kernel")
+    parser.add_argument("--against", **known, help="compare with this kernel")
     parser.add_argument("--fresh", action="store_true", help="do not take a kept schedule")
     add_options(parser, "picture", "json", picture={"help": "draw the units' occupancy"})
 
@@ -77,7 +78,8 @@ def _draw(measured, file):
 
 
 def _title(measured):
-    return f"{measured.schedule.kernel} on {measured.chip}"
+    own = "yours, " if label(measured.kernel) == "yours" else ""
+    return f"{own}{measured.schedule.kernel} on {measured.chip}"
 
 
 def to_json(measured: Measured) -> dict:
@@ -112,7 +114,7 @@ def describe(measured: Measured) -> str:
     """A table for people."""
     numbers = to_json(measured)
     lines = [
-        f"{measured.schedule.kernel} on {measured.chip}, {measured.case}, bundles a chunk:",
+        f"{_title(measured)}, {measured.case}, bundles a chunk:",
         f"  {measured.bundles_per_chunk:9,.0f}  counted  ({measured.floor_of} floor "
         f"{measured.floor:,.0f})",
         f"  {measured.executed_per_chunk:9,.0f}  with everything executed",
@@ -156,7 +158,7 @@ def side_by_side(ours: Measured, theirs: Measured) -> str:
     names = ("bundles_per_chunk", "executed_per_chunk", "page_issue_per_chunk")
     rows = [(name.replace("_", " "), left[name], right[name]) for name in names]
     rows += [(unit, n, right["slots"][unit]) for unit, n in left["slots"].items()]
-    lines = [f"{'':22}{ours.kernel:>10}{theirs.kernel:>10}{'ratio':>8}"]
+    lines = [f"{'':22}{label(ours.kernel):>10}{label(theirs.kernel):>10}{'ratio':>8}"]
     for name, mine, other in rows:
         ratio = f"{mine / other:8.2f}" if other else f"{'':8}"
         lines.append(f"{name:22}{mine:10,.0f}{other:10,.0f}{ratio}")

@@ -30,10 +30,10 @@ from rpa.lab.compile.compiler import (
     ask_worker,
     cache_dir,
     compile_versions,
-    import_path,
     read_kept,
     write_kept,
 )
+from rpa.lab.compile.functions import import_path
 from rpa.lab.schedule import dumps, feeds, loop_tree, pallas_calls
 from rpa.lab.schedule.execution import Execution, Program
 
@@ -185,7 +185,7 @@ def schedule_for(
 
     Args:
         chip: anything that `rpa.chips.chip` knows.
-        fn: a function at the top level of a module, or "module:function".
+        fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
