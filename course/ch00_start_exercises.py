@@ -11,7 +11,7 @@
 
 # %%
 import rpa
-from rpa.serving import LLAMA3_8B
+from rpa.shapes import LLAMA3_8B
 
 # %% [markdown]
 # ## Exercise 0.1: What does one decode step read?

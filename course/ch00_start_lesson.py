@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa import chips, figures
-from rpa.serving import LLAMA3_8B, decode_step
+from rpa.shapes import LLAMA3_8B, decode_step
 
 # %% [markdown]
 # ## 1. What runs here, and how?

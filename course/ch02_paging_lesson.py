@@ -36,7 +36,7 @@ from rpa.figures import paging as pictures
 from rpa.figures import show_source
 from rpa.page_pool import OutOfPages, PagePool
 from rpa.paging import cdiv
-from rpa.serving import LLAMA3_8B
+from rpa.shapes import LLAMA3_8B
 
 # %% [markdown]
 # ## 1. How long will it get?

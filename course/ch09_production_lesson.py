@@ -36,7 +36,7 @@ from rpa.figures import show_source
 from rpa.kernel import cases, softmax
 from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
-from rpa.serving import LLAMA3_8B, decode_step
+from rpa.shapes import LLAMA3_8B, decode_step
 
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
 

@@ -1,8 +1,8 @@
 """rpa: Ragged Paged Attention for TPUs, built rung by rung.
 
-Read the package in the order of the ladder: `chips`, `dense`, `page_pool`, `paging`, `ragged`, `tiled`,
-`streamed`, `fused`, `kernel`. Each file answers the same question, attention over a batch of
-sequences with a KV cache, and changes one thing in how it is answered.
+Read the package in the order of the ladder: `chips`, `dense`, `page_pool`, `paging`, `ragged`,
+`tiled`, `streamed`, `fused`, `plain`, `kernel`. Each file answers the same question, attention over
+a batch of sequences with a KV cache, and changes one thing in how it is answered.
 
 >>> import rpa
 >>> rpa.get_kv_cache_shape(100, 16, 8, 128, "bfloat16")
@@ -26,7 +26,7 @@ _HOMES = {
 
 _ROOMS = (
     *("chips", "dense", "paging", "ragged", "tiled", "streamed", "fused", "kernel", "ladder"),
-    *("check", "figures", "lab", "models", "serving", "traces"),
+    *("check", "figures", "lab", "models", "shapes", "traces"),
 )
 
 __all__ = ["check", "doctor", *_HOMES]

@@ -22,7 +22,7 @@ from rpa.lab.bench.comparison import recorded
 from rpa.lab.predict.roofline import Point
 from rpa.lab.schedule.recorded import recorded_step
 from rpa.ragged import RaggedBatch
-from rpa.serving import LLAMA3_8B
+from rpa.shapes import LLAMA3_8B
 from rpa.tiled import block_map
 from rpa.traces import SERVICES, sample_requests
 

@@ -8,8 +8,9 @@ import pytest
 
 from rpa.kernel import page_table
 from rpa.lab.batches import make_batch
-from rpa.lab.copies.traffic import Layer, count
+from rpa.lab.copies.traffic import count
 from rpa.paging import cdiv
+from rpa.shapes import AttentionShape
 from tests.batches import Shape, make_case
 from tests.kernel_harness import ON_WAIT
 from tests.kernel_runs import BLOCKS, attend
@@ -66,7 +67,7 @@ def test_where_the_pages_lie_does_not_change_the_output():
 @pytest.mark.parametrize("page_size, of_shuffled", [(16, 64), (128, 8)])
 def test_a_run_is_one_copy_of_the_same_bytes(page_size, of_shuffled):
     """Blocks of 1,024 tokens, 4 a sequence."""
-    layer = Layer.of("llama-3-8b", page_size=page_size)
+    layer = AttentionShape.of("llama-3-8b", page_size=page_size)
     moved = {}
     for pages in ("shuffled", "adjacent"):
         batch = make_batch([(1, 4096)] * 3, page_size, pages)

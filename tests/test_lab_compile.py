@@ -19,6 +19,7 @@ from rpa.__main__ import main
 from rpa.lab import programs
 from rpa.lab.compile import words, worker
 from rpa.lab.compile.compiler import file_hash
+from rpa.shapes import MODELS
 from tests import lab_programs
 
 HAS_LIBTPU = lab.compile_versions()["libtpu"] is not None
@@ -200,7 +201,7 @@ def test_command_line(empty_cache, capsys):
     assert result["from_cache"] and result["function"] == "rpa.streamed:paged_decode"
 
 
-@pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", programs.PROGRAMS)
 def test_programs_name_functions_that_exist_and_take_these_arguments(name, model):
     program = programs.PROGRAMS[name](programs.Workload(model=model, num_seqs=2, kv_len=32))

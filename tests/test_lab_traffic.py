@@ -15,16 +15,17 @@ from rpa.lab import peers
 from rpa.lab.batches import make_batch
 from rpa.lab.copies.dryrun import dry_run
 from rpa.lab.copies.timeline import record_dmas
-from rpa.lab.copies.traffic import Layer, count, least
+from rpa.lab.copies.traffic import count, least
 from rpa.ragged import RaggedBatch
+from rpa.shapes import AttentionShape
 from tests import dma_programs as programs
 from tests.batches import Shape, make_case
 from tests.test_figures import check_places, drawn_texts
 
 X = jax.ShapeDtypeStruct((programs.NUM_CHUNKS * programs.CHUNK, 128), "float32")
 CHUNK_BYTES = programs.CHUNK * 128 * 4
-LLAMA = Layer.of("llama-3-8b", page_size=128)
-SMALL = Layer(4, 2, 64, page_size=8, dtype="float32", kv_dtype="float32")
+LLAMA = AttentionShape.of("llama-3-8b", page_size=128)
+SMALL = AttentionShape(4, 2, 64, page_size=8, dtype="float32", kv_dtype="float32")
 ROW = 4 * 64 * 4  # bytes of the queries, or the output, of one token of SMALL
 SHAPE = Shape(4, 2, 64, page_size=8)
 

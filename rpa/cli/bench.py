@@ -13,8 +13,8 @@ from rpa import chips
 from rpa.cli.options import add_options
 from rpa.lab.bench import on_device
 from rpa.lab.predict.calibration import FITTED
-from rpa.lab.programs import MODELS
 from rpa.ladder import LADDER
+from rpa.shapes import MODELS
 
 OPTIONS = ("model", "dtype", "kv_dtype", "page_size", "num_seqs", "kv_len")
 
@@ -104,7 +104,7 @@ def in_words(w) -> str:
 def table(rows) -> str:
     """A line for each case and kernel, for people.
 
-    >>> absent = bench.Row("decode", "rung 4 tiled", note="not here")
+    >>> absent = on_device.Row("decode", "rung 4 tiled", note="not here")
     >>> print(table([absent]))  # doctest: +NORMALIZE_WHITESPACE
     case     kernel       time us  middle half of samples   MBU   MFU  predicted calibrated
     decode   rung 4 tiled       -                                                 not here

@@ -11,7 +11,8 @@ from rpa.cli.options import SEVERAL_CHIPS, add_options, kernel_of
 from rpa.lab import peers
 from rpa.lab.compile.compiler import CompileResult, compile_for
 from rpa.lab.compile.functions import is_own
-from rpa.lab.programs import MODELS, PROGRAMS, Workload, own
+from rpa.lab.programs import PROGRAMS, Workload, own
+from rpa.shapes import MODELS
 
 KERNELS = PROGRAMS | peers.PROGRAMS
 FOR_A_CHIP = ("kernel", *peers.PROGRAMS)

@@ -5,7 +5,7 @@ import argparse
 from rpa import chips
 from rpa.lab.batches import PAGES, parse_batch
 from rpa.lab.compile.functions import is_own
-from rpa.lab.programs import MODELS
+from rpa.shapes import MODELS
 
 DEFAULT = "default: %(default)s"
 

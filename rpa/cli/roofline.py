@@ -10,7 +10,7 @@ from rpa import chips
 from rpa.cli.options import SEVERAL_CHIPS, add_options
 from rpa.lab.batches import lengths_of
 from rpa.lab.predict.roofline import Floor, floors
-from rpa.lab.programs import MODELS
+from rpa.shapes import MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser):

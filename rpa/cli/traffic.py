@@ -6,8 +6,9 @@ from rpa import chips
 from rpa.cli.options import add_options, kernel_of
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
-from rpa.lab.copies.traffic import RUNGS, Layer, count
+from rpa.lab.copies.traffic import RUNGS, count
 from rpa.lab.peers import PeerAbsent
+from rpa.shapes import AttentionShape
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def main(args) -> int:
     """Run the experiment; the exit code is 1 if the rung cannot take the batch."""
-    layer = Layer.of(
+    layer = AttentionShape.of(
         args.model,
         page_size=args.page_size,
         dtype=args.dtype,

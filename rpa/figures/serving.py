@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from rpa.figures.style import COLORS, CYCLE, alt, new_figure, style
-from rpa.serving import decode_step
+from rpa.shapes import decode_step
 
 
 def decode_share(
@@ -16,12 +16,12 @@ def decode_share(
     """Draw how much of a decode step's bytes is attention, as batch and context grow.
 
     Args:
-        model: a `rpa.serving.ModelShape`.
+        model: a `rpa.shapes.ModelShape`.
         batch_sizes: sequences that decode together, the horizontal axis of both panels.
         kv_lens: contexts in tokens, one line each; the right panel takes the second.
         dtype: of weights and KV cache.
 
-    >>> from rpa.serving import LLAMA3_8B
+    >>> from rpa.shapes import LLAMA3_8B
     >>> decode_share(LLAMA3_8B, (1, 256), (512, 2048)).text[-59:]
     'and from 1.8 % to 82.1 % with 2,048 tokens of context each.'
     """

@@ -4,23 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 
 from rpa.lab.compile.functions import import_path
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
-
-MODELS = {
-    "llama-3-8b": (32, 8, 128),
-    "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
-    "llama-3-8b-on-4": (8, 2, 128),
-    "smollm2-135m": (9, 3, 64),
-    "gpt-oss": (64, 8, 64),
-    "head-dim-256": (16, 4, 256),
-    "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.bench.published
-    "16q-1kv-256": (16, 1, 256),
-}
-"""num_q_heads, num_kv_heads, head_dim of one layer's attention."""
+from rpa.shapes import MODELS, AttentionShape
 
 
 @dataclass(frozen=True)
@@ -50,10 +38,10 @@ class Workload:
         return MODELS[self.model]
 
     @property
-    def kv_token_bytes(self) -> int:
-        """K and V of a token, without what the cache's layout pads."""
-        _, num_kv_heads, head_dim = self.heads
-        return 2 * num_kv_heads * head_dim * jnp.dtype(self.kv_dtype).itemsize
+    def layer(self) -> AttentionShape:
+        """One attention layer of the model, with this cache."""
+        cache = {"page_size": self.page_size, "share_lanes": self.share_lanes}
+        return AttentionShape(*self.heads, dtype=self.dtype, kv_dtype=self.kv_dtype, **cache)
 
     @property
     def pages_per_seq(self) -> int:

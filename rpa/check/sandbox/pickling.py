@@ -38,8 +38,8 @@ def pack(function: Callable) -> Parcel:
     Raises:
         CannotShip: its source is not to be had, or it stands inside another function.
 
-    >>> pack(cdiv_of_a_notebook := importlib.import_module("rpa.paging").cdiv).imports
-    {'cdiv': ('rpa.paging', 'cdiv')}
+    >>> pack(cdiv_of_a_notebook := importlib.import_module("rpa.page_pool").cdiv).imports
+    {'cdiv': ('rpa.page_pool', 'cdiv')}
     """
     name = getattr(function, "__name__", "")
     plain = inspect.unwrap(function)

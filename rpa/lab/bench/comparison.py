@@ -1,9 +1,9 @@
 """The race: one step of a server, every rung of the ladder, and the peers beside it.
 
-    from rpa.lab import race
+    from rpa.lab.bench import comparison
 
-    for row in race.recorded()["rows"]: ...      # what the repository ships
-    race.run_row("streamed", chips=("v5e",))     # the same, computed now
+    for row in comparison.recorded()["rows"]: ...      # what the repository ships
+    comparison.run_row("streamed", chips=("v5e",))     # the same, computed now
 
 The step is 16 decodes of real lengths (`rpa.traces`), one layer of Llama 3 8B in bfloat16, pages of
 128. For each kernel: the lines of code that somebody has to read, the HBM bytes that it moves
@@ -34,9 +34,10 @@ from rpa.lab.schedule.cases import measure
 from rpa.lab.schedule.pallas_calls import pallas_calls
 from rpa.lab.schedule.schedule import schedule_for
 from rpa.ragged import RaggedBatch
+from rpa.shapes import AttentionShape
 
 CHIPS = ("v5e", "v6e", "tpu7x")
-LAYER = traffic.Layer.of("llama-3-8b", page_size=128)
+LAYER = AttentionShape.of("llama-3-8b", page_size=128)
 PACKAGE = Path(__file__).parents[2]
 RECORD = PACKAGE / "data" / "comparison.json"
 PAGES_PER_SEQ = 128

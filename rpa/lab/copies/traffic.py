@@ -1,8 +1,9 @@
 """HBM bytes that a rung really moves for a batch, from its own transfers, against the least.
 
-    from rpa.lab.copies.traffic import Layer, count
+    from rpa.lab.copies.traffic import count
+    from rpa.shapes import AttentionShape
 
-    traffic = count("kernel", batch, Layer.of("llama-3-8b", page_size=128))
+    traffic = count("kernel", batch, AttentionShape.of("llama-3-8b", page_size=128))
     print(traffic.table())
     traffic.kinds["KV read"].num_bytes, traffic.least_bytes, traffic.excess
 
@@ -27,59 +28,14 @@ from rpa.lab import peers
 from rpa.lab.compile.functions import is_own, load
 from rpa.lab.copies.dryrun import OUTPUT, dry_run
 from rpa.lab.copies.events import HBM, SMEM
-from rpa.lab.programs import MODELS
-from rpa.paging import cdiv, get_kv_cache_shape
+from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
+from rpa.shapes import AttentionShape
 
 KV_READ, NEW_KV, CACHE_WRITE = "KV read", "new KV", "cache write"
 QUERIES, OUTPUTS, PAGE_TABLE, METADATA, OTHER = "q", "o", "page table", "metadata", "other"
 KINDS = (KV_READ, NEW_KV, CACHE_WRITE, QUERIES, OUTPUTS, PAGE_TABLE, METADATA, OTHER)
 """What is moved, in the order of the table."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The sizes of one attention layer and its cache; `dtype` is that of queries and output.
-
-    `share_lanes` is whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
-    """
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int = 16
-    dtype: str = "bfloat16"
-    kv_dtype: str = "bfloat16"
-    share_lanes: bool = False
-
-    @classmethod
-    def of(cls, model: str, **options) -> "Layer":
-        """The layer of a model in `rpa.lab.programs.MODELS`.
-
-        >>> Layer.of("llama-3-8b", page_size=128).token_bytes
-        4096
-        """
-        return cls(*MODELS[model], **options)
-
-    @property
-    def token_bytes(self) -> int:
-        """K and V of one token as the cache holds them, padding included."""
-        return int(np.prod(self.cache_shape(1)[2:])) * np.dtype(self.kv_dtype).itemsize
-
-    @property
-    def true_token_bytes(self) -> int:
-        """K and V of one token without padding."""
-        return 2 * self.num_kv_heads * self.head_dim * np.dtype(self.kv_dtype).itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        """The queries, or the output, of one token."""
-        return self.num_q_heads * self.head_dim * np.dtype(self.dtype).itemsize
-
-    def cache_shape(self, num_pages):
-        """Shape of a cache."""
-        sizes = (self.page_size, self.num_kv_heads, self.head_dim, self.kv_dtype)
-        return get_kv_cache_shape(num_pages, *sizes, share_lanes=self.share_lanes)
 
 
 @dataclass
@@ -195,7 +151,7 @@ def _sizes(sizes, most=4):
     return ", ".join([*words, *([f"{rest:,} others"] if rest else [])])
 
 
-def count(rung, batch: RaggedBatch, layer: Layer, **options) -> Traffic:
+def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic:
     """Count the HBM bytes that a rung moves for a batch.
 
     Args:
@@ -212,7 +168,7 @@ def count(rung, batch: RaggedBatch, layer: Layer, **options) -> Traffic:
         ValueError: if the rung cannot take the batch, or its transfers depend on computed values.
 
     >>> batch, _ = RaggedBatch.from_lengths([1, 1], [40, 9], [[0, 1, 2], [3]])
-    >>> traffic = count("streamed", batch, Layer(8, 2, 128))
+    >>> traffic = count("streamed", batch, AttentionShape(8, 2, 128))
     >>> traffic.kinds["KV read"].num_bytes == 49 * 2 * 2 * 128 * 2
     True
     """
@@ -311,7 +267,7 @@ def _kind_written(target):
     return {"kv_cache": CACHE_WRITE, OUTPUT: OUTPUTS, "queries": OUTPUTS}.get(target.origin, OTHER)
 
 
-def least(batch: RaggedBatch, layer: Layer, q_block: int | None = None) -> dict[str, int]:
+def least(batch: RaggedBatch, layer: AttentionShape, q_block: int | None = None) -> dict[str, int]:
     """The least HBM bytes of one call, by kind.
 
     Args:
@@ -320,7 +276,8 @@ def least(batch: RaggedBatch, layer: Layer, q_block: int | None = None) -> dict[
             of its queries, the keys that the block sees.
 
     >>> batch, _ = RaggedBatch.from_lengths([4], [40], [[0, 1, 2]])
-    >>> least(batch, Layer(8, 2, 128))["KV read"], least(batch, Layer(8, 2, 128), 2)["KV read"]
+    >>> layer = AttentionShape(8, 2, 128)
+    >>> least(batch, layer)["KV read"], least(batch, layer, 2)["KV read"]
     (36864, 73728)
     """
     q_lens, kv_lens = ladder.q_lens_of(batch), ladder.kv_lens_of(batch)

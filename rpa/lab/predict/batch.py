@@ -110,7 +110,7 @@ def predict_batch(
             "file.py:function", which takes the whole batch in one kernel.
         chip: anything that `rpa.chips.chip` knows.
         batch: NumPy arrays, as `RaggedBatch.from_lengths` makes them.
-        model: a name in `rpa.lab.programs.MODELS`.
+        model: a name in `rpa.shapes.MODELS`.
         page_size: tokens of a page.
         dtype, kv_dtype: of queries, and of the cache.
         blocks: {"decode": sizes, "mixed": sizes} of the kernel, its own default where missing.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from rpa import chips
-from rpa.lab.programs import MODELS
+from rpa.shapes import MODELS
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def floors(
     Args:
         lengths: (q_len, kv_len) of each sequence.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.lab.programs.MODELS`.
+        model: a name in `rpa.shapes.MODELS`.
         dtype, kv_dtype: of queries, and of the cache.
 
     Returns:

@@ -211,7 +211,7 @@ def measure(
         kernel: a name in KERNELS, or "file.py:function" (see `kernel_choice`).
         case: a name in CASES.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.lab.programs.MODELS`.
+        model: a name in `rpa.shapes.MODELS`.
         page_size: tokens of a page.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.

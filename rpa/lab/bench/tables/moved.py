@@ -4,7 +4,8 @@ from collections import Counter
 
 from rpa.lab.batches import make_batch
 from rpa.lab.bench.tables.table import Scope, Table
-from rpa.lab.copies.traffic import Layer, count
+from rpa.lab.copies.traffic import count
+from rpa.shapes import AttentionShape
 
 BATCHES = {
     "16 decodes of 4,096": [(1, 4096)] * 16,
@@ -26,7 +27,7 @@ def _cells(scope: Scope):
 
 def _count(*, batch, page, pages, kernel):
     made = make_batch(BATCHES[batch], page, pages)
-    layer = Layer.of("llama-3-8b", page_size=page)
+    layer = AttentionShape.of("llama-3-8b", page_size=page)
     t = count({"rpa": "kernel"}.get(kernel, kernel), made, layer)
     sizes = Counter()
     for moved in t.kinds.values():

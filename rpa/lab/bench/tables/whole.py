@@ -189,7 +189,7 @@ def _window_cells(scope: Scope):
 def _window(*, chip, kernel):
     options = {"sliding_window": WINDOW}
     p = predict(kernel, chip, window_lengths(), WINDOW_ROOM, options=options)
-    least_bytes = len(window_lengths()) * WINDOW * ROOM.kv_token_bytes
+    least_bytes = len(window_lengths()) * WINDOW * ROOM.layer.true_token_bytes
     least_us = least_bytes / chips.chip(chip).hbm_bytes_per_s * 1e6
     return _times(p) | {"window us": least_us, "of window": p.time_us / least_us}
 

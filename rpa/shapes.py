@@ -1,15 +1,78 @@
-"""What one decode step of a served model moves and computes: weights against KV cache.
+"""Shapes: one attention layer, the models that the lab knows, and what a decode step of one costs.
 
-A step makes one token for every sequence of the batch. The weights are read once for the whole
-batch; the KV cache is read once for each sequence, all of its tokens. So the share of attention
-in the bytes grows with the batch and with the context, and that is why the kernel matters.
+A decode step makes one token for every sequence of the batch. The weights are read once for the
+whole batch; the KV cache is read once for each sequence, all of its tokens. So the share of
+attention in the bytes grows with the batch and with the context: that is why the kernel matters.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from rpa.chips import attention_cost
+from rpa.paging import get_kv_cache_shape
+
+MODELS = {
+    "llama-3-8b": (32, 8, 128),
+    "llama-3-70b-on-8": (8, 1, 128),  # one chip of eight, the heads shared out
+    "llama-3-8b-on-4": (8, 2, 128),
+    "smollm2-135m": (9, 3, 64),
+    "gpt-oss": (64, 8, 64),
+    "head-dim-256": (16, 4, 256),
+    "8q-4kv-256": (8, 4, 256),  # shapes that timings were published for: rpa.lab.bench.published
+    "16q-1kv-256": (16, 1, 256),
+}
+"""num_q_heads, num_kv_heads, head_dim of one layer's attention."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of one attention layer and its KV cache.
+
+    Attributes:
+        num_q_heads, num_kv_heads, head_dim: its heads.
+        page_size: tokens per page.
+        dtype, kv_dtype: of queries and output, and of the cache.
+        share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    share_lanes: bool = False
+
+    @classmethod
+    def of(cls, model: str, **options) -> "AttentionShape":
+        """The attention layer of a model in `MODELS`.
+
+        >>> AttentionShape.of("llama-3-8b", page_size=128).token_bytes
+        4096
+        """
+        return cls(*MODELS[model], **options)
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token as the cache holds them, padding included."""
+        return int(np.prod(self.cache_shape(1)[2:])) * np.dtype(self.kv_dtype).itemsize
+
+    @property
+    def true_token_bytes(self) -> int:
+        """K and V of one token without padding."""
+        return 2 * self.num_kv_heads * self.head_dim * np.dtype(self.kv_dtype).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """The queries, or the output, of one token."""
+        return self.num_q_heads * self.head_dim * np.dtype(self.dtype).itemsize
+
+    def cache_shape(self, num_pages):
+        """Shape of a cache."""
+        sizes = (self.page_size, self.num_kv_heads, self.head_dim, self.kv_dtype)
+        return get_kv_cache_shape(num_pages, *sizes, share_lanes=self.share_lanes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +122,8 @@ class ModelShape:
         >>> LLAMA3_8B.kv_bytes_per_token()
         131072
         """
-        item_bytes = jnp.dtype(dtype).itemsize
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * item_bytes
+        heads = self.num_q_heads, self.num_kv_heads, self.head_dim
+        return self.num_layers * AttentionShape(*heads, kv_dtype=dtype).true_token_bytes
 
 
 LLAMA3_8B = ModelShape(

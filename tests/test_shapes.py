@@ -2,8 +2,8 @@
 
 import pytest
 
-from rpa import serving
-from rpa.serving import LLAMA3_8B, SMOLLM2_135M, decode_step
+from rpa import shapes
+from rpa.shapes import LLAMA3_8B, SMOLLM2_135M, decode_step
 
 pytestmark = pytest.mark.core
 
@@ -44,4 +44,4 @@ def test_the_step_reads_what_one_layer_of_the_lab_reads():
     """1,024 tokens of one layer are the 4 MiB that every decode schedule is measured against."""
     one_layer = decode_step(LLAMA3_8B, 1, 1024).attention_bytes / LLAMA3_8B.num_layers
     assert one_layer == pytest.approx(4 * 2**20, rel=0.01)
-    assert serving.LLAMA3_8B.num_q_heads == 4 * serving.LLAMA3_8B.num_kv_heads
+    assert shapes.LLAMA3_8B.num_q_heads == 4 * shapes.LLAMA3_8B.num_kv_heads
