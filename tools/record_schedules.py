@@ -9,12 +9,14 @@ import argparse
 import jax
 from tqdm import tqdm
 
+from rpa.check.chapters import assembly
 from rpa.cli.schedule import to_json as measured_json
 from rpa.lab import compile_versions, programs
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.cases import measure
 from rpa.lab.schedule.recorded import compile_step, occupancy_of, recorded_step, write
 from rpa.lab.schedule.schedule import schedule_for
+from rpa.check.yours import LINE
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 PICTURED = ("odd stride", "two sequences a turn", "a quarter of the keys turned")
@@ -45,6 +47,11 @@ def orders():
         schedule = schedule_for("v5e", inner_loop.attend_ahead, *shapes, kwargs=kwargs)
         bundles.append(schedule.num_bundles)
     return bundles
+
+
+def assembled():
+    """Bundles a tile of the assembly exercises' solutions, and of the rungs next to them."""
+    return {number: assembly.record(number) for number in tqdm(list(LINE)[1:], desc="assembly")}
 
 
 def turned():
@@ -122,6 +129,7 @@ SECTIONS = {
     "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,
     "tiled": tiled,
+    "assembly": assembled,
     "versions": versions,
 }
 

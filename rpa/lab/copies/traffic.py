@@ -155,8 +155,8 @@ def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic
     """Count the HBM bytes that a rung moves for a batch.
 
     Args:
-        rung: a name in RUNGS, your own as "file.py:function", or a function (queries, keys, values, kv_cache, batch, *, sm_scale,
-            **options) -> anything, whose kernels are for the TPU (`interpret=False`).
+        rung: a name in RUNGS, your own as "file.py:function", or a function (queries, keys,
+            values, kv_cache, batch, *, sm_scale, **options) -> anything.
         batch: with NumPy values; its pages need not be owned by anybody.
         layer: sizes.
         options: for the rung's function, as `d_block_sizes` or `sliding_window`.

@@ -21,8 +21,8 @@ import numpy as np
 from rpa import chips
 from rpa.chips import attention_cost
 from rpa.lab.batches import metadata_of
-from rpa.lab.predict.calibration import FITTED, Calibration
 from rpa.lab.compile.functions import is_own
+from rpa.lab.predict.calibration import FITTED, Calibration
 from rpa.lab.programs import Workload
 from rpa.lab.schedule.cases import check_products, compile_kernel
 from rpa.lab.schedule.execution import Execution

@@ -165,14 +165,21 @@ class Measured:
     @property
     def page_issue_per_chunk(self) -> float:
         """Bundles of the loops or regions that start the copies of pages."""
-        return page_issue(self.schedule, self.chunks) / self.num_chunks
+        return self._page_issue / self.num_chunks
+
+    @property
+    def _page_issue(self):
+        return page_issue(self.schedule, self.chunks)
 
     @property
     def bundles_per_chunk(self) -> float:
         """Decode: all but page issue. Mixed: the innermost loop that multiplies."""
         if self.case == "decode":
             return self.executed_per_chunk - self.page_issue_per_chunk
-        return innermost(self.schedule, self.chunks) / self.num_chunks
+        inner = innermost(self.schedule, self.chunks)
+        # Where the loop that multiplies also starts copies, none is innermost: all but page issue.
+        bundles = inner or self.executed_per_chunk * self.num_chunks - self._page_issue
+        return bundles / self.num_chunks
 
     @property
     def busiest_span(self):

@@ -121,6 +121,14 @@ class Schedule:
         """Loops and predicated regions, nested."""
         return loop_tree.tree(self.listing)
 
+    @property
+    def tile(self) -> loop_tree.Span:
+        """The smallest loop or region that holds most of the products: one tile's work."""
+        spans = [span for _, span in self.loops.walk()]
+        products = self.slots(self.once(self.loops))["MATMUL"]
+        most = [s for s in spans if 2 * self.slots(self.once(s))["MATMUL"] > products]
+        return min(most, key=lambda span: span.num_bundles, default=self.loops)
+
     def execute(self, *args, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
