@@ -1022,9 +1022,7 @@ rpa.check("4.7", flash_attention)
 # write
 #     out = out.reshape(num_kv_heads, q_len, group, head_dim).transpose(1, 2, 0, 3)
 
+
 # %% tags=["wrong"] refused="Your function has no kernel"
-# instead of
-#     out = out.reshape(num_kv_heads, q_len, group, head_dim).transpose(1, 0, 2, 3)
-#     return out.reshape(q.shape)
-# write
-#     return rpa.dense.attention(q, k, v, sm_scale=sm_scale)
+def flash_attention(q, k, v, *, sm_scale, block_q=128, block_kv=512):
+    return rpa.dense.attention(q, k, v, sm_scale=sm_scale)

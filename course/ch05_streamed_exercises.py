@@ -1254,6 +1254,28 @@ rpa.check("5.6", paged_decode)
 # write
 #         wait_tokens(block_tokens, buffer_ref, sem)
 
+# %% tags=["wrong"] refused="waits for each copy before it starts the next one"
+# instead of
+#         pltpu.make_async_copy(source, target, sem).start()
+# write
+#         copy = pltpu.make_async_copy(source, target, sem)
+#         copy.start()
+#         copy.wait()
+# instead of
+#         wait_tokens(num_keys, buffer_ref, sem)
+# write
+
+# %% tags=["wrong"] refused="copies rows behind the last token"
+# instead of
+#         size = jnp.minimum(num_tokens - p * page_size, page_size)
+# write
+#         size = page_size
+# instead of
+#     tokens = buffer_ref.at[pl.ds(0, num_tokens)]
+# write
+#     page_size = 8
+#     tokens = buffer_ref.at[pl.ds(0, pl.cdiv(num_tokens, page_size) * page_size)]
+
 # %% tags=["wrong"] refused="stale keys of the last block count as visible"
 # instead of
 #         visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < num_keys
@@ -1434,7 +1456,7 @@ rpa.check("5.7", prefetched_decode)
 # **list of work** can be printed, and tested on the host; chapter 7 makes a whole kernel for any
 # batch from it, and changes nothing else.
 
-# %% tags=["wrong"] refused="the first copy of all is started by nobody"
+# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
 # instead of
 #         @pl.when(n == 0)
 # write
@@ -1455,7 +1477,7 @@ rpa.check("5.7", prefetched_decode)
 # write
 #         @pl.when(n >= 0)
 
-# %% tags=["wrong"] refused="the copies of the next block go into the buffer that is computed"
+# %% tags=["wrong"] refused="starts a copy on memory that another copy is still moving"
 # instead of
 #             slot = (number_ref[s] + b) % 2
 # write
@@ -1465,7 +1487,7 @@ rpa.check("5.7", prefetched_decode)
 # write
 #         buffer_ref, sem = buffers_ref.at[0], sems.at[0]
 
-# %% tags=["wrong"] refused="no copy goes over the end of a sequence"
+# %% tags=["wrong"] refused="lets no copy go over the end of a sequence"
 # instead of
 #         @pl.when(n == 0)
 # write
@@ -1474,13 +1496,6 @@ rpa.check("5.7", prefetched_decode)
 #         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
 # write
 #         start(jnp.where(last, pl.num_programs(0), s), jnp.where(last, 0, b + 1))
-
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
-# instead of
-#         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
-# write
-#         after = jnp.minimum(s + 1, pl.num_programs(0) - 1)
-#         start(jnp.where(last, after, s), jnp.where(last, 0, b + 1))
 
 # %% tags=["wrong"] refused="the number of a sequence counts its own blocks, too"
 # instead of

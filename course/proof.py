@@ -14,6 +14,7 @@ import rpa.check
 from course.source import (
     ExerciseSource,
     Source,
+    find_exercise,
     find_sources,
     with_solution,
     without_solution,
@@ -92,16 +93,14 @@ def answers(exercise: ExerciseSource) -> list[tuple[str, str, str]]:
 def main(numbers: list[str]) -> int:
     """Print what the checks say; the exit code is 1 where a check says something unexpected."""
     surprises = 0
-    for source in find_sources([int(number.split(".")[0]) for number in numbers]):
-        for exercise in source.exercises:
-            if numbers and exercise.number not in numbers:
-                continue
-            for title, code, expected in answers(exercise):
-                said = says(source, exercise, code)
-                surprise = not mentions(said, expected)
-                surprises += surprise
-                note = f"  <-- expected {expected!r}" if surprise else ""
-                print(f"--- {exercise.number} {title}{note}\n{said}\n")
+    chosen = [find_exercise(number) for number in numbers]
+    for source, exercise in chosen or [(s, e) for s in find_sources() for e in s.exercises]:
+        for title, code, expected in answers(exercise):
+            said = says(source, exercise, code)
+            surprise = not mentions(said, expected)
+            surprises += surprise
+            note = f"  <-- expected {expected!r}" if surprise else ""
+            print(f"--- {exercise.number} {title}{note}\n{said}\n")
     return 1 if surprises else 0
 
 

@@ -10,13 +10,13 @@ import jax
 from tqdm import tqdm
 
 from rpa.check.chapters import assembly
+from rpa.check.yours import LINE
 from rpa.cli.schedule import to_json as measured_json
 from rpa.lab import compile_versions, programs
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.cases import measure
 from rpa.lab.schedule.recorded import compile_step, occupancy_of, recorded_step, write
 from rpa.lab.schedule.schedule import schedule_for
-from rpa.check.yours import LINE
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 PICTURED = ("odd stride", "two sequences a turn", "a quarter of the keys turned")

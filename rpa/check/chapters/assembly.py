@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa.check.errors import CannotShip, KernelFault, WrongResult
+from rpa.check.yours import LINE, collect
+from rpa.check.yours.growing import FILE_NAME, MODULE
 from rpa.lab.compile.compiler import cache_dir
 from rpa.lab.programs import Workload
 from rpa.lab.schedule.recorded import recorded
 from rpa.lab.schedule.schedule import NoSchedule, schedule_for
 from rpa.paging import cdiv, get_kv_cache_shape, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch
-from rpa.check.yours import LINE, collect
-from rpa.check.yours.growing import FILE_NAME, MODULE
 
 SM_SCALE = 0.3
 """Of all cases: no power of head_dim, so that a kernel that takes another one is seen."""
@@ -49,14 +49,16 @@ def run_decode(function, queries, kv_cache, kv_lens, page_indices, num_kv_heads,
 
 
 def run_batch(function, queries, keys, values, kv_cache, batch, block_tokens):
-    """Call a kernel that updates the cache: output, and the cache as integers, bit by bit."""
+    """Call a kernel that updates the cache: output, cache, and which rows are right bit by bit."""
     options = {"sm_scale": SM_SCALE, "block_tokens": block_tokens}
     arrays = (queries, keys, values, kv_cache, batch)
     if _is_model(function):
         output, cache = function(*jax.tree.map(np.asarray, arrays), **options)
     else:
         output, cache = _from_kernel(functools.partial(function, **options), *arrays)
-    return output, np.asarray(cache).view(np.int32)
+    _, expected = ragged(*jax.tree.map(np.asarray, arrays), **options)
+    same = np.asarray(cache).view(np.uint32) == expected.view(np.uint32)
+    return output, cache, same.all(axis=(2, 3, 4))
 
 
 def _is_model(function):
@@ -75,12 +77,15 @@ def _from_kernel(function, *arrays):
 # --- Cases ---------------------------------------------------------------------------------------
 
 
-def make_batch(rng, lengths, *, num_q_heads=4, num_kv_heads=2, page_size=8, pages_per_seq=5):
+def make_batch(
+    rng, lengths, *, num_q_heads=4, num_kv_heads=2, page_size=8, pages_per_seq=5, poison=True
+):
     """Arguments of a case: the pages of all sequences permuted, NaN where no cached token lives.
 
     Args:
         rng: of all numbers.
         lengths: (q_len, kv_len) of each sequence; decodes first.
+        poison: whether pages that no sequence owns are NaN as well; else they look like any other.
 
     Returns:
         queries, keys, values, kv_cache and batch, by name.
@@ -97,6 +102,9 @@ def make_batch(rng, lengths, *, num_q_heads=4, num_kv_heads=2, page_size=8, page
     )
     shape = get_kv_cache_shape(num_pages, page_size, num_kv_heads, head_dim, np.float32)
     kv_cache = np.full(shape, np.nan, np.float32)
+    if not poison:
+        free = np.setdiff1d(np.arange(num_pages), np.concatenate([[], *table]))
+        kv_cache[free.astype(int)] = rng.standard_normal((len(free), *shape[1:]))
     for row, q_len, kv_len in zip(table, q_lens, kv_lens, strict=True):
         for position in range(kv_len - q_len):
             token = rng.standard_normal(shape[2:])
@@ -107,7 +115,7 @@ def make_batch(rng, lengths, *, num_q_heads=4, num_kv_heads=2, page_size=8, page
 
 def make_decode(rng, kv_lens, **sizes):
     """The same for a decode whose tokens are all in the cache: arguments of `run_decode`."""
-    case = make_batch(rng, [(0, kv_len) for kv_len in kv_lens], **sizes)
+    case = make_batch(rng, [(0, kv_len) for kv_len in kv_lens], poison=False, **sizes)
     heads = (len(kv_lens), sizes.get("num_q_heads", 4), 128)
     return {
         "queries": rng.standard_normal(heads).astype(np.float32),
@@ -324,9 +332,7 @@ def record(number: str) -> dict:
     """What `rpa/data/schedules.json` keeps: bundles a tile of the solution, and of the rung."""
     args, kwargs, (rung, function, more) = _programs()[number]
     more = more | {"interpret": False}
-    solution = schedule_for(
-        "v5e", f"rpa.yours.reference:{LINE[number]}", *args, kwargs=kwargs
-    )
+    solution = schedule_for("v5e", f"rpa.yours.reference:{LINE[number]}", *args, kwargs=kwargs)
     theirs = schedule_for("v5e", function, *args, kwargs=kwargs | more)
     return {
         "rung": rung,

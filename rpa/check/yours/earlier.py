@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from rpa.check.sandbox.pickling import names_in
-from rpa.lab.compile.functions import load
 from rpa.check.yours.growing import MODULE, defined_in, read, yours_path
+from rpa.lab.compile.functions import load
 
 LINE = {
     "4.3": "online_step",
