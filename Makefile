@@ -19,20 +19,21 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme publish lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
 	@echo "make test       the tests: package, course, notebooks, the oldest supported jax"
 	@echo "make lab        JupyterLab at chapter 0"
 	@echo "make notebooks  rebuild and run all notebooks from course/"
-	@echo "make readme     renew the tables and pictures of README.md"
+	@echo "make readme     renew the picture and the tables of README.md from the records"
 	@echo "make test-full  slow and exhaustive tests too"
 	@echo "make rehearse   every notebook as on Colab, on Kaggle and on a laptop with JupyterLab alone"
-	@echo "make peers      install the kernels that rung 7 is compared with"
+	@echo "make peers      install the kernels that rung 8 is compared with"
 	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
-	@echo "make tune       sweep the block sizes of rung 7, and judge its defaults"
+	@echo "make tune       sweep the block sizes of rung 8, and judge its defaults"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
+	@echo "make publish    set the address of the repository: REPOSITORY=https://github.com/OWNER/NAME"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
 
@@ -60,7 +61,7 @@ test:
 	$(MAKE) --no-print-directory nbtest
 	$(MAKE) --no-print-directory test-floor
 
-# Of what is marked full, the seeded faults of rung 7 alone (tests/test_wrong_kernels.py) keep one core
+# Of what is marked full, the seeded faults of rung 8 alone (tests/test_wrong_kernels.py) keep one core
 # busy for 9 minutes: 532 s of processor time (2026-11, jax 0.10.2).
 test-full: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
@@ -109,7 +110,7 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 	touch $@
 
-readme: env peers
+readme: env
 	$(BIN)/python tools/update_readme.py
 
 # No constraints: what a user gets who installs today.
@@ -132,7 +133,7 @@ BENCH ?=
 bench: env peers
 	$(BIN)/python -m rpa lab all $(BENCH)
 
-# Sweeps the block sizes of rung 7 again, into rpa/data/blocks.json: by some of its cells 40 minutes
+# Sweeps the block sizes of rung 8 again, into rpa/data/blocks.json: by some of its cells 40 minutes
 # of one processor from an empty cache, so half of that on two (2026-11, jax 0.10.2).
 # TUNE="--chip v6e --case decode" sweeps a part of it, TUNE=--check only judges the defaults.
 TUNE ?=
@@ -144,6 +145,11 @@ notebooks: env
 
 lab: env
 	$(BIN)/jupyter lab notebooks/00_start.ipynb
+
+# Writes the address into every notebook, badge and README; readers then install REVISION from there.
+REVISION ?= v$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+publish: env
+	$(BIN)/python tools/publish.py --repository "$(REPOSITORY)" --revision "$(REVISION)"
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -17,10 +17,12 @@ from course.notebook import (
     EXECUTED,
     ROOT,
     OutputError,
+    badges,
     execute,
     not_fully_executed,
     notebooks_of,
     to_text,
+    with_outputs_of,
     without_outputs,
 )
 from course.source import Source, SourceError, count_lines, find_sources, with_solution
@@ -38,10 +40,19 @@ def build(sources: list[Source], run: bool) -> None:
                     notebook = execute(notebook, ROOT / path.parent)
                 elif _compare(path, notebook) is None:
                     continue  # it has the outputs of just these cells
+                elif kept := _with_committed_outputs(path, notebook):
+                    notebook = kept
                 else:
                     print(f"{path} has no outputs now: its source changed. Run it with --execute")
             (ROOT / path).parent.mkdir(exist_ok=True)
             (ROOT / path).write_text(to_text(notebook), encoding="utf-8")
+
+
+def _with_committed_outputs(path: Path, notebook):
+    file = ROOT / path
+    if not file.exists():
+        return None
+    return with_outputs_of(notebook, nbformat.read(file, as_version=4))
 
 
 def stale(sources: list[Source]) -> list[str]:
@@ -63,9 +74,11 @@ def stale(sources: list[Source]) -> list[str]:
 
 
 def tables(sources: list[Source]) -> dict[Path, str]:
-    """README of exercises/ and solutions/: what each exercise teaches, what its check knows."""
-    exercises, solutions = [], []
+    """README of the three folders: the chapters; what each exercise teaches and its check knows."""
+    chapters, exercises, solutions = {}, [], []
     for source in sources:
+        if source.kind == "lesson":
+            chapters[source.stem] = _title(source)
         checks = _checks_of(source)
         for exercise in source.exercises:
             link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
@@ -76,6 +89,13 @@ def tables(sources: list[Source]) -> dict[Path, str]:
                 f"| {link} | `{exercise.name}` | {lines} | {exercise.teaches} | {mistakes} |"
             )
     return {
+        Path("notebooks/README.md"): _page(
+            "The course",
+            "A lesson per chapter; exercises whose check names the mistake; solutions.\n"
+            "`make lab` opens JupyterLab at chapter 0; `make notebooks` writes this page.",
+            ("chapter", "lesson", "exercises", "solutions"),
+            [_chapter_row(stem, title) for stem, title in chapters.items()],
+        ),
         Path("exercises/README.md"): _page(
             "Exercises",
             "Each is a function to write; `rpa.check` says whether it is right, and if not, why.\n"
@@ -96,6 +116,19 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             solutions,
         ),
     }
+
+
+def _title(source: Source) -> str:
+    return source.opening[0].text.splitlines()[0].partition(": ")[2]
+
+
+def _chapter_row(stem: str, title: str) -> str:
+    links = [
+        f"[read](../{folder}/{stem}.ipynb) {badges(folder, stem)}".strip()
+        for folder in ("notebooks", "exercises", "solutions")
+        if (ROOT / folder / f"{stem}.ipynb").exists()
+    ]
+    return f"| {int(stem[:2])} {title} | {' | '.join(links)} |"
 
 
 def _folded(check: Exercise) -> str:

@@ -30,9 +30,9 @@ from rpa.shapes import LLAMA3_8B, decode_step
 # %% [markdown]
 # ## 1. What runs here, and how?
 #
-# The course climbs a **ladder** of seven rungs, one a chapter. Each rung is a file in `rpa/` that
-# computes the same attention, and each changes one thing in *how*. Three chapters follow in which
-# the last rung is made fast, put to work, and measured:
+# The course climbs a **ladder**. Each rung is a file in `rpa/` that computes the same attention,
+# and each changes one thing in *how*. After the last rung come four chapters in which it is made
+# fast, put to work, and compared:
 #
 # | chapter | file | what it adds |
 # |---|---|---|
@@ -43,12 +43,14 @@ from rpa.shapes import LLAMA3_8B, decode_step
 # | 4 tiled | `tiled.py`, rung 4 | blocks that fit on the chip, softmax while they pass |
 # | 5 streamed | `streamed.py`, rung 5 | your own copies between memories, ahead of time |
 # | 6 fused | `fused.py`, rung 6 | writing the cache while computing |
-# | 7 kernel | `kernel/`, rung 7 | all of it in one kernel |
-# | 8 optimise | | the machine's schedule: what bounds it, and what shortens it |
-# | 9 production | | what models and servers ask for beyond the formula, and the traps in it |
-# | 10 the race | | the whole ladder in numbers, and an open challenge |
+# | 7 plain | `plain.py`, rung 7 | one kernel for any batch: its work is a list |
+# | 8 kernel | `kernel/`, rung 8 | the optimized kernel |
+# | 9 inner loop | | the machine's schedule: what bounds it, and what shortens it |
+# | 10 tuning | | blocks, pipelines, predictions: from bundles to a time |
+# | 11 production | | what models and servers ask for beyond the formula, and the traps in it |
+# | 12 comparison | | the whole ladder in numbers, and an open challenge |
 #
-# Rungs 1 to 3 are plain JAX, which runs anywhere. Rungs 4 to 7 are **Pallas**: you write what the
+# Rungs 1 to 3 are plain JAX, which runs anywhere. Rungs 4 to 8 are **Pallas**: you write what the
 # chip does, block by block and copy by copy. On a TPU, Pallas compiles that. Everywhere else the
 # **TPU interpreter** runs the same code step by step, copies and waits included.
 #
@@ -274,7 +276,7 @@ print(f"Llama 3 8B here: {weights_s:.2f} s a token or more, for the weights alon
 # %% [markdown]
 # On a TPU the two rates should be close: a sum is as simple as streaming gets. Attention has to
 # stream the same way and compute on the fly, from a cache that lies in pieces, for sequences of all
-# lengths, and that is why it takes seven rungs to get there.
+# lengths, and that is why it takes eight rungs to get there.
 #
 # **Next:** [chapter 1](01_dense.ipynb) starts with the formula. You compute attention by hand,
 # count its FLOP and bytes, and find out which of the two limits each kind of work runs into.

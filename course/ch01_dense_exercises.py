@@ -131,7 +131,7 @@ rpa.check("1.2", causal_mask)
 # %% [markdown] tags=["explanation"]
 # The comparison is `<=` because a token sees itself. For a prefill the offset is 0 and this is the
 # lower triangle; for decode the only query stands at the last position and sees all. The kernel of
-# chapter 7 never builds this table: it compares the same two positions inside a block, and only in
+# chapter 8 never builds this table: it compares the same two positions inside a block, and only in
 # blocks that the diagonal crosses.
 
 

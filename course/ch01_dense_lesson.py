@@ -106,7 +106,7 @@ show_source(dense.masked_softmax)
 
 # %% [markdown]
 # Three lines matter here: hide, subtract the maximum, divide by the sum. The `sinks` are for models
-# that let a query attend to nothing; they come in chapter 9, and `None` turns them off.
+# that let a query attend to nothing; they come in chapter 11, and `None` turns them off.
 #
 # Read the two comments. Both say what breaks without the line; you will meet both again in the
 # kernel. The guard for a row that sees no key is not a theory: a padding row is one.

@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# %%
 from rpa import chips, dense, paging, traces
 from rpa.figures import paging as pictures
 from rpa.figures import show_source
-from rpa.page_pool import OutOfPages, PagePool
-from rpa.paging import cdiv
+from rpa.page_pool import OutOfPages, PagePool, cdiv
 from rpa.shapes import LLAMA3_8B
 
 # %% [markdown]
@@ -514,7 +514,7 @@ assert error < 2e-6
 # Not one NaN got in, although page 4 is NaN from slot 5 on. Here is how. The lines that matter are
 # `score_page` and `mix_page`, which look a page up and work on it, and the two loops over live
 # pages that call them. `soft_cap`, `sinks`, `sliding_window` and `score_scale` are what some models
-# need; they come in chapter 9, and are off unless asked for. And read the comment about the tail:
+# need; they come in chapter 11, and are off unless asked for. And read the comment about the tail:
 # a masked key has weight 0, and 0 times NaN is NaN.
 
 # %%
@@ -569,7 +569,7 @@ for size in (1, 4, 16, 64, 256):
 
 # %% [markdown]
 # To start a copy, the scalar core has to look into the table, compute two addresses and issue the
-# DMA. That takes its cycles too, however small the page is (chapter 8 reads from the compiler's
+# DMA. That takes its cycles too, however small the page is (chapter 10 reads from the compiler's
 # schedule how many). Where it takes longer than the page needs to arrive, the memory waits for the
 # scalar core.
 #
@@ -603,7 +603,7 @@ for size in (1, 4, 16):
 # %% [markdown]
 # **Takeaway.** Waste grows with the page size, the number of copies and the table shrink with it.
 # Over these lengths pages of 16 waste about half a percent and pages of 128 about five: both are
-# common. A good kernel makes small pages cheap, and that is what chapters 5 and 8 are about.
+# common. A good kernel makes small pages cheap, and that is what chapters 5 and 10 are about.
 
 # %% [markdown]
 # ## 11. What does sharing save?

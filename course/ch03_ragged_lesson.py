@@ -24,18 +24,18 @@
 # %%
 import os
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# %%
 from rpa import chips, dense, paging, ragged
 from rpa.figures import ragged as pictures
 from rpa.figures import show_source
 from rpa.figures.paging import page_owners
-from rpa.page_pool import PagePool
-from rpa.paging import cdiv, get_kv_cache_shape, paged_attention
+from rpa.page_pool import PagePool, cdiv
+from rpa.paging import get_kv_cache_shape, paged_attention
 from rpa.ragged import RaggedBatch
 
 # %% [markdown]
@@ -524,6 +524,8 @@ def best_ms(function, *arguments):
 
 
 # %%
+from functools import partial
+
 from rpa.ladder import LADDER
 
 machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"

@@ -643,7 +643,7 @@ for block in (64, 256, 1024):
 # %% [markdown] tags=["explanation"]
 # A kernel uses both numbers. `end` bounds its loop, and the index map clamps to `end - 1`, so that
 # a skipped step asks for the block that is already in VMEM and nothing is fetched. `whole` is for
-# later: comparing positions costs vector instructions, and rung 7 runs the blocks before `whole`
+# later: comparing positions costs vector instructions, and rung 8 runs the blocks before `whole`
 # without them. Neither needs the table of the mask, only two positions.
 
 

@@ -333,7 +333,7 @@ assert copied[True] <= (kinds != ".").sum() < copied[False]
 # %% [markdown]
 # Here it is 12 blocks of 80, because most of the keys are cached. In a long fresh prompt it comes
 # to almost half of all work: exercise 4.5 counts. Only the blocks along the diagonal need a mask at
-# all; this kernel masks every block, which is simple and costs vector instructions. Rung 7 does
+# all; this kernel masks every block, which is simple and costs vector instructions. Rung 8 does
 # not.
 #
 # **Takeaway.** Causality is skipped by blocks and masked by positions. A skipped step costs a grid
@@ -452,7 +452,7 @@ picture
 # have not begun; from the middle on it pauses again and again, and waits for maxima, exponentials
 # and masks (VALU, EUP, XLU), because the second product needs their results. And much of the loads
 # and stores is *spills*: 512 rows of scores do not fit 64 registers. None of that is in a roofline.
-# It is latency and order, and chapter 8 is about nothing else.
+# It is latency and order, and chapter 9 is about nothing else.
 #
 # **Takeaway.** A roofline says what must be waited for. The schedule says what is.
 

@@ -625,7 +625,7 @@ rpa.check("5.4", collect_tokens)
 # for 8 would hang. The zeros come *before* the copies: written afterwards they would hit rows that
 # are still being moved. A kernel for attention does not need them at all, it replaces what lies
 # behind the end when it reads (`zero_tail`, chapter 4). On the chip a copy of dynamic size costs a
-# few more scalar instructions than one of a whole page; chapter 8 counts them.
+# few more scalar instructions than one of a whole page; chapter 10 counts them.
 
 
 # %% tags=["wrong"] refused="copies rows behind the last token"

@@ -26,16 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rpa
 from rpa import chips, dense, fused, interpreter, lab, ragged, streamed
 from rpa.figures import fused as pictures
 from rpa.figures import show_source
 from rpa.figures.timeline import gantt
-from rpa.lab.compile import dma_layouts
 from rpa.lab.copies.timeline import record_dmas
-from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
+# %%
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
 
 # %% [markdown]
@@ -68,7 +68,7 @@ assert [sum(way.values()) for way in trips(2, 6, token_bytes=1).values()] == [10
 # %%
 def make_step(q_lens, kv_lens, page_size=8, heads=(4, 2), head_dim=128):
     """Queries, keys, values, a cache full of numbers, and the batch."""
-    rng, pool = np.random.default_rng(6), PagePool(32, page_size)
+    rng, pool = np.random.default_rng(6), rpa.PagePool(32, page_size)
     for s, kv_len in enumerate(kv_lens):
         pool.allocate(s, kv_len)
     batch, _ = RaggedBatch.from_lengths(q_lens, kv_lens, pool.page_table(range(len(kv_lens)), 8))
@@ -162,6 +162,8 @@ assert (heads_first, k_alone, token_major) == (16, 1, 1)
 # Ask the TPU compiler, on this machine, without a TPU. Two kernels, each a single DMA:
 
 # %%
+from rpa.lab.compile import dma_layouts
+
 show_source(dma_layouts.heads_first)
 show_source(dma_layouts._store)
 
@@ -449,7 +451,8 @@ assert table_kib > smem_kib and kv_cache.nbytes > 100 * written
 # %% [markdown]
 # A decode pays for rows that it does not have, a prompt does not fit, a long context's page table
 # does not fit either, and the cache is copied before a byte of it is written. **Chapter 7** puts a
-# loop over query blocks around what you have now, streams the page table, builds a kernel for each
-# kind of work, and updates the cache in place. It is the last rung.
+# loop over query blocks around what you have now, which makes it one kernel for any batch.
+# **Chapter 8** streams the page table, builds a kernel for each kind of work, and updates the cache
+# in place.
 #
 # **Before you go on:** the exercises of this chapter are in `exercises/06_fused.ipynb`.

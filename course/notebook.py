@@ -12,31 +12,51 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course.source import HINTS, Cell, ExerciseSource, Source, with_solution, without_solution
-from rpa._repository import BRANCH, REPOSITORY
+from rpa._repository import REPOSITORY, REVISION
 
 ROOT = Path(__file__).parents[1]
 EXECUTED = ("notebooks", "solutions")
 """Folders whose notebooks are committed with their outputs."""
 TIMEOUT_S = 300
 
+PUBLISHED = f"git+{REPOSITORY}@{REVISION}" if REPOSITORY else ""
+
 SETUP = f"""\
-# Uses rpa where it is installed, or the clone around this notebook, or gets it from its repository.
+# Finds rpa: the clone around this notebook, or where it is installed, or the address in RPA_SOURCE.
 # Installs only what is missing: the jax and libtpu of Colab and Kaggle stay as they are.
-import importlib.util, pathlib, subprocess, sys
+import importlib.util, os, pathlib, subprocess, sys
+
+SOURCE = os.environ.get("RPA_SOURCE", "{PUBLISHED}")
+
+def is_ours(spec):  # pip's "rpa" is another project
+    return spec and spec.origin and (pathlib.Path(spec.origin).parent / "check").is_dir()
 
 absent = [name for name in ("jax", "matplotlib", "tqdm") if not importlib.util.find_spec(name)]
 installs = [absent] if absent else []
 if (pathlib.Path.cwd().parent / "rpa" / "check").is_dir():
     sys.path.insert(0, str(pathlib.Path.cwd().parent))
-elif not importlib.util.find_spec("rpa"):
-    installs.append(["--no-deps", "git+{REPOSITORY}"])
+elif not is_ours(importlib.util.find_spec("rpa")):
+    if not SOURCE:
+        raise SystemExit(
+            "rpa is not installed here, and this notebook installs from no address but yours. Set "
+            "RPA_SOURCE first: import os; os.environ['RPA_SOURCE'] = 'git+https://...', your clone."
+        )
+    installs.append(["--no-deps", SOURCE])
 for packages in installs:
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", *packages])
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *packages]
+    if subprocess.run(command).returncode:
+        raise SystemExit(
+            f"pip could not install {{' '.join(packages)}}; its own words are above. Is there a "
+            "network? On Kaggle: Settings, Internet on."
+        )
 importlib.invalidate_caches()
+dev = pathlib.Path("/dev")
+if not any([*dev.glob("accel*"), *dev.glob("vfio/[0-9]*"), *dev.glob("nvidia[0-9]*")]):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no TPU: libtpu need not complain about it
 
 import rpa
 
-rpa.doctor()
+rpa.doctor(brief=True)
 """
 
 FORMATTER_NOTE = "  # fmt: skip"
@@ -101,6 +121,24 @@ def without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return copy
 
 
+def with_outputs_of(
+    new: nbformat.NotebookNode, old: nbformat.NotebookNode
+) -> nbformat.NotebookNode | None:
+    """The new notebook with the old one's outputs, or None if more than its head changed.
+
+    The head is the title with its badges and the cell that finds rpa: no later output depends on
+    them, so publishing runs no notebook again.
+    """
+    bodies = [[(cell.cell_type, cell.source) for cell in book.cells[2:]] for book in (new, old)]
+    if bodies[0] != bodies[1] or not_fully_executed(old):
+        return None
+    for cell, before in zip(new.cells, old.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    new.metadata = old.metadata
+    return new
+
+
 def not_fully_executed(notebook: nbformat.NotebookNode) -> str | None:
     """What is wrong with the outputs of a notebook that should have them, in words."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -147,7 +185,7 @@ def _fold(hints: list[Cell]) -> str:
 
 
 def _notebook(folder: str, stem: str, cells: list[Cell]) -> nbformat.NotebookNode:
-    title = Cell("markdown", f"{cells[0].text}\n\n{badges(folder, stem)}")
+    title = Cell("markdown", f"{cells[0].text}\n\n{badges(folder, stem)}".strip())
     notebook = new_notebook(metadata=_metadata())
     taken = set()
     for cell in [title, Cell("code", SETUP), *cells[1:]]:
@@ -158,8 +196,10 @@ def _notebook(folder: str, stem: str, cells: list[Cell]) -> nbformat.NotebookNod
 
 
 def badges(folder: str, stem: str) -> str:
-    """Markdown that opens a notebook in Colab or Kaggle."""
-    page = f"{REPOSITORY}/blob/{BRANCH}/{folder}/{stem}.ipynb"
+    """Markdown that opens a notebook in Colab or Kaggle; empty before the project is published."""
+    if REPOSITORY is None:
+        return ""
+    page = f"{REPOSITORY}/blob/{REVISION}/{folder}/{stem}.ipynb"
     colab = page.replace("https://github.com/", "https://colab.research.google.com/github/")
     kaggle = f"https://kaggle.com/kernels/welcome?src={page}"
     return (

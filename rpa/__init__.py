@@ -10,10 +10,17 @@ a batch of sequences with a KV cache, and changes one thing in how it is answere
 """
 
 import importlib
+import importlib.metadata
 
-from rpa.doctor import doctor
+from rpa._repository import DISTRIBUTION
+from rpa.doctor import doctor, warn_of_foreign_rpa
 
-__version__ = "0.1.0"
+try:
+    __version__ = importlib.metadata.version(DISTRIBUTION)
+except importlib.metadata.PackageNotFoundError:
+    __version__ = "0+checkout"  # imported from a clone that is not installed
+
+warn_of_foreign_rpa()
 
 # Imported when first asked for: the doctor must be able to say that jax is missing or too old.
 _HOMES = {
@@ -25,7 +32,18 @@ _HOMES = {
 }
 
 _ROOMS = (
-    *("chips", "dense", "paging", "ragged", "tiled", "streamed", "fused", "kernel", "ladder"),
+    *(
+        "chips",
+        "dense",
+        "paging",
+        "ragged",
+        "tiled",
+        "streamed",
+        "fused",
+        "plain",
+        "kernel",
+        "ladder",
+    ),
     *("check", "figures", "lab", "models", "shapes", "traces"),
 )
 

@@ -38,18 +38,18 @@ class Chip:
         url: the vendor's page about the chip.
         cores_per_chip: TensorCores a chip.
         cores_per_device: TensorCores that JAX shows as one device (2 is "megacore").
-        clock_hz: cycles a second of the TensorCore.
+        clock_hz: cycles per second of the TensorCore.
         mxu_size: side of the systolic array of one MXU, the matrix unit, in multipliers.
         num_mxus: MXUs of the core.
         mxu_rows_per_cycle: bfloat16 rows that enter one MXU a cycle, see `SOURCES`.
         peak_flops_per_s: FLOP/s for each type that the MXU multiplies natively; see `peak`.
         hbm_bytes: size of the HBM.
-        hbm_bytes_per_s: bytes a second between HBM and the chip.
+        hbm_bytes_per_s: bytes per second between HBM and the chip.
         vmem_bytes: size of VMEM, the scratchpad that the vector and matrix units read.
         smem_bytes: size of SMEM, the scalar core's memory.
         num_vregs: vector registers of `VREG_BYTES`.
         valu_slots, eup_slots: vector arithmetic (VALU) and transcendental (EUP: exp, tanh)
-            instructions a cycle.
+            instructions per cycle.
         vload_slots, vstore_slots: vector registers loaded from and stored to VMEM a cycle.
     """
 
@@ -100,7 +100,7 @@ class Chip:
 
     @property
     def mxu_flops_per_cycle(self):
-        """bfloat16 FLOP a cycle of all MXUs of the core; a multiply and an add count as two."""
+        """bfloat16 FLOP per cycle of all MXUs of the core; a multiply and an add count as two."""
         return 2 * self.mxu_size**2 * self.mxu_rows_per_cycle * self.num_mxus
 
     @property
@@ -131,7 +131,7 @@ SOURCES: Mapping[str, str] = MappingProxyType(
     {
         "cores_per_chip": _TPU_INFO + ", num_physical_tensor_cores_per_chip; vendor pages",
         "cores_per_device": _TPU_INFO + ", num_cores of an ahead-of-time topology",
-        "clock_hz": "peak bfloat16 FLOP/s / FLOP a cycle: 1.503, 1.755, 2.203, 1.751 GHz before "
+        "clock_hz": "peak bfloat16 FLOP/s / FLOP per cycle: 1.503, 1.755, 2.203, 1.751 GHz before "
         "rounding. v5e and v5p as in the scaling book, https://jax-ml.github.io/scaling-book/tpus",
         "mxu_size": _TPU_INFO + ", mxu_column_size",
         "num_mxus": _TPU_INFO + f", num_mxus; and MATMUL in {_SCHEDULE}. One version of the "

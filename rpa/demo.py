@@ -322,7 +322,7 @@ def compare_layers(rung, layers, *, only_decode):
     """Attention of some layers: the two measures of difference, the largest, and the median time.
 
     Returns:
-        relative error, scaled error, milliseconds a layer.
+        relative error, scaled error, milliseconds per layer.
     """
     relative, scaled, times_s = [], [], []
     run = None

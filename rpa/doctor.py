@@ -4,6 +4,7 @@ Three steps, so that each can be read and tested alone: `collect` looks at the m
 `Facts`; `diagnose` is a pure function from facts to findings; `report` puts both into words.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -13,6 +14,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 PYTHON_RANGE = ((3, 11), (3, 14))
@@ -27,6 +29,11 @@ ZERO_DMA_LIBTPU = ((0, 0, 43), (0, 0, 45))
 """First and last libtpu whose DMA from HBM can return zeros (jax issue 39744)."""
 
 BACKEND_TIMEOUT_S = 60
+
+FOREIGN_RPA = (
+    "belongs to another project called rpa (robotic process automation), which `pip install rpa` "
+    "installs. Remove it: pip uninstall rpa."
+)
 
 EXTRAS = {
     "model": (
@@ -54,7 +61,8 @@ RUNGS = (
     ("4 tiled", "rpa.tiled", "pallas"),
     ("5 streamed", "rpa.streamed", "pallas"),
     ("6 fused", "rpa.fused", "pallas"),
-    ("7 kernel", "rpa.kernel", "pallas"),
+    ("7 plain", "rpa.plain", "pallas"),
+    ("8 kernel", "rpa.kernel", "pallas"),
 )
 """Every rung of the ladder, its module, and what it is written in."""
 
@@ -95,6 +103,7 @@ class Facts:
         colab_tpu: whether the obsolete module jax.tools.colab_tpu is loaded.
         host: "Colab", "Kaggle" or "".
         machine: e.g. "Linux x86_64".
+        foreign_rpa: file of another project's `rpa` that is installed next to this one, or "".
     """
 
     python: tuple = (3, 12, 0)
@@ -109,6 +118,7 @@ class Facts:
     colab_tpu: bool = False
     host: str = ""
     machine: str = "Linux x86_64"
+    foreign_rpa: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +151,7 @@ def collect():
     tpu_hardware = _tpu_is_visible()
     return Facts(
         python=sys.version_info[:3],
-        versions=_versions("rpa", "jax", "jaxlib", "libtpu", "numpy"),
+        versions=_versions("jax", "jaxlib", "libtpu", "numpy"),
         present=frozenset(m for mods, _, _ in EXTRAS.values() for m in mods if _exists(m)),
         rungs=frozenset(module for _, module, _ in RUNGS if _exists(module)),
         backend=_ask_jax(tpu_hardware),
@@ -152,6 +162,7 @@ def collect():
         colab_tpu="jax.tools.colab_tpu" in sys.modules,
         host=_host(),
         machine=f"{platform.system()} {platform.machine()}",
+        foreign_rpa=str(foreign_rpa() or ""),
     )
 
 
@@ -165,17 +176,34 @@ def _exists(module):
 
 
 def _versions(*packages):
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if "rpa" not in found:  # used from a checkout that is not installed
-        from rpa import __version__
+    from rpa import __version__  # not at the top: `rpa` imports this file
 
-        found["rpa"] = __version__
+    found = {"rpa": __version__}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return found
+
+
+def foreign_rpa(home=Path(__file__).parents[1]):
+    """Where another project's `rpa` is installed next to this one, or None.
+
+    The registry's `rpa` (robotic process automation) is the module `rpa.py`, next to `tagui.py`.
+    A package comes before a module of its name, so `import rpa` is ours as long as both are there;
+    uninstalling or upgrading that one later would change it.
+
+    Args:
+        home: the folder that holds this package.
+    """
+    found = home / "rpa.py"
+    return found if found.exists() else None
+
+
+def warn_of_foreign_rpa():
+    """Say so, once per process, if another project's `rpa` is installed next to this one."""
+    found = foreign_rpa()
+    if found is not None:
+        warnings.warn(f"{found} {FOREIGN_RPA}", stacklevel=3)
 
 
 def _libtpu_of_jax():
@@ -281,6 +309,7 @@ def diagnose(facts):
     ['jax-too-old', 'no-device']
     """
     findings = [
+        *_check_name(facts),
         *_check_python_and_numpy(facts),
         *_check_jax(facts),
         *_check_backend(facts),
@@ -289,6 +318,12 @@ def diagnose(facts):
     ]
     order = ("wrong", "warning", "note")
     return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def _check_name(facts):
+    if facts.foreign_rpa:
+        text, fix = FOREIGN_RPA.rsplit(" Remove it: ", 1)
+        yield Finding("warning", "foreign-rpa", f"{facts.foreign_rpa} {text}", fix)
 
 
 def _parse(version):
@@ -561,12 +596,18 @@ def report(facts, findings):
         *_extra_lines(facts),
         "",
     ]
+    return "\n".join([*lines, *_in_words(findings), _verdict(findings)])
+
+
+def _in_words(findings):
     for finding in findings:
-        lines.append(_wrap(f"{finding.level.upper()} [{finding.code}] {finding.text}"))
+        yield _wrap(f"{finding.level.upper()} [{finding.code}] {finding.text}")
         if finding.fix:
-            lines.append(_wrap(f"  What to do: {finding.fix}"))
-    lines.append("Ready." if usable(findings) else "Something is WRONG: see above.")
-    return "\n".join(lines)
+            yield _wrap(f"  What to do: {finding.fix}")
+
+
+def _verdict(findings):
+    return "Ready." if usable(findings) else "Something is WRONG: see above."
 
 
 def _wrap(text):
@@ -584,13 +625,35 @@ def _extra_lines(facts):
             yield f"  {'':<10} no {', '.join(missing)}: {command}"
 
 
-def doctor():
+def brief_report(facts, findings):
+    """Return one line if all is well, else what is wrong or doubtful and what to do about it.
+
+    >>> facts = Facts(backend=Backend("cpu", "cpu", 1), versions={"jax": "0.10.2"})
+    >>> print(brief_report(facts, []))
+    Ready: kernels run in the TPU interpreter on cpu, jax 0.10.2. rpa.doctor() says more.
+    """
+    doubts = [finding for finding in findings if finding.level != "note"]
+    if doubts:
+        return "\n".join([*_in_words(doubts), _verdict(findings)])
+    backend = facts.backend
+    how = "compiled for" if backend.platform == "tpu" else "in the TPU interpreter on"
+    device = f"{backend.num_devices} x {backend.device_kind}"
+    device = backend.device_kind if backend.num_devices == 1 else device
+    jax = facts.versions.get("jax", "?")
+    return f"Ready: kernels run {how} {device}, jax {jax}. rpa.doctor() says more."
+
+
+def doctor(brief=False):
     """Print what this machine has, what will run how, and what is wrong; for a notebook.
 
     `python -m rpa doctor` prints the same.
+
+    Args:
+        brief: print one line if all is well, else only what is wrong and what to do.
     """
     facts = collect()
-    print(report(facts, diagnose(facts)))
+    findings = diagnose(facts)
+    print(brief_report(facts, findings) if brief else report(facts, findings))
 
 
 def add_arguments(parser):
@@ -599,7 +662,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also compare rung 7 with rung 3 on this device: every path of the layout on a TPU "
+        help="also compare rung 8 with rung 3 on this device: every path of the layout on a TPU "
         ", some of them in the interpreter elsewhere",
     )
 

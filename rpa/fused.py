@@ -17,9 +17,9 @@ Three rules make that safe, and each has a test that breaks it:
     the end    the kernel returns only after the last write-back was waited for.
 
 The cache is aliased: input and output are one array, and what is not written stays as it was. The
-ladder does not donate it, so XLA copies the cache before the call; rung 7 shows how to avoid that.
+ladder does not donate it, so XLA copies the cache before the call; rung 8 shows how to avoid that.
 
-Few queries a sequence: decode, or a few speculative tokens, up to `max_q_len`.
+Few queries per sequence: decode, or a few speculative tokens, up to `max_q_len`.
 """
 
 from functools import partial

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa import dense, fused, streamed, tiled
+from rpa import dense, fused, plain, streamed, tiled
 from rpa.kernel import ragged_paged_attention
 from rpa.paging import cdiv, live_pages, paged_attention, unpack_kv
 from rpa.ragged import Q_BLOCK, RaggedBatch, ref_ragged_paged_attention, store_new_tokens
@@ -57,7 +57,7 @@ class Rung:
         if self.max_q_len is None or longest <= self.max_q_len:
             return None
         tokens = "1 new token" if self.max_q_len == 1 else f"{self.max_q_len} new tokens"
-        return f"takes at most {tokens} a sequence, the batch has {longest}"
+        return f"takes at most {tokens} per sequence, the batch has {longest}"
 
 
 def q_lens_of(batch: RaggedBatch) -> np.ndarray:
@@ -173,7 +173,7 @@ def ragged_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
 
 
 def kernel_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
-    """Rung 7 under the one signature; unlike by itself, it leaves the caller's cache as it is."""
+    """Rung 8 under the one signature; unlike by itself, it leaves the caller's cache as it is."""
     return ragged_paged_attention(
         queries,
         keys,
@@ -274,8 +274,15 @@ LADDER = [
     ),
     Rung(
         number=7,
+        name="plain",
+        changes="any mix and every option: a list of query blocks, made before the kernel",
+        attention_for=lambda batch: plain.attention,
+        is_kernel=True,
+    ),
+    Rung(
+        number=8,
         name="kernel",
-        changes="any mix in one kernel, each kind with its own specialisation",
+        changes="the same, optimized: each kind of sequence with a kernel of its own",
         attention_for=lambda batch: kernel_rung,
         is_kernel=True,
     ),

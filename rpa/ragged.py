@@ -295,7 +295,7 @@ def ref_ragged_paged_attention(
     attention_sink=None,
     validate=None,
 ):
-    """Ragged paged attention in plain JAX: rung 3, and the specification of rung 7.
+    """Ragged paged attention in plain JAX: rung 3, and the specification of rung 8.
 
     First the keys and values of the new tokens are stored in the cache, then every token attends
     to its own sequence. Computed in float32 whatever the dtypes. Nothing is donated: the arguments

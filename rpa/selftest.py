@@ -1,10 +1,10 @@
-"""The self-test: rung 7 on the device that is here, against rung 3 on the host.
+"""The self-test: rung 8 on the device that is here, against rung 3 on the host.
 
 Bitcasts and strided loads run on a chip only; the interpreter reads the same rows by value. So
 what the tests prove off-TPU says nothing about these paths, and a compiler of another version may
 get one of them wrong. `python -m rpa doctor --selftest` takes every one of them:
 
-    loads       of 32-bit words: one row of 128 lanes a head (head_dim 64 and 128) and two (256);
+    loads       of 32-bit words: one row of 128 lanes per head (head_dim 64 and 128) and two (256);
     packing     1 (float32), 2 (bfloat16) and 4 (float8) values in a word, in queries, K and V;
     kernels     decode (a query block of 1), chunked prefill and mixed (blocks of many);
     stores      of new tokens from HBM to HBM: the cache must be right to the last bit;
@@ -81,18 +81,18 @@ class Path:
 
 PATHS = (
     Path((2, 1), 64, "float32", "float32", "whole words, padded lanes", off_tpu=True),
-    Path((8, 4), 256, "float32", "float32", "whole words, two rows of lanes a head"),
-    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values a word, padded group", off_tpu=True),
+    Path((8, 4), 256, "float32", "float32", "whole words, two rows of lanes per head"),
+    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values per word, padded group", off_tpu=True),
     Path((32, 8), 128, "bfloat16", "bfloat16", "4 heads in one product (Llama 3 8B)"),
-    Path((8, 1), 256, "bfloat16", "bfloat16", "2 values a word, two rows of lanes a head"),
+    Path((8, 1), 256, "bfloat16", "bfloat16", "2 values per word, two rows of lanes per head"),
     Path(
         (8, 2), 128, "bfloat16", "bfloat16", "float32 output of bfloat16", {"out_dtype": "float32"}
     ),
     Path(
-        (3, 3), 64, "bfloat16", "float8_e4m3fn", "4 values a word, padded heads", {"k_scale": 0.5}
+        (3, 3), 64, "bfloat16", "float8_e4m3fn", "4 values per word, padded heads", {"k_scale": 0.5}
     ),
     Path((4, 2), 128, "bfloat16", "float8_e5m2", "queries rounded too", {"q_scale": 0.1}, True),
-    Path((8, 4), 256, "bfloat16", "float8_e4m3fn", "4 values a word, two rows of lanes a head"),
+    Path((8, 4), 256, "bfloat16", "float8_e4m3fn", "4 values per word, two rows of lanes per head"),
     Path((4, 2), 128, "bfloat16", "bfloat16", "sliding window", {"sliding_window": 20}),
 )
 """Every packing with every width of a head's load; the window starts loads inside a sequence."""
@@ -168,7 +168,7 @@ def timed(path, covers, check: Callable):
 
 
 REPORT = (
-    "Do not use rung 7 with these dtypes and this head_dim here: pass backend='reference'. Try "
+    "Do not use rung 8 with these dtypes and this head_dim here: pass backend='reference'. Try "
     "another libtpu, and report the output of `python -m rpa doctor --selftest --json`."
 )
 
@@ -215,7 +215,7 @@ def make_case(path, seed=0):
 
 
 def check_path(path, on_tpu, attention=ragged_paged_attention):
-    """Run rung 7 on one path; returns (errors, limit, wrong, fix) as in `Result`."""
+    """Run rung 8 on one path; returns (errors, limit, wrong, fix) as in `Result`."""
     with _on_host():
         case = make_case(path)
         truth = _reference(path, case)
@@ -357,16 +357,16 @@ def heading(on_tpu, device_kind):
     """What is run how, as the lines above the table.
 
     >>> print(heading(True, "TPU v5 lite").splitlines()[0])
-    Self-test of rung 7 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
+    Self-test of rung 8 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
     """
     if on_tpu:
         return (
-            f"Self-test of rung 7 on {device_kind}, compiled, against rung 3 in float32 on the "
+            f"Self-test of rung 8 on {device_kind}, compiled, against rung 3 in float32 on the "
             f"host.\n{COLUMNS}"
         )
     count = sum(path.off_tpu for path in PATHS)
     return (
-        f"Self-test of rung 7 in the TPU interpreter on {device_kind}, against rung 3 in float32.\n"
+        f"Self-test of rung 8 in the TPU interpreter on {device_kind}, against rung 3 in float32.\n"
         f"This is {count} of {len(PATHS)} paths, and the interpreter takes neither bitcasts nor "
         f"strided loads:\nonly a TPU can say whether those are right.\n{COLUMNS}"
     )

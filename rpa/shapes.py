@@ -99,7 +99,7 @@ class ModelShape:
     def matmul_parameters(self):
         """Parameters that a step multiplies: all matrices of the layers, and the output matrix.
 
-        The input embedding is not among them: a step looks up one row a token.
+        The input embedding is not among them: a step looks up one row per token.
         """
         attention = 2 * (self.num_q_heads + self.num_kv_heads) * self.head_dim * self.hidden
         feed_forward = 3 * self.hidden * self.ffn_hidden
@@ -182,7 +182,7 @@ class DecodeStep:
 def decode_step(model, batch_size, kv_len, dtype="bfloat16", kv_dtype=None):
     """Return what one decode step costs at least: one new token for each sequence.
 
-    Activations between the layers are left out: at one token a sequence they are below 1 % of the
+    Activations between the layers are left out: at one token per sequence they are below 1 % of the
     bytes.
 
     Args:

@@ -1,6 +1,6 @@
 """Rung 5: decode through the page table. The kernel moves the pages itself.
 
-A decode step has one query a sequence and must read all of its K and V: there is nothing to do but
+A decode step has one query per sequence and must read all of its K and V: all that is left to do is
 to keep the HBM busy. Rung 4 gathers the pages into a new array first and so moves every byte three
 times. Here the kernel starts the copies itself (`pltpu.make_async_copy`), page by page, straight
 out of the cache into one of two buffers, while it computes on the other:
@@ -58,7 +58,7 @@ class Refs(NamedTuple):
     next_live: object  # i32[num_seqs + 1], the first sequence from s on that is not idle
     kv_cache: object  # HBM [num_pages, page_size, rows, packing, lanes]
     buffers: object  # VMEM [2, block_tokens, rows, packing, lanes]
-    sems: object  # DMA semaphores [2], one a buffer
+    sems: object  # DMA semaphores [2], one per buffer
     slot: object  # SMEM i32[1], the buffer that is computed on
 
 
@@ -109,7 +109,7 @@ def paged_decode(
     """One decode step of every sequence, K and V streamed from their pages: rung 5.
 
     Args:
-        queries: [num_seqs, num_q_heads, head_dim], one query a sequence, float32 or bfloat16.
+        queries: [num_seqs, num_q_heads, head_dim], one query per sequence, float32 or bfloat16.
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
             align(head_dim, 128)], float8 too; the new token is in it already. It is computed with
             in the dtype of queries.
@@ -417,7 +417,7 @@ def read_kv_head(buffers_ref, slot, h):
     """K and V of one head out of a buffer: two arrays [block_tokens, lanes], by value.
 
     Combined head 2h is K and 2h + 1 is V; `packing` of them share a 32-bit word, so reading one
-    makes the compiler shift and mask every word. Rung 7 reads both at once instead.
+    makes the compiler shift and mask every word. Rung 8 reads both at once instead.
     """
     packing = buffers_ref.shape[3]
     (k_row, k_part), (v_row, v_part) = divmod(2 * h, packing), divmod(2 * h + 1, packing)
@@ -511,8 +511,8 @@ def attention(
     >>> attention(new, new, new, cache, batch)
     Traceback (most recent call last):
         ...
-    ValueError: sequence 1 has q_len 2, but this rung takes at most 1 new token a sequence: leave \
-it to another rung.
+    ValueError: sequence 1 has q_len 2, but this rung takes at most 1 new token per sequence: \
+leave it to another rung.
     """
     check_call(queries, keys, values, kv_cache, batch, sm_scale=sm_scale)
     check_q_lens(batch, 1)
@@ -575,5 +575,5 @@ def check_q_lens(batch, max_q_len):
     for s in np.flatnonzero(q_lens > max_q_len)[:1]:
         raise ValueError(
             f"sequence {s} has q_len {q_lens[s]}, but this rung takes at most {max_q_len} new "
-            f"token{'s' * (max_q_len != 1)} a sequence: leave it to another rung."
+            f"token{'s' * (max_q_len != 1)} per sequence: leave it to another rung."
         )

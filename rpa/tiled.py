@@ -238,8 +238,8 @@ def flash_attention(
             f"q has dtype {q.dtype}, k {k.dtype} and v {v.dtype}: they must be equal, since the "
             "MXU wants both sides of a product in one dtype. Cast k and v to that of q."
         )
-    _check_block("block_q", block_q)
-    _check_block("block_kv", block_kv)
+    check_block("block_q", block_q)
+    check_block("block_kv", block_kv)
     # With lengths of their own, q may have more room than k: only the real rows are compared.
     padded = q_len is not None or kv_len is not None
     q_rows = min(q.shape[0], k.shape[0]) if padded else q.shape[0]
@@ -260,7 +260,7 @@ def flash_attention(
     )
 
 
-def _check_block(name, tokens):
+def check_block(name, tokens):
     if not isinstance(tokens, (int, np.integer)) or tokens < 1:
         raise ValueError(
             f"{name} is {tokens!r}, but must be a positive whole number of tokens, best a multiple "

@@ -1,4 +1,4 @@
-"""Programs around rung 7 that test_kernel_compile and the bench have compiled for a chip."""
+"""Programs around rung 8 that test_kernel_compile and the bench have compiled for a chip."""
 
 import jax
 import jax.numpy as jnp

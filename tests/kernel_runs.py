@@ -1,4 +1,4 @@
-"""Rung 7 on a `tests.batches.Case`, held against the float64 oracle with all of its options."""
+"""Rung 8 on a `tests.batches.Case`, held against the float64 oracle with all of its options."""
 
 from dataclasses import replace
 
@@ -35,11 +35,11 @@ def tolerance_of(case, out_dtype):
 
 
 def attend(case, mode, *, q_dtype=None, **options):
-    """Output and cache of rung 7 in the interpreter; NumPy arrays."""
+    """Output and cache of rung 8 in the interpreter; NumPy arrays."""
     queries = case.queries if q_dtype is None else case.queries.astype(jnp.dtype(q_dtype))
     arrays = (jnp.asarray(x) for x in (queries, *case.arrays[1:]))
     options = {"backend": mode.params, "sm_scale": case.shape.head_dim**-0.5} | options
-    with fast_compile.rung_7():
+    with fast_compile.rung_8():
         return run(ragged_paged_attention, *arrays, *case.metadata, **options)
 
 
@@ -59,7 +59,7 @@ def truth_of(case, kv_cache, *, q_dtype=None, **options):
 
 
 def check(case, mode, **options):
-    """Run rung 7 and hold output and cache against what they must be."""
+    """Run rung 8 and hold output and cache against what they must be."""
     output, kv_cache = attend(case, mode, **options)
     stored = options.get("update_kv_cache", True)
     expected = case.expected_cache() if stored else bits(case.kv_cache)

@@ -85,7 +85,7 @@ def test_an_entry_is_compiled_and_its_kernels_are_timed(file, monkeypatch, capsy
 
 
 def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
-    """The answer to exercise 10.5."""
+    """The answer to exercise 12.5."""
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     return rpa.ragged_paged_attention(
         *(queries, keys, values, kv_cache, *metadata),

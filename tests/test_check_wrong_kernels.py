@@ -1,4 +1,4 @@
-"""The wrong kernels of chapter 9 pass an ordinary test, as the chapter says; so their bug is real.
+"""The wrong kernels of chapter 11 pass an ordinary test, as the chapter says; so their bug is real.
 
 That each of them can be convicted is what the exercises' own proofs show.
 """

@@ -30,7 +30,7 @@ POINTS = [("decode, one token", 4.0), ("chunk of 128", 380.0), ("prefill of 4,09
 
 RUNS = {
     "rung 5, decode": Point(flops=4e9, hbm_bytes=1e9, time_us=700),
-    "rung 7, prefill": Point(flops=4e12, hbm_bytes=4e9, time_us=1e4),
+    "rung 8, prefill": Point(flops=4e12, hbm_bytes=4e9, time_us=1e4),
 }
 
 TRIANGLE = np.tri(6, dtype=bool)
@@ -208,7 +208,7 @@ def test_words_carry_the_numbers():
     assert "ridge at 561" in figures.compare().text
     assert "v5e can do 3 TFLOP/s, 2 % of peak" in chip_pictures.roofline(points=POINTS).text
     assert (
-        "rung 7, prefill: 1,000.0 FLOP a byte, 400 TFLOP/s, 87 % of the"
+        "rung 8, prefill: 1,000.0 FLOP a byte, 400 TFLOP/s, 87 % of the"
         in under_roof("v6e", RUNS).text
     )
     assert "from 0.4 % to 53.6 %" in figures.decode_share(LLAMA3_8B).text

@@ -239,6 +239,6 @@ def test_more_shapes_compile(chip, dtype, heads):
 @pytest.mark.full
 @pytest.mark.skipif(compat.JAX_VERSION < (0, 10, 2), reason="see rpa.compat.keep_in_hbm")
 def test_a_cache_that_is_not_donated_is_copied_once():
-    """What the ladder pays for keeping its arguments, and why rung 7 donates."""
+    """What the ladder pays for keeping its arguments, and why rung 8 donates."""
     result, cache = compile_fused("v5e", "bfloat16", LLAMA_3_70B_ON_8)
     assert len(result.copies_of(cache)) == 1

@@ -1,4 +1,4 @@
-"""The public function of rung 7: backends, block sizes, and errors in words before any work."""
+"""The public function of rung 8: backends, block sizes, and errors in words before any work."""
 
 from dataclasses import replace
 

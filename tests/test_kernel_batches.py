@@ -1,4 +1,4 @@
-"""Rung 7 on generated ragged batches: a few shapes, each compiled once, and ever new metadata."""
+"""Rung 8 on generated ragged batches: a few shapes, each compiled once, and ever new metadata."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rung 7 goes through the real TPU compiler for three chips, with its default blocks."""
+"""Rung 8 goes through the real TPU compiler for three chips, with its default blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -96,8 +96,8 @@ def test_the_command_times_what_this_machine_can(monkeypatch, capsys):
     assert rows["rung 3 ragged"]["timing"]["median_s"] == timing.median_s
     if not ON_A_TPU:
         assert on_device.NO_PREDICTION in printed and found["prediction"] == on_device.NO_PREDICTION
-        assert rows["rung 7 kernel"]["timing"] is None
-        assert "interpreter" in rows["rung 7 kernel"]["note"]
+        assert rows["rung 8 kernel"]["timing"] is None
+        assert "interpreter" in rows["rung 8 kernel"]["note"]
 
 
 def test_a_tpu_has_a_prediction_beside_what_was_measured(monkeypatch):
@@ -111,7 +111,7 @@ def test_a_tpu_has_a_prediction_beside_what_was_measured(monkeypatch):
     monkeypatch.setattr(on_device, "predict_batch", predict)
     ours, v3, rung_4 = (
         on_device.with_prediction(on_device.Row("decode", name), SMALL, batch, v6e)
-        for name in ("rung 7 kernel", "peer v3", "rung 4 tiled")
+        for name in ("rung 8 kernel", "peer v3", "rung 4 tiled")
     )
     assert ours.predicted_us == pytest.approx(5.0) and ours.calibrated_us == 6.5
     assert seen == [("rpa", "v6e", SMALL.num_seqs, SMALL.page_size)]
@@ -160,7 +160,7 @@ def compiled(chip, name, case):
     "chip, name, case",
     [("v5e", name, "decode") for name in (*NAMES, "peer v3", "peer jax")]
     # For v5e libtpu takes minutes for this peer.
-    + [("tpu7x", "rung 7 kernel", "mixed"), ("tpu7x", "peer batched", "decode")],
+    + [("tpu7x", "rung 8 kernel", "mixed"), ("tpu7x", "peer batched", "decode")],
 )
 def test_what_a_tpu_would_time_compiles_and_copies_no_cache(chip, name, case):
     args, result = compiled(chip, name, case)

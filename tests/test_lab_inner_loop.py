@@ -6,7 +6,7 @@ import pytest
 
 from rpa import chips
 from rpa.check.chapters import ablation
-from rpa.check.chapters.chapter08 import MOST_BUNDLES
+from rpa.check.chapters.chapter09 import MOST_BUNDLES
 from rpa.check.errors import KernelFault
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.recorded import recorded, recorded_step

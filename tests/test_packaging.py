@@ -21,7 +21,7 @@ def requirements_of_pyproject():
     """All dependencies with their ranges, the extras included, but for references to extras."""
     extras = PYPROJECT["optional-dependencies"]
     lines = [*PYPROJECT["dependencies"], *(line for extra in extras.values() for line in extra)]
-    return {line for line in lines if not line.startswith("rpa[")}
+    return {line for line in lines if not line.startswith(f"{PYPROJECT['name']}[")}
 
 
 def test_conda_users_get_the_same_dependencies():
@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, source]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    return next(folder.glob("rpa-*.whl"))
+    return next(folder.glob("ragged_paged_attention-*.whl"))
 
 
 def test_the_wheel_carries_all_that_the_notebooks_need(wheel):

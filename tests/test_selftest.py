@@ -22,12 +22,12 @@ FLOAT32, *OTHERS = [path for path in selftest.PATHS if path.off_tpu]
 
 
 def by_reference(*args, backend, **options):
-    """Rung 3 in the place of rung 7: takes no time, and is as right."""
+    """Rung 3 in the place of rung 8: takes no time, and is as right."""
     return ragged_paged_attention(*args, backend="reference", **options)
 
 
 def two_kernels(*args, chunk_prefill_size, **options):
-    """Rung 7 without a kernel for chunks: they are computed by the mixed one."""
+    """Rung 8 without a kernel for chunks: they are computed by the mixed one."""
     return ragged_paged_attention(*args, **options)
 
 
@@ -155,7 +155,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(monkeypatch, capsys):
         assert result["wrong"] == "it did not run: ValueError: Mosaic failed to compile"
         assert "backend='reference'" in result["fix"]
     assert run_command(monkeypatch, refuse) == 1
-    assert "What to do: Do not use rung 7" in capsys.readouterr().out
+    assert "What to do: Do not use rung 8" in capsys.readouterr().out
 
 
 def test_every_packing_meets_every_width_of_a_load():

@@ -46,7 +46,7 @@ KV_LENS = {
 
 
 def decode_case(shape, kv_lens, seed=0):
-    """A batch with one new token a sequence; kv_len 0 is an idle slot."""
+    """A batch with one new token per sequence; kv_len 0 is an idle slot."""
     return make_case(shape, [(min(kv_len, 1), kv_len) for kv_len in kv_lens], seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""The bugs of production kernels, one test each by name, on rung 7; rung 3 has its own file.
+"""The bugs of production kernels, one test each by name, on rung 8; rung 3 has its own file.
 
 Every batch is poisoned (`tests.batches`): NaN wherever nothing may be read, garbage in the page
 table behind the live pages and in the metadata behind the last sequence. Tests that use the same

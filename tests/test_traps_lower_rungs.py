@@ -1,6 +1,6 @@
 """The bugs of production kernels that rungs 4 to 6 could have, one test each by name.
 
-Rung 3 and rung 7 have tests of their own. A batch here only decodes where rung 5 is among the
+Rung 3 and rung 8 have tests of their own. A batch here only decodes where rung 5 is among the
 rungs, because that is all it does.
 """
 

@@ -1,4 +1,4 @@
-"""Are the tests of rung 7 sharp? Every start and wait is removed or swapped, every rule bent."""
+"""Are the tests of rung 8 sharp? Every start and wait is removed or swapped, every rule bent."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Record the schedules that chapter 8 reads, for machines whose compiler does not show any.
+"""Record the schedules that chapters 9 and 10 read, for machines whose compiler does not show any.
 
 python tools/record_schedules.py               # needs libtpu and an hour if nothing is cached
 python tools/record_schedules.py inner_loop    # only one section of rpa/data/schedules.json
@@ -89,7 +89,7 @@ def strides():
 
 
 def kernels():
-    """What a chunk costs in rung 7 on every chip, and the units of a mixed tile beside rung 4's."""
+    """What a chunk costs in rung 8 on every chip, and the units of a mixed tile beside rung 4's."""
     found = {}
     for chip in CHIPS:
         for case in ("decode", "mixed"):

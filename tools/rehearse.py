@@ -2,14 +2,13 @@
 
 python tools/rehearse.py                             # everything: about an hour on two cores
 python tools/rehearse.py --platform colab 05_streamed
-python tools/rehearse.py --address https://github.com/me/rpa --folder .rehearsal --reuse
+python tools/rehearse.py --address https://github.com/OWNER/NAME --folder .rehearsal --reuse
 
 For each platform a new environment with what is preinstalled there and nothing else. For each
 lesson and solution an empty folder with the notebook alone, in an environment from which `rpa` has
 been removed again: the notebook's own first cell has to bring it. That cell installs from the
-published address; git is told (`url.<address>.insteadOf`) to fetch what lies at `--address`
-instead, by default the commit at the head of this checkout. So what is rehearsed is what is
-committed. None of this needs a TPU, and none is used.
+address in `RPA_SOURCE`, which is set to `--address`, by default the commit at the head of this
+checkout. So what is rehearsed is what is committed. None of this needs a TPU, and none is used.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from jupyter_client.kernelspec import NoSuchKernel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from rpa._repository import REPOSITORY
+from rpa._repository import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
 CELL_LIMIT_S = 300
@@ -110,9 +109,7 @@ def surroundings(environment: Path, address: str) -> dict[str, str]:
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(environment / "cache"),  # a reader's first visit: nothing compiled
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{address}.insteadOf",
-        "GIT_CONFIG_VALUE_0": REPOSITORY,
+        "RPA_SOURCE": f"git+{address}",
     }
     for name in ("PYTHONPATH", "VIRTUAL_ENV", "RPA_PROGRESS"):
         variables.pop(name, None)
@@ -166,7 +163,7 @@ def rehearse(name: str, notebooks: list[Path], options) -> list[tuple[str, str, 
     os.environ["JUPYTER_PATH"] = str(environment / "share" / "jupyter")
     variables = surroundings(environment, options.address)
     for notebook in notebooks:
-        pip(python, "uninstall", "--yes", "rpa")
+        pip(python, "uninstall", "--yes", DISTRIBUTION)
         start = time.monotonic()
         title = f"{notebook.parent.name}/{notebook.stem}"
         result = run(notebook, folder / title, variables)

@@ -1,83 +1,44 @@
-"""Write into README.md what commands produce: the chapters, the demo, the tables of the lab.
+"""Write into README.md what the repository knows: the picture, the ladder, the numbers.
 
-Run by `make readme`, which takes minutes the first time (the lab compiles for three chips, with the
-peers installed); `--check` compares the chapter table only (its contents are known without running
-anything) and exits 1 if it is stale.
+Run by `make readme`; everything comes from records that other commands wrote (`python -m rpa lab
+compare --record`, `make bench`), so it takes seconds. `--check` writes nothing and exits 1 if a
+part is stale.
 """
 
 import argparse
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rpa._repository import BRANCH, REPOSITORY  # noqa: E402
-
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "pictures"
 
-TABLES = ("decode", "mixed", "whole batches")
-"""Tables of the lab between `<!-- schedule -->` and its end; docs/bench.md has all of them."""
 
+def ladder_table() -> str:
+    """One line per rung: its file and code lines, what it changes, its bytes, its lesson."""
+    from rpa.lab.bench import comparison
+    from rpa.ladder import LADDER
 
-def chapter_table() -> str:
-    """One line a chapter: lesson, exercises, solutions, and badges that open them."""
+    found = comparison.recorded()
+    rows = {row["name"]: row for row in found["rows"]}
     lines = [
-        "| chapter | lesson | exercises | solutions |",
-        "|---|---|---|---|",
+        "| rung | file | code lines | what changes | bytes / least | lesson |",
+        "|---:|---|---:|---|---:|---|",
     ]
-    for source in sorted((ROOT / "course").glob("ch*_lesson.py")):
-        number, name = re.match(r"ch(\d\d)_(.+)_lesson", source.stem).groups()
-        title = re.search(r"^# # Chapter \d+: (.+)$", source.read_text("utf-8"), re.M).group(1)
-        notebook = f"{number}_{name}.ipynb"
-        cells = [f"{int(number)} {title}"]
-        for folder in ("notebooks", "exercises", "solutions"):
-            exists = (ROOT / folder / notebook).exists()
-            cells.append(links(f"{folder}/{notebook}") if exists else "")
-        lines.append(f"| {' | '.join(cells)} |")
+    for rung in LADDER:
+        row = rows[rung.name]
+        file = f"rpa/{comparison.RACERS[rung.name].code}"
+        (lesson,) = (ROOT / "notebooks").glob(f"{rung.number:02d}_*.ipynb")
+        link = f"[{rung.number}](notebooks/{lesson.name})"
+        cells = (
+            *(rung.number, f"[{file}]({file})", f"{row['lines']:,}", rung.changes),
+            *(f"{row['num_bytes'] / found['least_bytes']:.2f}", link),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def links(path: str) -> str:
-    """A notebook on GitHub, in Colab and on Kaggle."""
-    in_repository = REPOSITORY.removeprefix("https://github.com/")
-    colab = f"https://colab.research.google.com/github/{in_repository}/blob/{BRANCH}/{path}"
-    kaggle = f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/{BRANCH}/{path}"
-    return (
-        f"[read]({path}) "
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
-        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle})"
-    )
-
-
-def demo_output() -> str:
-    """What the demo prints, and its pictures in docs/pictures."""
-    command = [sys.executable, "-m", "rpa", "demo", "--out", str(PICTURES)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    kept = [line for line in printed.splitlines() if not line.startswith(("picture:", "took"))]
-    return "```\n" + "\n".join(kept).strip() + "\n```"
-
-
-def lab_tables(*names) -> str:
-    """Tables of the lab as `python -m rpa lab all` prints them, with their titles.
-
-    Raises:
-        SystemExit: without the peers, whose columns would be empty.
-    """
-    # Not at the top: `--check` needs neither jax nor the lab.
-    import jax
-
-    from rpa.cli.all import as_text, measured, scope_of
-
-    jax.config.update("jax_platforms", "cpu")  # everything runs on the host
-    scope, absent = scope_of()
-    if absent:
-        raise SystemExit("\n".join(absent))
-    texts = [as_text(name, rows) for name, rows, _ in measured(names, scope)]
-    return "\n".join(texts).replace("\n## ", "\n#### ").strip()
 
 
 def replace_part(text: str, name: str, part: str) -> str:
@@ -88,24 +49,24 @@ def replace_part(text: str, name: str, part: str) -> str:
     return pattern.sub(lambda match: match[1] + part + "\n" + match[2], text)
 
 
-def ladder() -> str:
-    """The recorded race of chapter 10: its picture, in docs/pictures, and its table."""
+def picture() -> str:
+    """The headline picture with its alternative text; `save_pictures` draws it."""
+    return f"![{_ladder().text}](docs/pictures/ladder.png)"
+
+
+def save_pictures() -> None:
+    """Write the pictures of README.md into docs/pictures."""
+    _ladder().save(PICTURES / "ladder.png")
+
+
+def _ladder():
     from rpa.figures import comparison as pictures
     from rpa.lab.bench import comparison
 
-    found = comparison.recorded()
-    picture = pictures.ladder(found)
-    path = picture.save(PICTURES / "ladder.png")
-    return f"![{picture.text}]({path.relative_to(ROOT)})\n\n```\n{comparison.table(found)}\n```"
+    return pictures.ladder(comparison.recorded())
 
 
-PARTS = {
-    "chapters": chapter_table,
-    "demo": demo_output,
-    "ladder": ladder,
-    "schedule": lambda: lab_tables(*TABLES),
-    "published": lambda: lab_tables("published"),
-}
+PARTS = {"picture": picture, "ladder": ladder_table}
 """What stands between `<!-- name -->` and `<!-- end -->` in README.md, and what writes it."""
 
 
@@ -117,15 +78,18 @@ def main() -> int:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {list(PARTS)}")
     text = README.read_text("utf-8")
-    if args.check:
-        stale = replace_part(text, "chapters", chapter_table()) != text
-        if stale:
-            print("The chapter table of README.md is stale: run `make readme`.")
-        return int(stale)
+    stale = []
     for name in args.parts or PARTS:
-        text = replace_part(text, name, PARTS[name]())
-        README.write_text(text, "utf-8")  # part by part: the lab's tables may take an hour
-    return 0
+        part = PARTS[name]()
+        if replace_part(text, name, part) != text:
+            stale.append(name)
+            text = replace_part(text, name, part)
+    if args.check and stale:
+        print(f"README.md is stale in {', '.join(stale)}: run `make readme`.")
+    if not args.check:
+        README.write_text(text, "utf-8")
+        save_pictures()
+    return int(bool(args.check and stale))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def progress() -> None:
 
 
 def as_table(kept: dict) -> str:
-    """The table as text: a row a chapter, a column an exercise.
+    """The table as text: one row per chapter, one column per exercise.
 
     Args:
         kept: {number: {"attempts": int, "solved": bool}}, as the file has it.

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(args) -> int:
-    """Print the tables; the exit code is 1 if rung 7 has no number somewhere."""
+    """Print the tables; the exit code is 1 if rung 8 has no number somewhere."""
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
     scope, absent = scope_of(args.chip, args.quick)

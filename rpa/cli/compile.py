@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     names = f"{','.join(KERNELS)},FILE.py:FUNCTION"
     help_text = "rung, peer, or your own with the ladder's signature"
     what.add_argument("--kernel", type=kernel_of(KERNELS), metavar=names, help=help_text)
-    what.add_argument("--against", choices=["v3"], help="time rung 7 beside this peer, 5 models")
+    what.add_argument("--against", choices=["v3"], help="time rung 8 beside this peer, 5 models")
     default = Workload()
     add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):

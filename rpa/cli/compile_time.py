@@ -1,4 +1,4 @@
-"""`python -m rpa lab compile --against v3`: compile time of rung 7 beside a peer's."""
+"""`python -m rpa lab compile --against v3`: compile time of rung 8 beside a peer's."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ def main(args) -> int:
     """Compile all rows; the exit code is 1 if one is refused or takes more than the limit."""
     absent = peers.absence(args.against)
     if absent is not None:
-        print(f"Only rung 7 below. {absent}", file=sys.stderr)
+        print(f"Only rung 8 below. {absent}", file=sys.stderr)
     chosen = args.chip or compile_time.CHIPS
     total = len(compile_time.ROWS) * len(chosen)
     rows = compile_time.compare(args.against, chosen, args.repeats)
@@ -49,7 +49,7 @@ def table(peer, found) -> str:
     lines = [
         "CPU seconds to trace and lower + to compile; in brackets, wall seconds of both.",
         f"Blocks of both sides: {blocks_in_words()}.",
-        f"{'':33} {'':6} {'rung 7':>19} {peer:>19} ratio  VMEM at rung 7's own blocks",
+        f"{'':33} {'':6} {'rung 8':>19} {peer:>19} ratio  VMEM at rung 8's own blocks",
     ]
     for c in found:
         ratio = "" if c.ratio is None else f"{c.ratio:.2f}"
@@ -57,7 +57,7 @@ def table(peer, found) -> str:
             f"{c.row:33} {c.chip:6} {seconds(c.ours):>19} {seconds(c.theirs):>19} {ratio:>5}  "
             f"{vmem(c.default):16} {c.verdict}"
         )
-        refused = {"rung 7": c.ours, peer: c.theirs, "rung 7 at its own blocks": c.default}
+        refused = {"rung 8": c.ours, peer: c.theirs, "rung 8 at its own blocks": c.default}
         for who, result in refused.items():
             if result is not None and not result.ok:
                 lines.append(f"    {who}: {result.error_kind}: {result.error}")

@@ -8,13 +8,13 @@ import argparse
 import importlib
 
 EXPERIMENTS = {
-    "all": "print every table of the lab: what is claimed about rung 7's speed",
+    "all": "print every table of the lab: what is claimed about rung 8's speed",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",
-    "tune": "sweep rung 7's block sizes, and judge its defaults",
+    "tune": "sweep rung 8's block sizes, and judge its defaults",
     "traffic": "count the HBM bytes that a rung moves, against the least possible",
 }
 """The module of each experiment in this package, and what it does."""

@@ -114,7 +114,7 @@ def describe(measured: Measured) -> str:
     """A table for people."""
     numbers = to_json(measured)
     lines = [
-        f"{_title(measured)}, {measured.case}, bundles a chunk:",
+        f"{_title(measured)}, {measured.case}, bundles per chunk:",
         f"  {measured.bundles_per_chunk:9,.0f}  counted  ({measured.floor_of} floor "
         f"{measured.floor:,.0f})",
         f"  {measured.executed_per_chunk:9,.0f}  with everything executed",
@@ -126,7 +126,7 @@ def describe(measured: Measured) -> str:
     if measured.per_sequence is not None:
         lines.append(f"  {measured.per_sequence:9,.0f}  a sequence, besides its chunks")
         lines.append(f"  {measured.step:9,.0f}  a sequence of 1,024 tokens, all in all")
-    lines.append(f"slots a chunk, share of capacity (bound: {numbers['bound']}):")
+    lines.append(f"slots per chunk, share of capacity (bound: {numbers['bound']}):")
     lines += [
         f"  {unit:8} {n:9,.0f}  {numbers['share'][unit]:6.1%}" for unit, n in measured.slots.items()
     ]
@@ -153,7 +153,7 @@ def tree_lines(measured):
 
 
 def side_by_side(ours: Measured, theirs: Measured) -> str:
-    """Two kernels in the same case: bundles and slots a chunk, and the ratio of the first."""
+    """Two kernels in the same case: bundles and slots per chunk, and the ratio of the first."""
     left, right = to_json(ours), to_json(theirs)
     names = ("bundles_per_chunk", "executed_per_chunk", "page_issue_per_chunk")
     rows = [(name.replace("_", " "), left[name], right[name]) for name in names]

@@ -1,4 +1,4 @@
-"""`python -m rpa lab tune`: sweep rung 7's block sizes, and judge its defaults by the sweep."""
+"""`python -m rpa lab tune`: sweep rung 8's block sizes, and judge its defaults by the sweep."""
 
 import argparse
 import json

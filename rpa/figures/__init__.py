@@ -1,4 +1,4 @@
-"""The pictures of the course, one module a chapter's subject, all in one style.
+"""The pictures of the course, one module per chapter, all in one style.
 
 Every function here takes plain numbers or rpa objects and returns a `Picture`: a figure that knows
 the words which describe it. It computes nothing that a reader should see computed.

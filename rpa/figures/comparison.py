@@ -1,4 +1,4 @@
-"""Picture of chapter 10: the ladder in numbers, from its lowest rung to the peers."""
+"""Picture of chapter 12: the ladder in numbers, from its lowest rung to the peers."""
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -14,7 +14,7 @@ def ladder(found, title="The ladder: one step of 16 decodes, predicted"):
     """Draw the predicted time of every rung and peer on three chips, the least as lines.
 
     Args:
-        found: a record of the race, `rpa.lab.bench.comparison.recorded()`.
+        found: a record of the comparison, `rpa.lab.bench.comparison.recorded()`.
         title: what stands above the picture.
 
     Returns:

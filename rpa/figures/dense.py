@@ -31,7 +31,7 @@ def by_hand(scores, weights, output):
         output: f32[q_len, head_dim].
 
     >>> by_hand(np.zeros((1, 2)), np.full((1, 2), 0.5), np.ones((1, 2))).text[:36]
-    'Three tables, one row a query. Score'
+    'Three tables, one row per query. Sco'
     """
     panels = {
         "scores = q · k / √head_dim": ("key", scores),
@@ -46,7 +46,7 @@ def by_hand(scores, weights, output):
         f"{title.split(' = ')[0].capitalize()}: {_rows_in_words(np.asarray(table, float))}"
         for title, (_, table) in panels.items()
     )
-    return alt(fig, f"Three tables, one row a query. {words}.")
+    return alt(fig, f"Three tables, one row per query. {words}.")
 
 
 def _draw_table(axes, table, title, axis):
@@ -79,7 +79,7 @@ def masks(named, cached=0):
             An int for all masks, or one for each.
 
     >>> masks({"decode": np.ones((1, 4), bool)}, cached=3).text
-    'Masks, one row a query. decode: 1 x 4, sees 4 of 4 keys; 3 keys are cached.'
+    'Masks, one row per query. decode: 1 x 4, sees 4 of 4 keys; 3 keys are cached.'
     """
     cached = np.broadcast_to(cached, len(named)).tolist()
     widest = max(mask.shape[1] for mask in named.values())
@@ -97,7 +97,7 @@ def masks(named, cached=0):
         f"{old} keys are cached"
         for (title, mask), old in zip(named.items(), cached, strict=True)
     )
-    return alt(fig, f"Masks, one row a query. {words}.")
+    return alt(fig, f"Masks, one row per query. {words}.")
 
 
 def _draw_mask(axes, mask, title, cached, tallest):
@@ -167,7 +167,7 @@ def growing_cache(named_ms, kv_lens, machine):
     """Draw the time of each decode step while the cache grows, one line a way to hold the cache.
 
     Args:
-        named_ms: label to f64[num_steps], milliseconds a step.
+        named_ms: label to f64[num_steps], milliseconds per step.
         kv_lens: i64[num_steps], length of the cache at each step.
         machine: where it was measured, for the title.
 

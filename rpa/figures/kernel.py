@@ -1,4 +1,4 @@
-"""Pictures of chapter 7: the whole kernel as one diagram, and a ragged batch going through it."""
+"""Pictures of chapters 7 and 8: the kernel as one diagram, and a ragged batch going through it."""
 
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 

@@ -1,4 +1,4 @@
-"""Pictures of chapter 8: units before and after, steps against HBM, banks, block-diagonal heads."""
+"""Pictures of chapters 9 and 10: units before and after, steps against HBM, banks, a diagonal."""
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -30,7 +30,7 @@ def before_after(panels):
         for axes, (title, panel) in zip(rows, panels.items(), strict=True):
             _draw_panel(axes, panel, longest)
             axes.set_title(f"{title}: {panel.bundles:,} bundles, bound by {panel.bound}")
-        rows[-1].set_xlabel("bundle: one a cycle")
+        rows[-1].set_xlabel("bundle: one per cycle")
     words = [
         f"{title}: {panel.bundles:,} bundles, bound by {panel.bound}; "
         + ", ".join(f"{unit} {_percent(panel.share[unit])}" for unit in SHOWN)
@@ -87,7 +87,7 @@ def steps_against_hbm(bundles, hbm_cycles):
         + " bundles."
         for chip, steps in bundles.items()
     ]
-    return alt(fig, f"Bars of bundles, one a step, beside the time of HBM. {' '.join(words)}")
+    return alt(fig, f"Bars of bundles, one per step, next to the time of HBM. {' '.join(words)}")
 
 
 def _draw_steps(axes, values, hbm_cycles):

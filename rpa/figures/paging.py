@@ -319,7 +319,7 @@ def page_size_trade(page_sizes, waste_percent, page_kib, table_kib, smem_kib):
     """Draw what grows and what shrinks with the page size, one panel each.
 
     Args:
-        page_sizes: tokens a page.
+        page_sizes: tokens per page.
         waste_percent: part of the owned slots that is empty.
         page_kib: KiB that one copy of a page moves.
         table_kib: KiB of the page table of a whole batch.

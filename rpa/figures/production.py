@@ -1,4 +1,4 @@
-"""Pictures of chapter 9: where the bytes go, what a last query block sees, error and context."""
+"""Pictures of chapter 11: where the bytes go, what a last query block sees, error and context."""
 
 import numpy as np
 from matplotlib.patches import Patch, Rectangle

@@ -32,9 +32,9 @@ def under_roof(chip_or_name, runs, *, head_dim=128, dtype="bfloat16", title=None
 
     >>> from rpa.lab.predict.roofline import Point
     >>> slow, fast = (Point(flops=4e9, hbm_bytes=1e9, time_us=us) for us in (2700, 1350))
-    >>> picture = under_roof("v5e", {"rung 5": slow, "rung 7": fast})
+    >>> picture = under_roof("v5e", {"rung 5": slow, "rung 8": fast})
     >>> picture.text[-69:]
-    'of the roof. rung 7: 4.0 FLOP a byte, 2.96 TFLOP/s, 90 % of the roof.'
+    'of the roof. rung 8: 4.0 FLOP a byte, 2.96 TFLOP/s, 90 % of the roof.'
     """
     if not 1 <= len(runs) <= len(MARKERS):
         raise ValueError(f"runs has {len(runs)} entries; expected 1 to {len(MARKERS)}.")

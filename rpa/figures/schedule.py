@@ -50,7 +50,7 @@ def occupancy(schedule, span, title="Which unit is busy when"):
         axes.set_ylim(len(units) - 0.1, -0.1)
         axes.set_yticks(np.arange(len(units)) + 0.5, [ROWS[unit][0] for unit in units])
         axes.set_xlim(0, span.num_bundles)
-        axes.set_xlabel("bundle: one a cycle")
+        axes.set_xlabel("bundle: one per cycle")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)

@@ -308,7 +308,7 @@ def _legend(drawn, chip):
 
 
 def _words(title, drawn, chip, compute_ratio):
-    text = f"{title}: one row a buffer, a bar for the copies that one wait ends, the core below."
+    text = f"{title}: one row per buffer, a bar for the copies that one wait ends, the core below."
     for name, bars in drawn.items():
         copies = sum(len(bar.starts) for bar in bars)
         computing = sum(bar.color == COMPUTE for bar in bars)

@@ -1,4 +1,4 @@
-"""The other kernels, under one roof: what rung 7 is measured against, and a second oracle.
+"""The other kernels, under one roof: what rung 8 is measured against, and a second oracle.
 
 | peer | from | cache is | stores the new tokens |
 |---|---|---|---|
@@ -76,7 +76,7 @@ def absence(peer: str) -> str | None:
 
 
 def v3(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, **options):
-    """The production kernel, with rung 7's arguments.
+    """The production kernel, with rung 8's arguments.
 
     Args:
         queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution: as in
@@ -119,7 +119,7 @@ def hd64_reference(*args, **options):
 def batched(
     queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, **options
 ):
-    """The experimental kernel that decodes several sequences at once, with rung 7's arguments.
+    """The experimental kernel that decodes several sequences at once, with rung 8's arguments.
 
     Args:
         queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution: as in
@@ -151,7 +151,7 @@ def batched(
 def jax_v2(
     queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, **options
 ):
-    """The kernel that jax ships, with rung 7's arguments; it reads the cache and stores nothing.
+    """The kernel that jax ships, with rung 8's arguments; it reads the cache and stores nothing.
 
     Args:
         queries, kv_lens, page_indices, cu_q_lens, distribution: as in

@@ -92,7 +92,7 @@ def tiled(w: Workload) -> Program:
 
 
 def streamed(w: Workload) -> Program:
-    """Rung 5, one query a sequence."""
+    """Rung 5, one query per sequence."""
     kv_lens, page_indices, _, _ = w.metadata
     args = (w.queries(w.num_seqs), w.kv_cache, kv_lens, page_indices)
     kwargs = {"num_kv_heads": w.heads[1], "interpret": False}
@@ -109,7 +109,7 @@ def fused(w: Workload) -> Program:
 
 
 def kernel(w: Workload) -> Program:
-    """Rung 7, with the cache donated."""
+    """Rung 8, with the cache donated."""
     num_tokens = w.num_seqs * w.q_len
     new = w.kv(num_tokens)
     args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)

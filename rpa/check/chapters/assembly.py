@@ -281,13 +281,13 @@ def _programs():
     rung_4 = ("rung 4", "rpa.tiled:flash_attention", {})
     rung_5 = ("rung 5", "rpa.streamed:paged_decode", {})
     rung_6 = ("rung 6", "rpa.fused:fused_attention", {"max_q_len": 8})
-    wide_6 = ("rung 6, given as many queries,", "rpa.fused:fused_attention", {"max_q_len": 32})
+    rung_7 = ("rung 7", "rpa.plain:attention", {})
     return {
         "4.7": ((q, kv, kv), scale | blocks, rung_4),
         "5.6": (decode, scale | heads | block, rung_5),
         "5.7": (decode, scale | heads | block, rung_5),
         "6.6": (batch, scale | block, rung_6),
-        "7.6": (mixed, scale | block, wide_6),
+        "7.3": (mixed, scale | block, rung_7),
     }
 
 

@@ -1,556 +1,344 @@
-"""Checks of chapter 10: the race.
+"""Checks of chapter 10: blocks under a budget, and the time of a pipeline.
 
-References and mistakes are NumPy. An entry to the challenge (10.5) runs in the interpreter, traced
-once: its kernels take most of the check's time.
+References and mistakes are NumPy and plain Python.
 """
 
-import jax
-import ml_dtypes
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
 
-from rpa import interpreter
-from rpa.check.errors import CannotShip, WrongResult
 from rpa.check.exercise import Exercise
-from rpa.check.sandbox import fast_compile
-from rpa.check.sandbox.pickling import pack
-from rpa.lab.schedule.pallas_calls import pallas_calls
-from rpa.ragged import RaggedBatch
+from rpa.paging import cdiv
 
-RNG = np.random.default_rng(10)
+# 10.1 blocks under a budget -----------------------------------------------------------------------
 
+TOKEN_BYTES, ROW_BYTES, STATE_BYTES, SCORE_BYTES = 4096, 8192, 49_152, 24
+BYTES_A_CYCLE, PAIRS_A_CYCLE, STEP_CYCLES = 500, 8, 300
 
-def floats(*values):
-    """f32[len(values)]."""
-    return np.array(values, np.float32)
 
+def _vmem(bq, bkv, buffers=2, with_state=True, with_scores=True):
+    kv, q_and_o = buffers * TOKEN_BYTES * bkv, buffers * 2 * ROW_BYTES * bq
+    return kv + q_and_o + with_state * STATE_BYTES * bq + with_scores * SCORE_BYTES * bq * bkv
 
-# 10.1 one number for many cases -------------------------------------------------------------------
 
+def _steps(q_len, kv_len, bq, bkv, causal=True):
+    """KV blocks that the query blocks visit, all together."""
+    ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
+    return sum(cdiv(end if causal else kv_len, bkv) for end in ends)
 
-def _overall(times_us, baseline_us):
-    return np.exp(np.log(baseline_us / times_us).mean())
 
+def _cycles(q_len, kv_len, bq, bkv, **options):
+    steps = _steps(q_len, kv_len, bq, bkv, **options)
+    return _time(steps, q_len, bq, bkv)
 
-overall = Exercise("10.1", _overall, convert=np.array)
-overall.case("one case, twice as fast", times_us=floats(10), baseline_us=floats(20))
-overall.case(
-    "twice as fast here, half as fast there", times_us=floats(10, 40), baseline_us=floats(20, 20)
-)
-overall.case("a long case and a short one", times_us=floats(1000, 2), baseline_us=floats(1000, 8))
-overall.case(
-    "three chips, three batches",
-    times_us=floats(138, 71, 36, 52, 31, 19, 410, 260, 120),
-    baseline_us=floats(169, 110, 77, 50, 37, 29, 430, 300, 210),
-)
 
+def _time(steps, q_len, bq, bkv, kv_tokens=None):
+    """Cycles of a chunk; K and V of `kv_tokens` are read, by default a block a step."""
+    kv_tokens = steps * bkv if kv_tokens is None else kv_tokens
+    hbm = (kv_tokens * TOKEN_BYTES + 2 * q_len * ROW_BYTES) / BYTES_A_CYCLE
+    return max(hbm, steps * bq * bkv / PAIRS_A_CYCLE) + STEP_CYCLES * steps
 
-@overall.mistake(
-    "the arithmetic mean of the ratios is taken: twice and half as fast would be 1.25 times faster"
-)
-def _arithmetic(times_us, baseline_us):
-    return (baseline_us / times_us).mean()
 
+def _best(candidates, fits, cost):
+    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cost(*pair))
 
-@overall.mistake("times are added up first: the longest case decides alone")
-def _ratio_of_sums(times_us, baseline_us):
-    return baseline_us.sum() / times_us.sum()
 
+def _choose(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _best(
+        candidates,
+        lambda bq, bkv: _vmem(bq, bkv) <= vmem_budget_bytes,
+        lambda bq, bkv: _cycles(q_len, kv_len, bq, bkv),
+    )
 
-@overall.mistake("the ratio is upside down: a speedup above 1 is faster than the baseline")
-def _upside_down(times_us, baseline_us):
-    return np.exp(np.log(times_us / baseline_us).mean())
 
+MIB = 2**20
+PAIRS = [(bq, bkv) for bq in (16, 32, 64, 128, 256) for bkv in (128, 256, 512, 1024, 2048)]
+"""What there is to choose from; some of it does not fit, some is slow."""
 
-@overall.mistake("the ratios are multiplied and the root is forgotten")
-def _no_root(times_us, baseline_us):
-    return np.prod(baseline_us / times_us)
 
-
-@overall.mistake("the mean of time over baseline is taken, and turned round afterwards")
-def _harmonic(times_us, baseline_us):
-    return 1 / (times_us / baseline_us).mean()
-
-
-@overall.mistake(
-    "the median is taken: it looks at one or two cases, and forgets how far off the others are"
-)
-def _median(times_us, baseline_us):
-    return np.median(baseline_us / times_us)
-
-
-@overall.mistake("it is the mean of the logarithms; np.exp brings it back")
-def _logarithm(times_us, baseline_us):
-    return np.log(baseline_us / times_us).mean()
-
-
-# 10.2 the time of a call --------------------------------------------------------------------------
-
-
-def _call_time(once_us, twice_us, calls):
-    return np.median((twice_us - once_us) / calls)
-
-
-call_time = Exercise("10.2", _call_time, convert=np.array)
-call_time.case("starting takes 50 us, a call 3", once_us=floats(80), twice_us=floats(110), calls=10)
-call_time.case(
-    "the third sample was disturbed",
-    once_us=floats(80, 81, 80, 80, 79),
-    twice_us=floats(110, 111, 190, 110, 110),
-    calls=10,
-)
-call_time.case(
-    "both loops of a sample were slow together",
-    once_us=floats(80, 120, 84, 90, 79),
-    twice_us=floats(111, 152, 114, 119, 112),
-    calls=10,
-)
-call_time.case(
-    "the first sample was quick",
-    once_us=floats(480, 450, 450),
-    twice_us=floats(500, 850, 852),
-    calls=100,
-)
-
-call_time.case(
-    "a shorter loop was disturbed so much that the longer one took less time",
-    once_us=floats(80, 80, 200, 81, 80),
-    twice_us=floats(111, 110, 110, 110, 112),
-    calls=10,
-)
-
-
-@call_time.mistake("the longer loop is divided by its calls: what starting costs is in it")
-def _start_included(once_us, twice_us, calls):
-    return np.median(twice_us / (2 * calls))
-
-
-@call_time.mistake("the shorter loop is divided by its calls: what starting costs is in it")
-def _short_only(once_us, twice_us, calls):
-    return np.median(once_us / calls)
-
-
-@call_time.mistake("the mean is taken: one disturbed sample moves it")
-def _mean_of_samples(once_us, twice_us, calls):
-    return np.mean((twice_us - once_us) / calls)
-
-
-@call_time.mistake("the smallest sample is taken: in a difference, a slow start looks like speed")
-def _smallest(once_us, twice_us, calls):
-    return np.min((twice_us - once_us) / calls)
-
-
-@call_time.mistake("the difference is divided by 2 * calls; the loops differ by `calls` calls")
-def _divided_twice(once_us, twice_us, calls):
-    return np.median((twice_us - once_us) / (2 * calls))
-
-
-@call_time.mistake(
-    "the median of each kind of loop is taken before the difference: what disturbs both loops of "
-    "a sample cancels only within it"
-)
-def _medians_first(once_us, twice_us, calls):
-    return (np.median(twice_us) - np.median(once_us)) / calls
-
-
-@call_time.mistake(
-    "the sign of the differences is taken away: where the shorter loop was disturbed one may be "
-    "negative, and has to stay below the median, not go above it"
-)
-def _absolute(once_us, twice_us, calls):
-    return np.median(np.abs(twice_us - once_us) / calls)
-
-
-@call_time.mistake(
-    "samples with a negative difference are left out: then only those that were disturbed upwards "
-    "are left, and the median moves with them"
-)
-def _positive_only(once_us, twice_us, calls):
-    samples_us = (twice_us - once_us) / calls
-    return np.median(samples_us[samples_us > 0])
-
-
-# 10.3 neighbours in one copy ----------------------------------------------------------------------
-
-
-def list_of_runs(function, *arguments):
-    """The learner's list as plain tuples of integers, or a sentence on what it is instead."""
-    runs = function(*arguments)
-    if not isinstance(runs, list):
-        raise WrongResult(
-            f"your function returns a {type(runs).__name__}, expected a list of tuples "
-            "(first_page, num_pages)"
-        )
-    for run in runs:
-        if not (isinstance(run, tuple | list) and len(run) == 2):
-            raise WrongResult(
-                f"an entry of your list is {run!r}, expected a tuple of two numbers "
-                "(first_page, num_pages)"
-            )
-    return [tuple(int(number) for number in run) for run in runs]
-
-
-def _runs(pages, most, joins=lambda last, page: page == last + 1, order=list):
-    """Runs of pages; `joins(last page of the run, page)` says whether a page continues it."""
-    found = []
-    for page in order(pages):
-        if found and joins(found[-1][1], page) and found[-1][2] < most:
-            found[-1] = (found[-1][0], page, found[-1][2] + 1)
-        else:
-            found.append((page, page, 1))
-    return [(int(first), size) for first, _, size in found]
-
-
-def _page_runs(pages, most):
-    return _runs(pages, most)
-
-
-def _ints(*values):
-    return np.array(values, np.int32)
-
-
-page_runs = Exercise("10.3", _page_runs, convert=np.array, drive=list_of_runs)
-page_runs.case("three neighbours and one alone", pages=_ints(4, 5, 6, 2), most=8)
-page_runs.case("a copy takes two pages at most", pages=_ints(4, 5, 6, 7, 8), most=2)
-page_runs.case("neighbours in the wrong order", pages=_ints(9, 8, 7, 3, 4), most=4)
-page_runs.case("a page twice, as in a table with idle entries", pages=_ints(0, 1, 1, 2), most=4)
-page_runs.case("the last run is the longest", pages=_ints(7, 0, 1, 2, 3), most=4)
-page_runs.case("neighbours with others between them", pages=_ints(3, 9, 4, 10, 5), most=4)
-
-
-@page_runs.mistake("the pages are sorted first: then the tokens arrive in another order")
-def _sorted(pages, most):
-    return _runs(pages, most, order=sorted)
-
-
-@page_runs.mistake("`most` is not looked at: a copy has one size, and the buffer has an end")
-def _no_limit(pages, most):
-    return _runs(pages, len(pages))
-
-
-@page_runs.mistake("a run may be one page longer than `most`")
-def _one_too_long(pages, most):
-    return _runs(pages, most + 1)
-
-
-@page_runs.mistake("pages that count down are joined, too: a copy reads upwards")
-def _both_ways(pages, most):
-    return _runs(pages, most, joins=lambda last, page: abs(page - last) == 1)
-
-
-@page_runs.mistake("any larger page continues a run: only the next one is its neighbour in memory")
-def _any_larger(pages, most):
-    return _runs(pages, most, joins=lambda last, page: page > last)
-
-
-@page_runs.mistake("the last run is left out: the loop ends before it is written down")
-def _last_left_out(pages, most):
-    return _runs(pages, most)[:-1]
-
-
-@page_runs.mistake(
-    "a page that stands there twice is copied once: each of its places needs its tokens"
-)
-def _once_each(pages, most):
-    return _runs(pages, most, order=lambda pages: dict.fromkeys(pages.tolist()))
-
-
-@page_runs.mistake(
-    "the second number is the last page of the run; it should say how many there are"
-)
-def _last_page(pages, most):
-    return [(first, first + size - 1) for first, size in _page_runs(pages, most)]
-
-
-@page_runs.mistake(
-    "the second number is where the run ends; it should say how many pages there are"
-)
-def _end_of_run(pages, most):
-    return [(first, first + size) for first, size in _page_runs(pages, most)]
-
-
-@page_runs.mistake("each page is a copy of its own: neighbours can share one")
-def _page_by_page(pages, most):
-    return _runs(pages, 1)
-
-
-# 10.4 two parts of one attention ------------------------------------------------------------------
-
-
-def _merge(output_a, lse_a, output_b, lse_b):
-    largest = np.maximum(lse_a, lse_b)
-    weight_a, weight_b = np.exp(lse_a - largest), np.exp(lse_b - largest)
-    total = weight_a + weight_b
-    output = (weight_a[:, None] * output_a + weight_b[:, None] * output_b) / total[:, None]
-    return output.astype(np.float32), (largest + np.log(total)).astype(np.float32)
-
-
-def _merge_arguments(lse_a, lse_b, lanes=2):
-    shape = (len(lse_a), lanes)
+def _job(q_len, kv_len, budget_mib, candidates=PAIRS):
     return {
-        "output_a": RNG.standard_normal(shape).astype(np.float32),
-        "lse_a": floats(*lse_a),
-        "output_b": RNG.standard_normal(shape).astype(np.float32),
-        "lse_b": floats(*lse_b),
+        "candidates": candidates,
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "vmem_budget_bytes": int(budget_mib * MIB),
     }
 
 
-merge = Exercise("10.4", _merge, axes=("row", "lane"), outputs=("output", "lse"), convert=np.array)
-merge.case("both parts weigh the same", **_merge_arguments([1.0], [1.0]))
-merge.case("the first weighs three times as much", **_merge_arguments([np.log(3.0)], [0.0]))
-merge.case("several rows", **_merge_arguments([0.5, -2.0, 3.0], [1.5, 2.0, -3.0], lanes=4))
-merge.case("large scores", **_merge_arguments([120.0, 95.0], [119.0, 130.0]))
-merge.case("nothing in the second part", **_merge_arguments([2.0, 0.0], [-np.inf, -np.inf]))
-merge.case("nothing in the first part", **_merge_arguments([-np.inf, -np.inf], [2.0, 0.0]))
-merge.case("rows far apart, parts far apart", **_merge_arguments([0.0, 10.0], [120.0, 300.0]))
+choose_blocks = Exercise("10.1", _choose, outputs=("bq", "bkv"), convert=np.array, tolerance=0.0)
+choose_blocks.case("one pair fits", **_job(128, 1024, 8, [(128, 512), (16, 128)]))
+choose_blocks.case("both fit", **_job(128, 1024, 64, [(128, 512), (16, 128)]))
+choose_blocks.case("a chunk in plenty of VMEM", **_job(512, 4096, 64))
+choose_blocks.case("a chunk in 16 MiB", **_job(512, 4096, 16))
+choose_blocks.case("a chunk in 20 MiB", **_job(512, 4096, 20))
+choose_blocks.case("a short chunk", **_job(48, 1000, 12))
+choose_blocks.case("a fresh prompt", **_job(1024, 1024, 40))
+choose_blocks.case("a long context", **_job(256, 16384, 6))
+choose_blocks.case("a chunk that is no whole number of blocks", **_job(300, 1000, 16))
+choose_blocks.case("a budget that is just enough", **_job(128, 1024, 15.5, [(128, 512), (16, 128)]))
+choose_blocks.case("two that are alike", **_job(16, 128, 64, [(32, 128), (16, 128)]))
 
 
-@merge.mistake("both parts weigh the same: the part with the larger scores has to count more")
-def _plain_mean(output_a, lse_a, output_b, lse_b):
-    return (output_a + output_b) / 2, np.logaddexp(lse_a, lse_b)
-
-
-@merge.mistake("the weights are the log-sum-exps themselves: a sum of exponentials is exp(lse)")
-def _weights_not_exp(output_a, lse_a, output_b, lse_b):
-    total = lse_a + lse_b
-    output = (lse_a[:, None] * output_a + lse_b[:, None] * output_b) / total[:, None]
-    return output, np.logaddexp(lse_a, lse_b)
-
-
-@merge.mistake("exp(lse) is taken as it is, and overflows: subtract the larger of the two first")
-def _no_maximum(output_a, lse_a, output_b, lse_b):
-    with np.errstate(over="ignore", invalid="ignore"):
-        weight_a, weight_b = np.exp(lse_a), np.exp(lse_b)
-        total = weight_a + weight_b
-        output = (weight_a[:, None] * output_a + weight_b[:, None] * output_b) / total[:, None]
-        return output, np.log(total)
-
-
-@merge.mistake("the weights are exchanged")
-def _exchanged(output_a, lse_a, output_b, lse_b):
-    return _merge(output_b, lse_a, output_a, lse_b)
-
-
-@merge.mistake("the parts are added without dividing by the sum of both weights")
-def _not_divided(output_a, lse_a, output_b, lse_b):
-    output, lse = _merge(output_a, lse_a, output_b, lse_b)
-    return output * np.exp(lse - np.maximum(lse_a, lse_b))[:, None], lse
-
-
-@merge.mistake("the log-sum-exps are added: it is their exponentials that add up")
-def _lse_added(output_a, lse_a, output_b, lse_b):
-    return _merge(output_a, lse_a, output_b, lse_b)[0], lse_a + lse_b
-
-
-@merge.mistake("the larger log-sum-exp is returned: that of both parts is larger than either")
-def _lse_of_larger(output_a, lse_a, output_b, lse_b):
-    return _merge(output_a, lse_a, output_b, lse_b)[0], np.maximum(lse_a, lse_b)
-
-
-@merge.mistake(
-    "`lse` lacks what was subtracted: the larger of the two has to be added to the logarithm again"
-)
-def _lse_without_largest(output_a, lse_a, output_b, lse_b):
-    output, lse = _merge(output_a, lse_a, output_b, lse_b)
-    return output, lse - np.maximum(lse_a, lse_b)
-
-
-@merge.mistake("the mean of the log-sum-exps is returned: it is their exponentials that add up")
-def _lse_mean(output_a, lse_a, output_b, lse_b):
-    return _merge(output_a, lse_a, output_b, lse_b)[0], (lse_a + lse_b) / 2
-
-
-@merge.mistake("powers and logarithms are those of 2; `lse` is a natural logarithm")
-def _powers_of_two(output_a, lse_a, output_b, lse_b):
-    factor = np.float32(np.log(2))  # 2^x is e^(x log 2)
-    output, lse = _merge(output_a, lse_a * factor, output_b, lse_b * factor)
-    return output, lse / factor
-
-
-@merge.mistake("the smaller of the two is subtracted: then the larger weight overflows")
-def _smaller_subtracted(output_a, lse_a, output_b, lse_b):
-    smallest = np.minimum(lse_a, lse_b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        output, lse = _no_maximum(output_a, lse_a - smallest, output_b, lse_b - smallest)
-        return output, smallest + lse
-
-
-# 10.5 the challenge -------------------------------------------------------------------------------
-
-SCALE = 128**-0.5
-
-PAGE_SIZE = 128
-"""That of the challenge. Smaller pages are more copies in a row, and take longer to compile."""
-
-
-_results = {}  # of entries that have run, by `_fingerprint`: one takes some seconds
-
-
-def _fingerprint(function) -> str | None:
-    """The same as long as an entry, and all that it uses of its notebook, stay the same."""
-    try:
-        parcel = pack(function)
-    except CannotShip:
-        return None
-    return repr((parcel.sources, parcel.values, parcel.imports))
-
-
-def drive_entry(function, queries, keys, values, kv_cache, batch):
-    """(output, kv_cache) of an entry in the interpreter, or of a NumPy model of one."""
-    if function.__module__ == __name__:
-        return function(queries, keys, values, kv_cache, batch)
-    key = _fingerprint(function)
-    if key not in _results:
-        results = run_entry(function, queries, keys, values, kv_cache, batch)
-        if key is None:
-            return results
-        _results[key] = results
-    return _results[key]
-
-
-def run_entry(function, queries, keys, values, kv_cache, batch):
-    """(output, kv_cache) of an entry in the interpreter.
-
-    Raises:
-        WrongResult: if it donates the cache, takes no notice of its backend, or returns something
-            else than two arrays.
-    """
-    options = {"sm_scale": SCALE, "backend": _Given(**vars(interpreter.params()))}
-    attend = jax.jit(lambda *arrays: function(*arrays, batch, **options))
-    with jax.default_device(jax.devices("cpu")[0]):
-        traced = attend.trace(queries, keys, values, kv_cache)
-        if _gives_away(traced.jaxpr.jaxpr, argument=3):
-            raise WrongResult(
-                "your function gives the caller's cache away: pass donate=False to rung 7, which "
-                "otherwise updates it in place"
-            )
-        for call in pallas_calls(traced.jaxpr):
-            if not isinstance(call.eqn.params["interpret"], _Given):
-                raise WrongResult(
-                    f"the kernel {call.name!r} does not run where `backend` says: pass "
-                    "backend=backend to rung 7, and to a kernel of your own "
-                    'interpret=False if backend == "tpu" else backend. Otherwise it cannot be '
-                    "counted"
-                )
-        compiled = traced.lower().compile(compiler_options=fast_compile.options())
-        results = compiled(queries, keys, values, kv_cache)
-    if not (isinstance(results, tuple | list) and len(results) == 2):
-        raise WrongResult(
-            f"your function returns a {type(results).__name__}, expected a tuple of two arrays: "
-            "(output, kv_cache)"
-        )
-    return tuple(np.asarray(result) for result in results)
-
-
-class _Given(pltpu.InterpretParams):
-    """The backend of the check, told apart from one that an entry has chosen itself."""
-
-
-def _gives_away(jaxpr, argument) -> bool:
-    """Whether a trace donates this argument to a function that it calls."""
-    return any(
-        donated and variable is jaxpr.invars[argument]
-        for eqn in jaxpr.eqns
-        for variable, donated in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+def _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost=None, **vmem):
+    return _best(
+        candidates,
+        lambda bq, bkv: _vmem(bq, bkv, **vmem) <= vmem_budget_bytes,
+        cost or (lambda bq, bkv: _cycles(q_len, kv_len, bq, bkv)),
     )
 
 
-def _attend(queries, keys, values, kv_cache, batch, *, sm_scale=SCALE, store=True, mask=True,
-            seen=None, rounded=lambda x: x):  # fmt: skip
-    """Sequence after sequence in NumPy; `seen(s, kv_len)` is the first position that s reads."""
-    queries, keys, values = (np.asarray(x) for x in (queries, keys, values))
-    cache, output = rounded(np.array(kv_cache)), np.zeros_like(queries)
-    new = np.array(cache)
-    table = np.asarray(batch.page_indices).reshape(len(batch.kv_lens), -1)
-    for s in range(int(batch.num_seqs)):
-        start, end = (int(x) for x in batch.cu_q_lens[s : s + 2])
-        kv_len, page_size = int(batch.kv_lens[s]), cache.shape[1]
-        positions = kv_len - (end - start) + np.arange(end - start)
-        place = table[s, positions // page_size], positions % page_size
-        new[(*place, slice(0, None, 2), 0)] = rounded(keys[start:end])
-        new[(*place, slice(1, None, 2), 0)] = rounded(values[start:end])
-        strip = new[table[s]].reshape(-1, *new.shape[2:])[:kv_len, :, 0]
-        first = 0 if seen is None else seen(s, kv_len)
-        visible = np.arange(kv_len)[None] <= positions[:, None] if mask else True
-        visible = visible & (np.arange(kv_len)[None] >= first)
-        output[start:end] = _heads(queries[start:end], strip, visible, sm_scale)
-    return output, new if store else cache
+@choose_blocks.mistake("VMEM is not asked: the pair does not fit")
+def _without_budget(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose_with(candidates, q_len, kv_len, np.inf)
 
 
-def _heads(queries, strip, visible, sm_scale):
-    """Attention of one sequence: [q_len, num_q_heads, head_dim]; strip [kv_len, 2 * kv, lanes]."""
-    output, group = np.zeros_like(queries), queries.shape[1] // (strip.shape[1] // 2)
-    for h in range(queries.shape[1]):
-        k, v = strip[:, h // group * 2], strip[:, h // group * 2 + 1]
-        scores = np.where(visible, sm_scale * queries[:, h].astype(np.float64) @ k.T, -np.inf)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        output[:, h] = weights @ v / weights.sum(axis=1, keepdims=True)
-    return output
+@choose_blocks.mistake(
+    "every buffer is there once: KV, queries and output need two, one to compute on and one that "
+    "is on its way"
+)
+def _one_buffer(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, buffers=1)
 
 
-def _right(queries, keys, values, kv_cache, batch):
-    return _attend(queries, keys, values, kv_cache, batch)
+@choose_blocks.mistake("the state of the softmax takes no VMEM: it is 48 KiB a query token")
+def _no_state(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, with_state=False)
 
 
-def _step_arguments():
-    """Two decodes that share their first page, one of its own, a chunk behind 123 cached tokens."""
-    table = [[3, 1], [3, 5], [7, 2], [6, 4]]
-    batch, _ = RaggedBatch.from_lengths([1, 1, 1, 10], [131, 140, 77, 133], table)
-    shapes = [(13, 2, 128), (13, 1, 128), (13, 1, 128), (8, PAGE_SIZE, 2, 1, 128)]
-    names = ("queries", "keys", "values", "kv_cache")
-    arrays = {
-        name: RNG.standard_normal(shape).astype(np.float32)
-        for name, shape in zip(names, shapes, strict=True)
+@choose_blocks.mistake(
+    "scores and weights take no VMEM: 24 bytes for each pair of tokens of a tile"
+)
+def _no_scores(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, with_scores=False)
+
+
+@choose_blocks.mistake(
+    "the pair that fills VMEM most is taken: what is asked for is the least time, and what fits is "
+    "not yet fast"
+)
+def _largest(candidates, q_len, kv_len, vmem_budget_bytes):
+    cost = lambda bq, bkv: -_vmem(bq, bkv)  # noqa: E731
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+
+@choose_blocks.mistake(
+    "every query block reads up to kv_len: the early ones of a chunk end sooner, and large KV "
+    "blocks then fetch and compute what nobody sees"
+)
+def _not_causal(candidates, q_len, kv_len, vmem_budget_bytes):
+    cost = lambda bq, bkv: _cycles(q_len, kv_len, bq, bkv, causal=False)  # noqa: E731
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+
+@choose_blocks.mistake(
+    "HBM and products are added: they overlap, so of the two only the longer one counts"
+)
+def _added_times(candidates, q_len, kv_len, vmem_budget_bytes):
+    def cost(bq, bkv):
+        steps = _steps(q_len, kv_len, bq, bkv)
+        hbm = steps * bkv * TOKEN_BYTES + 2 * q_len * ROW_BYTES
+        return hbm / BYTES_A_CYCLE + steps * (bq * bkv / PAIRS_A_CYCLE + STEP_CYCLES)
+
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+
+def _wrong_time(words, time):
+    """A mistake of the model of time: `time(steps, q_len, kv_len, bq, bkv)` in cycles."""
+
+    def choose(candidates, q_len, kv_len, vmem_budget_bytes):
+        def cost(bq, bkv):
+            return time(_steps(q_len, kv_len, bq, bkv), q_len, kv_len, bq, bkv)
+
+        return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, cost)
+
+    choose_blocks.mistake(words)(choose)
+
+
+_wrong_time(
+    "K and V are read once, for all query blocks together: each query block reads them again, and "
+    "so larger ones save bytes",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv, cdiv(kv_len, bkv) * bkv),
+)
+_wrong_time(
+    "HBM is left out: with few queries a block it takes longer than the products",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, 0, bq, bkv, 0),
+)
+_wrong_time(
+    "the products are left out: with many queries a block they take longer than HBM",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, 0, bkv),
+)
+_wrong_time(
+    "the ends of the steps are left out: 300 cycles each",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len, bq, bkv) - STEP_CYCLES * steps,
+)
+_wrong_time(
+    "the cached tokens are forgotten: a query block ends at kv_len - q_len + min(end, q_len)",
+    lambda _, q_len, kv_len, bq, bkv: _time(_steps(q_len, q_len, bq, bkv), q_len, bq, bkv),
+)
+
+
+@choose_blocks.mistake("a pair that takes just the budget is refused: it fits, <= and not <")
+def _not_quite(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates, q_len, kv_len, vmem_budget_bytes - 1)
+
+
+@choose_blocks.mistake("of two alike the last one is taken")
+def _last_of_alike(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose(candidates[::-1], q_len, kv_len, vmem_budget_bytes)
+
+
+# 10.2 predict MBU ---------------------------------------------------------------------------------
+
+
+def _blocks_of(kv_lens, block_tokens):
+    """Tokens of each block, sequence after sequence."""
+    return [
+        min(block_tokens, kv_len - first)
+        for kv_len in kv_lens.tolist()
+        for first in range(0, kv_len, block_tokens)
+    ]
+
+
+def _clocks(tokens, copy_cycles, compute_cycles, buffers=2):
+    """When each block is copied and computed: copies in a row, each into a buffer that is free."""
+    copied, computed = [], []
+    for n, block_tokens in enumerate(tokens):
+        free = computed[n - buffers] if n >= buffers else 0
+        start = max(copied[-1] if copied else 0, free)
+        copied.append(start + block_tokens * copy_cycles)
+        computed.append(max(copied[-1], computed[-1] if computed else 0) + compute_cycles)
+    return copied, computed
+
+
+def _pipeline(*arguments, **options):
+    """When the last block is computed."""
+    return _clocks(*arguments, **options)[1][-1]
+
+
+def _mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    tokens = _blocks_of(kv_lens, block_tokens)
+    return float(sum(tokens) * copy_cycles / _pipeline(tokens, copy_cycles, compute_cycles))
+
+
+def _decodes(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    return {
+        "kv_lens": np.array(kv_lens, np.int32),
+        "block_tokens": block_tokens,
+        "copy_cycles": copy_cycles,
+        "compute_cycles": compute_cycles,
     }
-    return arrays | {"batch": batch}
 
 
-entry = Exercise(
-    "10.5",
-    _right,
-    outputs=("output", "kv_cache"),
-    axes=("token", "head", "lane"),
-    convert=np.array,
-    drive=drive_entry,
-    limit_s=300.0,
+predict_mbu = Exercise("10.2", _mbu, convert=np.array, tolerance=1e-6)
+predict_mbu.case("one block", **_decodes([10], 10, 1, 5))
+predict_mbu.case("two blocks, HBM is slower", **_decodes([20], 10, 1, 5))
+predict_mbu.case("two blocks, computing is slower", **_decodes([20], 10, 1, 15))
+predict_mbu.case("a last block that is not full", **_decodes([13], 10, 1, 5))
+predict_mbu.case("two sequences", **_decodes([20, 10], 10, 1, 5))
+predict_mbu.case("short ones, then a long one", **_decodes([2, 2, 2, 2, 40], 20, 2, 9))
+predict_mbu.case("a v5e, blocks of 1,024", **_decodes([4096, 1000, 2500], 1024, 7.5, 2000))
+predict_mbu.case("a TPU7x, short sequences", **_decodes([512] * 8, 1024, 2.44, 1900))
+
+
+@predict_mbu.mistake(
+    "copies and computations take turns: while a block is computed, the next one is on its way"
 )
-entry.case("three decodes, two of them with a shared page, and a chunk", **_step_arguments())
+def _no_overlap(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    tokens = _blocks_of(kv_lens, block_tokens)
+    time = sum(tokens) * copy_cycles + len(tokens) * compute_cycles
+    return sum(tokens) * copy_cycles / time
 
 
-@entry.mistake("the scores are not scaled: pass sm_scale on")
-def _entry_not_scaled(*arrays):
-    return _attend(*arrays, sm_scale=1.0)
-
-
-@entry.mistake("the new tokens are not stored: nobody can read them in the next step")
-def _entry_not_stored(*arrays):
-    return _attend(*arrays, store=False)
-
-
-@entry.mistake("a chunk sees its own future: the causal mask is off")
-def _entry_not_causal(*arrays):
-    return _attend(*arrays, mask=False)
-
-
-@entry.mistake(
-    "K and V are rounded to float8: half of the bytes, and another answer. The challenge is exact"
+@predict_mbu.mistake(
+    "the longer of all copies and all computations is taken: nobody can compute before the first "
+    "block is there, and the last one is computed when all copies are done"
 )
-def _entry_rounded(*arrays):
-    dtype = ml_dtypes.float8_e4m3fn
-    return _attend(*arrays, rounded=lambda x: x.astype(dtype).astype(np.float32))
+def _roofline(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    tokens = _blocks_of(kv_lens, block_tokens)
+    copies = sum(tokens) * copy_cycles
+    return copies / max(copies, len(tokens) * compute_cycles)
 
 
-@entry.mistake(
-    "the shared page is read for the first sequence only, and its part is merged into nobody else"
+@predict_mbu.mistake(
+    "the copies never wait: there are two buffers, and a third copy has to wait until the first "
+    "block is computed"
 )
-def _entry_prefix_dropped(*arrays):
-    return _attend(*arrays, seen=lambda s, kv_len: PAGE_SIZE if s == 1 else 0)
+def _endless_buffers(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    tokens = _blocks_of(kv_lens, block_tokens)
+    time = _pipeline(tokens, copy_cycles, compute_cycles, buffers=len(tokens))
+    return sum(tokens) * copy_cycles / time
 
 
-@entry.mistake("the cached tokens are not read: only the new ones are attended to")
-def _entry_new_only(queries, keys, values, kv_cache, batch):
-    q_lens = np.diff(np.asarray(batch.cu_q_lens))
-    return _attend(
-        *(queries, keys, values, kv_cache, batch),
-        seen=lambda s, kv_len: kv_len - int(q_lens[s]),
-    )
+@predict_mbu.mistake("the last block of a sequence is copied whole: only its tokens are")
+def _whole_blocks(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    tokens = _blocks_of(kv_lens, block_tokens)
+    time = _pipeline([block_tokens] * len(tokens), copy_cycles, compute_cycles)
+    return sum(tokens) * copy_cycles / time
+
+
+@predict_mbu.mistake(
+    "the pipeline runs empty between sequences: the first block of the next one is fetched while "
+    "the last one of this is computed"
+)
+def _drained(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    each = [_blocks_of(kv_lens[i : i + 1], block_tokens) for i in range(len(kv_lens))]
+    time = sum(_pipeline(tokens, copy_cycles, compute_cycles) for tokens in each)
+    return sum(map(sum, each)) * copy_cycles / time
+
+
+@predict_mbu.mistake("it is the time in cycles; asked is the part of it in which HBM delivers")
+def _time_only(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    return float(_pipeline(_blocks_of(kv_lens, block_tokens), copy_cycles, compute_cycles))
+
+
+@predict_mbu.mistake(
+    "a block that is not full is computed in less time: the products take whole blocks, whatever "
+    "is in them"
+)
+def _scaled_compute(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    copied, computed = [], []
+    tokens = _blocks_of(kv_lens, block_tokens)
+    for n, size in enumerate(tokens):
+        start = max(copied[-1] if copied else 0, computed[n - 2] if n >= 2 else 0)
+        copied.append(start + size * copy_cycles)
+        share = compute_cycles * size / block_tokens
+        computed.append(max(copied[-1], computed[-1] if computed else 0) + share)
+    return sum(tokens) * copy_cycles / computed[-1]
+
+
+def _wrong_mbu(words, mbu):
+    """A mistake in the end: `mbu(copying, time, tokens, copy_cycles, compute_cycles)`."""
+
+    def predict(kv_lens, block_tokens, copy_cycles, compute_cycles):
+        tokens = _blocks_of(kv_lens, block_tokens)
+        time = _pipeline(tokens, copy_cycles, compute_cycles)
+        return mbu(sum(tokens) * copy_cycles, time, tokens, copy_cycles, compute_cycles)
+
+    predict_mbu.mistake(words)(predict)
+
+
+_wrong_mbu(
+    "there are three buffers: with two, a copy waits until the block before the last is computed",
+    lambda copying, time, tokens, *cycles: copying / _pipeline(tokens, *cycles, buffers=3),
+)
+_wrong_mbu(
+    "the time ends with the last copy: the last block is still to be computed then",
+    lambda copying, time, tokens, *cycles: copying / _clocks(tokens, *cycles)[0][-1],
+)
+_wrong_mbu(
+    "it is the part of the time in which the core computes; asked is that of the HBM",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: len(tokens) * compute_cycles / time,
+)
+_wrong_mbu(
+    "the fraction is upside down: MBU is at most 1",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: time / copying,
+)
+
+
+@predict_mbu.mistake("computing takes compute_cycles for each token; it does for each block")
+def _compute_a_token(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    cycles = copy_cycles, compute_cycles * block_tokens
+    return _scaled_compute(kv_lens, block_tokens, *cycles)
+
+
+@predict_mbu.mistake("blocks go on over the end of a sequence: each sequence begins a new one")
+def _across_sequences(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    return _mbu(kv_lens.sum(keepdims=True), block_tokens, copy_cycles, compute_cycles)

@@ -1,4 +1,4 @@
-"""The challenge of chapter 10: score an entry, and keep a table of all entries beside the notebook.
+"""The challenge of chapter 12: score an entry, and keep a table of all entries beside the notebook.
 
     from rpa.check import leaderboard
 
@@ -34,7 +34,7 @@ from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.schedule import NoSchedule
 
 FILE_NAME = "leaderboard.json"
-EXERCISE = "10.5"
+EXERCISE = "12.5"
 OPTIONS = {"sm_scale": comparison.LAYER.head_dim**-0.5, "backend": "tpu"}
 
 

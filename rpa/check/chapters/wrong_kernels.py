@@ -1,4 +1,4 @@
-"""Five wrong kernels for chapter 9: each has one bug that a production kernel had, in plain NumPy.
+"""Five wrong kernels for chapter 11: each has one bug that a production kernel had, in plain NumPy.
 
 Every one of them gives right answers to an ordinary test. What an ordinary test does not vary is
 what the exercises are about. Lesson, exercises and checks use the same functions, so that what is

@@ -1,6 +1,6 @@
 """Kernels of the interpreter compiled in haste: a check runs each of them for a moment.
 
-To compile rung 7 for a CPU takes most of the time of a check that runs it. What makes a program
+To compile rung 8 for a CPU takes most of the time of a check that runs it. What makes a program
 fast is left out; the numbers stay the same but for the last bits of float32.
 
 `python -m rpa.check.sandbox.fast_compile` prints XLA_FLAGS with which a whole process compiles so:
@@ -67,8 +67,8 @@ def _round_to_float8(x):
 
 
 @contextlib.contextmanager
-def rung_7() -> Iterator[None]:
-    """Compile rung 7 in haste where it is called in the body; on a TPU nothing is different."""
+def rung_8() -> Iterator[None]:
+    """Compile rung 8 in haste where it is called in the body; on a TPU nothing is different."""
     if jax.default_backend() == "tpu":
         yield
         return

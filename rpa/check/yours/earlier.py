@@ -16,7 +16,7 @@ LINE = {
     "5.6": "paged_decode",
     "5.7": "prefetched_decode",
     "6.6": "fused_attention",
-    "7.6": "ragged_attention",
+    "7.3": "ragged_attention",
 }
 """The assembly line: exercises whose cells go into the file, and the function that each ends in."""
 

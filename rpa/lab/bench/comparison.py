@@ -41,7 +41,7 @@ LAYER = AttentionShape.of("llama-3-8b", page_size=128)
 PACKAGE = Path(__file__).parents[2]
 RECORD = PACKAGE / "data" / "comparison.json"
 PAGES_PER_SEQ = 128
-"""Room for 16,384 tokens a sequence, as a server has it; few sequences use it."""
+"""Room for 16,384 tokens per sequence, as a server has it; few sequences use it."""
 
 
 def decode_step() -> RaggedBatch:
@@ -236,7 +236,7 @@ def least_us(chip) -> float:
 
 
 def prefill_chunks() -> list[dict]:
-    """Bundles of 128 query x 512 KV tokens in a prefill, rung 7 and v3, beside the MATMUL floor."""
+    """Bundles of 128 query x 512 KV tokens in a prefill, rung 8 and v3, beside the MATMUL floor."""
     rows = []
     for chip in CHIPS:
         for name, kernel in (("7 kernel", "rpa"), ("v3", "v3")):

@@ -1,4 +1,4 @@
-"""How long the compiler takes for rung 7, beside a peer at blocks of the same size.
+"""How long the compiler takes for rung 8, beside a peer at blocks of the same size.
 
 A kernel that takes a minute to compile is a kernel that nobody changes. Both are compiled anew, one
 after the other and in turns first, and judged by CPU seconds, so that other processes on the
@@ -14,7 +14,7 @@ from rpa.lab.compile.compiler import CompileResult, compile_for
 from rpa.lab.programs import Program, Workload
 
 LIMIT, GOAL = 1.5, 1.25
-"""What rung 7 may at most take of a peer's time, and what it should."""
+"""What rung 8 may at most take of a peer's time, and what it should."""
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 
@@ -43,8 +43,8 @@ class Comparison:
     Attributes:
         row: a name in ROWS.
         chip: short name of the chip.
-        ours, theirs: rung 7 and the peer at BLOCKS; `theirs` is None where the peer is absent.
-        default: rung 7 at the blocks that it chooses itself.
+        ours, theirs: rung 8 and the peer at BLOCKS; `theirs` is None where the peer is absent.
+        default: rung 8 at the blocks that it chooses itself.
     """
 
     row: str
@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float | None:
-        """CPU seconds of rung 7 over those of the peer; None without two results."""
+        """CPU seconds of rung 8 over those of the peer; None without two results."""
         if self.theirs is None or not (self.ours.ok and self.theirs.ok):
             return None
         return cpu_s(self.ours) / cpu_s(self.theirs)
@@ -79,7 +79,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether rung 7 compiled, at both blocks, within the limit where there is a peer."""
+        """Whether rung 8 compiled, at both blocks, within the limit where there is a peer."""
         return self.ours.ok and self.default.ok and (self.ratio is None or self.ratio <= LIMIT)
 
 
@@ -89,7 +89,7 @@ def cpu_s(result: CompileResult) -> float:
 
 
 def compare(peer="v3", chips=CHIPS, repeats=1) -> Iterator[Comparison]:
-    """Compile every row for every chip: rung 7 and the peer at the same blocks, rung 7 at its own.
+    """Compile every row for every chip: rung 8 and the peer at the same blocks, rung 8 at its own.
 
     Args:
         peer: "v3", the one that takes the same block sizes.
@@ -113,7 +113,7 @@ def compare_row(row, chip, peer="v3", repeats=1, first_turn=0) -> Comparison:
         row: a name in ROWS.
         chip: short name.
         peer, repeats: as in `compare`.
-        first_turn: who begins: rung 7 if it is even.
+        first_turn: who begins: rung 8 if it is even.
 
     Raises:
         ValueError: as `compare`.

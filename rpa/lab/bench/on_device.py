@@ -82,7 +82,7 @@ class Row:
     note: str = ""
 
 
-PREDICTED = {"rung 7 kernel": "rpa", "peer v3": "v3", "peer batched": "batched"}
+PREDICTED = {"rung 8 kernel": "rpa", "peer v3": "v3", "peer batched": "batched"}
 """What the lab calls the contenders that it can predict."""
 
 NO_PREDICTION = "There is no prediction for a CPU: the lab predicts from the schedule of a TPU."
@@ -227,7 +227,7 @@ def with_utilisation(row: Row, cost: AttentionCost, chip, dtype) -> Row:
     """The row with MBU and MFU of its time on a chip.
 
     >>> cost = attention_cost(1, 4096, 32, 8, 128)
-    >>> row = Row("decode", "rung 7", Timing(41e-6, 40e-6, 42e-6, calls=9, samples=5))
+    >>> row = Row("decode", "rung 8", Timing(41e-6, 40e-6, 42e-6, calls=9, samples=5))
     >>> round(with_utilisation(row, cost, chips.chip("v5e"), "bfloat16").mbu, 2)
     0.5
     """

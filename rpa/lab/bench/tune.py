@@ -1,4 +1,4 @@
-"""Block sizes by sweep: how far are rung 7's defaults from the best of what was tried?
+"""Block sizes by sweep: how far are rung 8's defaults from the best of what was tried?
 
 `make tune` predicts a set of batches with every candidate and writes `rpa/data/blocks.json`: by
 chip, model and case the microseconds of each batch with each candidate. Decode is weighed over long

@@ -131,7 +131,7 @@ def compile_for(
         donate_argnums: as in `jax.jit`.
         keep_hlo: keep the compiled program's text.
         timeout_s: end the compiler after this many seconds.
-        use_cache: False compiles anew, for instance to time it on a quiet machine.
+        use_cache: False compiles again, for instance to time it on a quiet machine.
 
     Returns:
         A CompileResult. What the compiler refuses is a result with `error`, not an exception.

@@ -50,7 +50,7 @@ def explain(message, chip, versions) -> tuple[str, str]:
         "vmem overflow": f"The kernel needs more VMEM than {chip} gives it: {_vmem(message)}. "
         "Make a block smaller, or raise vmem_limit_bytes if the chip has more.",
         "smem overflow": f"The kernel needs more SMEM than {chip} has: {_smem(message)}. Make "
-        "what is prefetched as scalars smaller, or stream it from HBM as rung 7 does.",
+        "what is prefetched as scalars smaller, or stream it from HBM as rung 8 does.",
         "hbm overflow": f"The program needs more HBM than {chip} has: {_hbm(message)}. Make the "
         "arrays smaller, or donate what is updated in place.",
         "unsupported": f"The compiler for {chip} does not support something here: {_core(message)}",
@@ -68,7 +68,7 @@ def no_libtpu(system, machine) -> tuple[str, str]:
     libtpu exists for Linux on x86-64 only
     """
     if (system, machine) == ("Linux", "x86_64"):
-        return "no libtpu", "libtpu is not installed: pip install libtpu (or rpa[tpu])."
+        return "no libtpu", "libtpu is not installed: pip install libtpu."
     return "no libtpu", (
         f"libtpu exists for Linux on x86-64 only; this is {system} on {machine}. "
         "Compile on a Linux machine or in Colab."

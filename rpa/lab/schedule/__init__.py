@@ -9,7 +9,7 @@
 |
 | `loop_tree.py` | loops and predicated regions, and what bounds them |
 | `cases.py` | what a chunk of decode, or of prefill, costs in each kernel |
-| `inner_loop.py`, `recorded.py` | the bench of chapter 8; schedules recorded for other machines |
+| `inner_loop.py`, `recorded.py` | the bench of chapter 9; schedules recorded for other machines |
 """
 
 from rpa.lab.schedule.schedule import NoSchedule, Schedule, schedule_for

@@ -222,7 +222,7 @@ def measure(
         page_size: tokens of a page.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
-        use_cache: False compiles anew.
+        use_cache: False compiles again.
 
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile.
@@ -284,7 +284,7 @@ def compile_kernel(
         sizes: a `rpa.lab.programs.Workload`: shapes that it is compiled for.
         blocks: the kernel's block sizes, None for its own default.
         options: further keyword arguments of the function, only what JSON can hold.
-        use_cache: False compiles anew.
+        use_cache: False compiles again.
 
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile.
@@ -376,7 +376,7 @@ def innermost(schedule, run) -> int:
 
 
 def regions(schedule, run, num_chunks) -> tuple[float | None, float | None]:
-    """Bundles a chunk takes in the region that multiplies, without and with a mask.
+    """Bundles per chunk takes in the region that multiplies, without and with a mask.
 
     A kernel that computes both kinds of chunk has two such regions with the same products, of which
     a run without masks skips one; what has other products computes less than a whole block. Sizes

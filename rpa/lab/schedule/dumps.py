@@ -4,7 +4,7 @@ Two text files are read. `packed-bundles-post-ra`, the bundles after register al
 
     0x33   : > { %19104 = sbr.rel (%p19103_p5) target bundleno = 86 (0x56), region = 2444  ;; ... }
 
-and `pre-delay ... static-per-bundle-utilization`, one row of used slots a bundle under a row of
+and `pre-delay ... static-per-bundle-utilization`, one row of used slots per bundle under a row of
 capacities. Later dumps undercount: there, empty bundles that the hardware inserts by itself have
 been taken out again. The files are large and go; what is kept is a `Listing`: slots by bundle, and
 the instructions of the scalar core and of the DMA engine, which decide where the program goes.
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 FORMAT = 2
-"""Of kept listings; another number makes them all anew."""
+"""Of kept listings; another number makes them all again."""
 
 FLAGS = (
     "--xla_jf_dump_to={directory} "

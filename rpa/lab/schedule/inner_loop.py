@@ -1,9 +1,9 @@
 """The inner loop of a decode on the bench: one KV block in VMEM, one optimisation after the other.
 
-Rung 7 has a schedule of thousands of bundles, in which the reason for one number is hard to see.
+Rung 8 has a schedule of thousands of bundles, in which the reason for one number is hard to see.
 This is its inner loop alone, small enough to compile while one waits: 512 tokens of a KV cache
-(8 KV heads, 32 query heads, head_dim 128, bfloat16) that lie in VMEM, one query token a sequence,
-no copies by hand, no masks. `STEPS` names the optimisations of chapter 8, each on top of the last.
+(8 KV heads, 32 query heads, head_dim 128, bfloat16) that lie in VMEM, one query token per sequence,
+no copies by hand, no masks. `STEPS` names the optimisations of chapter 9, each on top of the last.
 
     q    [num_seqs, num_kv_heads, group, head_dim]
     kv   [num_seqs, num_tokens, words, 2, head_dim]: K and V of a head in the same 32-bit words, and
@@ -163,7 +163,7 @@ STEPS: dict[str, Step] = {
         partial(stacked, heads_per_dot=4, num_ahead=3, quarters=1), num_seqs=2
     ),
 }
-"""The optimisations in the order of chapter 8, each on top of the last."""
+"""The optimisations in the order of chapter 9, each on top of the last."""
 
 
 def shapes(step):

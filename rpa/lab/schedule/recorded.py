@@ -1,6 +1,6 @@
 """Schedules as the compiler wrote them once, for machines whose compiler does not write any.
 
-Chapter 8 reads some forty schedules, which takes an hour to compile. `tools/record_schedules.py`
+Chapter 9 reads some forty schedules, which takes an hour to compile. `tools/record_schedules.py`
 did it, and what the chapter needs of them is in `rpa/data/schedules.json`: bundles, slots, and the
 occupancy of the units. On a machine with libtpu the chapter compiles one of them anew and compares.
 """

@@ -198,7 +198,7 @@ def schedule_for(
         kwargs: static keyword arguments, only what JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
         timeout_s: end the compiler after this many seconds; with dumps it is slow.
-        use_cache: False compiles anew.
+        use_cache: False compiles again.
 
     Raises:
         NoSchedule: if there is no libtpu, or the compiler refuses, in words.

@@ -1,4 +1,4 @@
-"""The lab's tables: everything that is claimed about rung 7's speed, from nothing, in one command.
+"""The lab's tables: everything that is claimed about rung 8's speed, from nothing, in one command.
 
 `python -m rpa lab all` prints them, README.md and the documentation quote them.
 """

@@ -21,7 +21,7 @@ contain: v3's is 4,096 with 8 heads. `batched` sizes its block by bytes and has 
 that is the same."""
 
 TOO_LARGE = {("tpu7x", 8, 4096), ("tpu7x", 2, 4096)}
-"""(chip, KV heads, block) of rung 7 that VMEM has no room for: not tried."""
+"""(chip, KV heads, block) of rung 8 that VMEM has no room for: not tried."""
 
 V3_FEW_HEADS = (BLOCK, 4096, 8192)
 """With 2 heads v3's own block is 16,384 tokens, with 1 as large as the table of pages: the runs

@@ -30,7 +30,7 @@ class Scope:
 
     Attributes:
         chips: short names.
-        kernels: names in `rpa.lab.schedule.cases.KERNELS`: rung 7, and the peers that are here.
+        kernels: names in `rpa.lab.schedule.cases.KERNELS`: rung 8, and the peers that are here.
         quick: leave out what takes long.
     """
 

@@ -6,19 +6,18 @@
 # ---
 
 # %% [markdown]
-# # Chapter 8: Optimise
+# # Chapter 9: The inner loop
 #
-# **Time:** 60 minutes to read and run, about 100 minutes for the exercises.
+# **Time:** 45 minutes to read and run, about 65 minutes for the exercises.
 #
-# **You need:** chapters 1, 4, 5 and 7: the roofline, tiles and the online softmax, the double
-# buffer, the rooms of rung 7. No TPU.
+# **You need:** chapters 1, 4, 5 and 8: the roofline, tiles and the online softmax, the double
+# buffer, the rooms of rung 8. No TPU.
 #
 # **You will be able to:** read what a TPU does in each cycle, and say what binds; say why a decode
 # and a prefill want opposite things; take a kernel from 11,318 bundles to 763 in seven steps, and
-# give the reason for each; choose block sizes; and predict, in numbers, how much of a chip's
-# bandwidth a batch will use.
+# give the reason for each.
 #
-# Chapter 7 ended with a kernel that is right and moves no byte too many. What is left is what
+# Chapter 8 ended with a kernel that is right and moves no byte too many. What is left is what
 # happens *between* the copies. The compiler has written all of that down.
 
 # %%
@@ -28,9 +27,9 @@ import numpy as np
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, decode, loop, mxu
-from rpa.kernel.plan import Plan, Problem
-from rpa.lab.bench import comparison, tune
+from rpa.kernel import decode, loop, mxu
+from rpa.kernel.plan import Plan
+from rpa.lab.bench import comparison
 from rpa.lab.copies import traffic
 from rpa.lab.schedule import NoSchedule, inner_loop
 from rpa.lab.schedule.recorded import Occupancy, compile_step, recorded, recorded_step
@@ -60,7 +59,7 @@ print("share of the slots used:", (by_hand.sum(axis=0) / (capacity * len(by_hand
 # - **HBM**, which is not in the listing: copies run beside it, and if they take longer, that is the
 #   time.
 #
-# The whole of rung 7 has thousands of bundles. So take its heart to the bench: **one KV block of
+# The whole of rung 8 has thousands of bundles. So take its heart to the bench: **one KV block of
 # 512 tokens in VMEM, one query token**, 8 KV heads and 32 query heads of 128, bfloat16, no copies.
 # As one would write it:
 
@@ -96,7 +95,7 @@ assert live.bound == "latency"
 
 # %% [markdown]
 # **Takeaway.** Count bundles, then ask who is full. If nobody is, it is latency. The compiler's
-# listing says both, without a TPU. Exercise 8.1.
+# listing says both, without a TPU. Exercise 9.1.
 
 # %% [markdown]
 # ## 2. What should bind?
@@ -140,12 +139,12 @@ assert (v5e_slots["MATPUSH"], v5e_slots["MATMUL"]) == (3072, 1024)
 for chip in CHIPS:
     mixed = recorded("kernels")[chip]["mixed"]
     print(f"{chip:6} prefill: HBM {hbm_cycles(chip):5,.0f} cycles, MATMUL {mixed['floor']:5,.0f}, "
-          f"rung 7 takes {mixed['interior_region']:5,.0f}")  # fmt: skip
+          f"rung 8 takes {mixed['interior_region']:5,.0f}")  # fmt: skip
     assert mixed["floor"] > hbm_cycles(chip)
 
 # %% [markdown]
 # All rungs, under the roof of one TPU7x core, which is the hardest to feed. The batch is that of
-# chapter 10: 16 decodes of real lengths. Rungs 1 to 3 are plain JAX and have no schedule that we
+# chapter 12: 16 decodes of real lengths. Rungs 1 to 3 are plain JAX and have no schedule that we
 # could read: they are drawn as if XLA moved what they gather once, at peak bandwidth. The kernels
 # are drawn with the time of their executed schedule and its waits (`rpa.lab.bench.comparison`):
 
@@ -175,7 +174,7 @@ assert min(slowness["streamed"], slowness["fused"]) > 9 * found["least_us"]["tpu
 under_roof("tpu7x", rungs, title="16 decodes on a TPU7x (predicted)")
 
 # %% [markdown]
-# Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 7,
+# Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 8,
 # and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of 512 after
 # 3,584 cached tokens, on a v5e, on the other side of the ridge. Rung 3 writes scores and weights
 # down (chapter 4); rungs 4 and 7 have a schedule for a tile of 128 queries by 512 keys, so their
@@ -188,7 +187,7 @@ chunk = make_batch([(512, 4096)], page_size=128)
 tile_bundles = {"tiled": 8 * recorded("tiled")["bundles"],  # a KV head at a time
                 "kernel": recorded("kernels")["v5e"]["mixed"]["executed_per_chunk"]}  # fmt: skip
 points = {"rung 3": (chunk_cost.hbm_bytes + notes_bytes, 0)}
-for name, title in {"tiled": "rung 4", "kernel": "rung 7"}.items():
+for name, title in {"tiled": "rung 4", "kernel": "rung 8"}.items():
     num_bytes = traffic.count(name, chunk, comparison.LAYER).num_bytes
     points[title] = (num_bytes, 32 * tile_bundles[name])
 
@@ -253,8 +252,8 @@ for stride in (1, 8, 9, 12, 16, 32):
     print(f"every {stride:2} rows: {loads} loads a register, {bundles:3} bundles for 512 rows")
 
 # %% [markdown]
-# These are the compiler's loads, and 32 banks would explain all of them (exercise 8.2 counts). So
-# the buffer of rung 7 has a row a token more than it needs, which nobody reads. Each chip may have
+# These are the compiler's loads, and 32 banks would explain all of them (exercise 9.2 counts). So
+# the buffer of rung 8 has a row a token more than it needs, which nobody reads. Each chip may have
 # its own number of banks; an odd distance meets all of them, whatever power of two they are:
 
 # %%
@@ -314,7 +313,7 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
     assert recorded_step("v5e", step).slots["MATMUL"] == written.slots["MATMUL"]
 
 # %% [markdown]
-# In exercise 8.3 you write it, and the compiler of a v5e is your judge. Rung 7 does it with a list
+# In exercise 9.3 you write it, and the compiler of a v5e is your judge. Rung 8 does it with a list
 # of what waits:
 
 # %%
@@ -356,7 +355,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 
 # %% [markdown]
 # With that a TPU7x is below its HBM time for the first time. Not more heads: with all eight in one
-# product there is a single chain, and nothing overlaps it. When it was tried in rung 7, eight heads
+# product there is a single chain, and nothing overlaps it. When it was tried in rung 8, eight heads
 # and two heads a product both took about an eighth more bundles than four (`docs/ablations.md`).
 #
 # **Takeaway.** Where the MXU is bound by its weights, rows are free. Fill them with other heads.
@@ -365,7 +364,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 # ## 7. What if one sequence is not enough?
 #
 # Two chains are few; at the start and the end of a block most units idle. A decode batch has other
-# sequences. Rung 7 computes **two at a time**, and the chains of one fill the gaps of the other.
+# sequences. Rung 8 computes **two at a time**, and the chains of one fill the gaps of the other.
 # Before and after, on the same scale; below, *two* sequences are computed:
 
 # %%
@@ -381,7 +380,7 @@ pictures.before_after(
 #
 # The price: of two sequences of unequal length, the shorter one waits for the longer. What is
 # computed together never changes a result: every chain starts from nothing, and is merged with what
-# its own sequence has summed up before. That is the room `decode` of rung 7:
+# its own sequence has summed up before. That is the room `decode` of rung 8:
 
 # %%
 show_source(decode._attend_piece)
@@ -430,14 +429,14 @@ pictures.before_after(
 )
 
 # %% [markdown]
-# MATPUSH still binds, but it has less to take in, and MATMUL works beside it. In rung 7 it is a
+# MATPUSH still binds, but it has less to take in, and MATMUL works beside it. In rung 8 it is a
 # room of its own:
 
 # %%
 show_source(mxu)
 
 # %% [markdown]
-# A product of rung 7 has 512 keys by default, which is one cell. Float32, and dots of fewer than
+# A product of rung 8 has 512 keys by default, which is one cell. Float32, and dots of fewer than
 # 384 lanes, turn none (`Plan.turns_keys`).
 #
 # All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
@@ -469,24 +468,24 @@ assert list(bundles["v5e"].values())[-1] == 763
 # ## 9. What does a prefill wait for?
 #
 # Prefill has rows enough: 512 for each KV head. Here is rung 4, whose occupancy you saw in chapter
-# 4, and the mixed kernel of rung 7, on one scale: 512 rows x 512 keys, of **one** head above, of
+# 4, and the mixed kernel of rung 8, on one scale: 512 rows x 512 keys, of **one** head above, of
 # **eight** below.
 
 # %%
 rung4 = Occupancy(**recorded("tiled"))
-rung7 = Occupancy(**recorded("kernels")["v5e"]["mixed"]["units"])
-pictures.before_after({"Rung 4, one KV head": rung4, "Rung 7, eight KV heads": rung7})
+rung8 = Occupancy(**recorded("kernels")["v5e"]["mixed"]["units"])
+pictures.before_after({"Rung 4, one KV head": rung4, "Rung 8, eight KV heads": rung8})
 
 # %%
-per_head = rung7.bundles / 8
-print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 7 {per_head:,.0f}; MATMUL floor 1,024")
-assert per_head < 0.6 * rung4.bundles and rung7.bound == "MATMUL"
+per_head = rung8.bundles / 8
+print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 8 {per_head:,.0f}; MATMUL floor 1,024")
+assert per_head < 0.6 * rung4.bundles and rung8.bound == "MATMUL"
 
 # %% [markdown]
 # Three things made the difference. Order, as in section 5: two heads ahead, and of the last head
 # one half after the other, since no other head has products left to run beside its softmax. **Masks
-# off the common path**: rung 4 compares positions in every block, rung 7 only where the diagonal or
-# an end goes through (chapter 7), and what it does there costs:
+# off the common path**: rung 4 compares positions in every block, rung 8 only where the diagonal or
+# an end goes through (chapter 8), and what it does there costs:
 
 # %%
 for chip in CHIPS:
@@ -531,214 +530,8 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 #
 # **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
 # they matter, sums and scales where a unit idles.
-
-# %% [markdown]
-# ## 10. How large should the blocks be?
 #
-# Four numbers, (bq, bkv, bq_c, bkv_c): what is fetched together, and what is multiplied together.
-# Larger blocks have fewer ends; they cost VMEM, and short sequences waste what they do not fill.
-# The kernel knows its chip and asks for no tuning:
-
-# %%
-show_source(blocks.default_block_sizes)
-
-# %%
-bf16 = np.dtype(jnp.bfloat16)
-llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
-
-
-def plan_for(case, max_q_len, sizes=None):
-    chosen = sizes or blocks.default_block_sizes(llama, case, max_q_len)
-    return blocks.plan_ahead(Plan(llama, case, chosen, False, True, max_q_len), 64 * 2**20)
-
-
-for case, max_q_len in cases.cases_of(512):
-    plan = plan_for(case, max_q_len)
-    total = sum(blocks.vmem_bytes(plan).values())
-    print(f"{case.label:8} {plan.blocks}, {total / 2**20:.1f} MiB")
-
-# %% [markdown]
-# Where do the MiB of a mixed kernel go?
-
-# %%
-plan = plan_for(*cases.cases_of(None)[-1])
-for name, size in sorted(blocks.vmem_bytes(plan).items(), key=lambda item: -item[1]):
-    print(f"  {name:10} {size / 2**20:5.2f} MiB")
-
-# %% [markdown]
-# What is too large says so, and what to shrink, before anything is compiled:
-
-# %%
-too_large = blocks.BlockSizes(1024, 8192, 1024, 2048)
-try:
-    blocks.check_fits("m_block_sizes", plan_for(*cases.cases_of(None)[-1], too_large), 64 * 2**20)
-except ValueError as error:
-    print(str(error).split(" (MiB")[0])
-
-# %% [markdown]
-# Is larger better, where it fits? `make tune` sweeps the blocks of a decode on a TPU7x and keeps
-# what it predicts:
-
-# %%
-swept = tune.read()["tpu7x llama-3-8b decode"]
-small_us, large_us = (swept[f"1,{bkv},1,512"]["at peak"] for bkv in (1024, 2048))
-for name, time_us in small_us.items():
-    print(f"{name:20} in KV blocks of 1,024 {time_us:5.0f} us, of 2,048 {large_us[name]:5.0f} us")
-assert large_us["64 of real lengths"] > small_us["64 of real lengths"]
-
-# %% [markdown]
-# Larger blocks have half as many ends. Long contexts gain nothing from it as long as HBM is slower
-# anyway, and a batch of real lengths loses, because the shorter of two sequences waits. No default
-# can know your lengths: who knows better passes `d_block_sizes=(1, 2048, 1, 512)`.
+# **Chapter 10** goes from the inner loop to the batch: how large the blocks should be, how far the
+# copies must run ahead, and what time comes of it all.
 #
-# **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 8.5 chooses.
-
-# %% [markdown]
-# ## 11. From bundles to a time
-#
-# Copies run beside bundles, as long as there are two buffers. Three blocks on a TPU7x, 1,024
-# tokens each, 2,494 cycles of HBM, and about 1,700 to compute:
-
-
-# %%
-def double_buffer(copy_cycles, compute_cycles, num_blocks):
-    """(start, end) of each copy and of each computation."""
-    copies, computes = [(0, 0)] * 2, [(0, 0)] * 2
-    for _ in range(num_blocks):
-        start = max(copies[-1][1], computes[-2][1])  # a buffer has to be free
-        copies.append((start, start + copy_cycles))
-        start = max(copies[-1][1], computes[-1][1])  # the block has to be there
-        computes.append((start, start + compute_cycles))
-    return copies[2:], computes[2:]
-
-
-copies, computes = double_buffer(2494, 1700, num_blocks=3)
-pictures.two_lanes(copies, computes)
-
-# %% [markdown]
-# HBM never stops; the core waits, and only the last computation has nothing to hide behind. So the
-# **MBU** (memory bandwidth utilisation: the least bytes, at the peak, over the time) is
-# 3 x 2,494 / 9,182 = 81 %, and comes near 100 % for a batch of a hundred. Turn the two numbers
-# round, and HBM waits for the core:
-
-# %%
-for copy_cycles, compute_cycles in [(2494, 1700), (1700, 2494)]:
-    for num_blocks in (3, 100):
-        _, computes = double_buffer(copy_cycles, compute_cycles, num_blocks)
-        mbu = num_blocks * copy_cycles / computes[-1][1]
-        print(f"copy {copy_cycles:,}, compute {compute_cycles:,}, {num_blocks:3} blocks: {mbu:.0%}")
-assert round(hbm_cycles("tpu7x", 1024)) == 2494
-assert 1600 < recorded("kernels")["tpu7x"]["decode"]["step_1024"] < 1800
-
-# %% [markdown]
-# The lab does this with everything in it: the kernel's scalar instructions are *executed* with the
-# lengths of your batch, each bundle is counted as often as it is passed, each copy starts in the
-# cycle in which the kernel starts it (`rpa.lab.predict`). The 16 decodes of section 2, one layer of
-# Llama 3 8B:
-
-# %%
-for name, row in kernels.items():
-    mbu = {chip: found["least_us"][chip] / row["time_us"][chip] for chip in CHIPS}
-    print(f"{name:9}", ", ".join(
-        f"{chip} {row['time_us'][chip]:4.0f} us, MBU {mbu[chip]:4.0%}" for chip in CHIPS
-    ))  # fmt: skip
-assert mbu["v5e"] > mbu["v6e"] > mbu["tpu7x"] > 0.5
-
-# %% [markdown]
-# All of that is predicted, with every copy at peak bandwidth, and there when its share of it is
-# over. A real copy takes longer to arrive, however short it is: 1.4 us fit the published timings of
-# the peers on a TPU7x best. So copies have to start early. How early? In our pipeline, with blocks
-# of two short sequences, 512 tokens each: the copies of a turn start when the turn `ahead` before
-# it begins.
-
-# %%
-from rpa.lab.predict.calibration import FITTED
-
-copy_cycles, compute_cycles = hbm_cycles("tpu7x", 1024), 2400
-latency_cycles = FITTED.latency_us * 1e-6 * chips.chip("tpu7x").clock_hz
-
-
-# %%
-def cycles_per_turn(ahead, num_turns=200):
-    """What a turn takes, if HBM takes one copy after the other and each arrives late."""
-    ends, hbm_free = [0], 0
-    for turn in range(num_turns):
-        hbm_free = max(hbm_free, ends[max(0, turn - ahead)]) + copy_cycles
-        ends.append(max(hbm_free + latency_cycles, ends[-1]) + compute_cycles)
-    return ends[-1] / num_turns
-
-
-# %%
-for ahead in (1, 2, 3, 4):
-    cycles = cycles_per_turn(ahead)
-    print(f"{ahead} ahead: {cycles:5,.0f} cycles a turn, MBU {copy_cycles / cycles:4.0%}")
-assert cycles_per_turn(1) > 1.5 * copy_cycles > 1.3 * cycles_per_turn(3)
-
-# %% [markdown]
-# One turn ahead is a double buffer. HBM idles for more than a third of the time, although neither
-# the copies nor the products of a turn take as long as a turn does. Three ahead, it never stops:
-# what is on its way lasts for a latency and a computation. The lab says the same of the kernel
-# itself, 62 % before it ran three turns ahead in decode (`blocks.DECODE_TURNS_AHEAD`) and 91 %
-# since (`docs/ablations.md`).
-#
-# Where the model is wrong, and by how much, is measured against published timings of real TPUs
-# (`python -m rpa lab predict --published`); on a TPU you have your own, with `python -m rpa bench`.
-#
-# **Takeaway.** Time is a pipeline of copies and bundles, and a pipeline has to be long enough: what
-# is on its way must last for a latency and a computation. Exercise 8.6 writes the small version.
-
-# %% [markdown]
-# ## What is still slow
-#
-# Everything predicted, by schedule, as above.
-
-# %%
-for chip in CHIPS:
-    one = recorded("kernels")[chip]["decode"]
-    hbm = hbm_cycles(chip, 1024)
-    print(f"{chip:6} 1,024 tokens of decode: {one['executed_per_chunk']:5,.0f} bundles in a long "
-          f"sequence, {one['step_1024']:5,.0f} as one of its own; HBM {hbm:5,.0f}")  # fmt: skip
-    assert one["executed_per_chunk"] < one["step_1024"] < hbm
-
-# %% [markdown]
-# - **Short sequences on a fast chip.** A sequence costs some 200 bundles besides its tokens, and a
-#   block has ends. From 1,024 tokens on HBM is slower by far, even on a TPU7x; at 512 by a little.
-#   So the batch of section 11 uses nearly all of a v5e's bandwidth, and less of the faster chips'.
-
-# %%
-for chip in CHIPS:
-    per_sequence_bundles = recorded("kernels")[chip]["decode"]["per_sequence"]
-    tokens = per_sequence_bundles / hbm_cycles(chip, 1)
-    print(f"{chip:6} besides its tokens a sequence takes {per_sequence_bundles:3.0f} bundles, in "
-          f"which HBM delivers {tokens:3.0f} tokens")  # fmt: skip
-    assert 100 < per_sequence_bundles < 300
-assert mbu["v5e"] > 0.95
-
-# %% [markdown]
-# - **Small pages.** A copy takes the same few bundles to issue, whether its page has 128 tokens or
-#   16, and so eight times as many with pages of 16. A block whose pages are all neighbours is one
-#   copy (`table`); shorter runs travel page by page.
-# - **The ends of a block** in a prefill: until the first K is in place, and in the last softmax.
-
-# %%
-for chip in CHIPS:
-    kernel = recorded("kernels")[chip]
-    issue, mixed = kernel["decode"]["page_issue_per_chunk"], kernel["mixed"]
-    beside = 1 - mixed["floor"] / mixed["interior_region"]
-    print(f"{chip:6} decode, 1,024 tokens: {issue:2.0f} bundles issue pages of 128, and "
-          f"{8 * issue:3.0f} pages of 16; prefill: {beside:3.0%} beside MATMUL")  # fmt: skip
-
-# %% [markdown]
-# - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), or with heads of 64, a
-#   TPU7x needs more bundles for a block than HBM has cycles (`docs/ablations.md`). MATPUSH again: K
-#   and V are weights for a few rows, and to turn keys does not pay in a dot of so few lanes.
-# - **Windows.** With a sliding window of 128, reading and computing take hardly more than the least
-#   on a v5e and far more on a TPU7x: there are not enough tokens to hide anything behind.
-# - **And what no schedule holds**: launching, instruction fetch, and how HBM really behaves. That
-#   takes a TPU.
-#
-# **Chapter 9** takes the kernel to where it is used, with windows, sinks, caches in float8 and 256K
-# tokens, and shows what goes wrong there. **Chapter 10** puts the numbers of all rungs and of the
-# peers on one page, and the items above on the list of what is open: the shortest schedule wins.
-#
-# **Before you go on:** the exercises of this chapter are in `exercises/08_optimise.ipynb`.
+# **Before you go on:** the exercises of this chapter are in `exercises/09_inner_loop.ipynb`.

@@ -6,9 +6,9 @@
 # ---
 
 # %% [markdown]
-# # Chapter 7: The whole kernel
+# # Chapter 8: The optimized kernel
 #
-# **Time:** 50 minutes to read and run, about 90 minutes for the exercises.
+# **Time:** 50 minutes to read and run, about an hour for the exercises.
 #
 # **You need:** all chapters so far. No TPU.
 #
@@ -17,7 +17,7 @@
 # are up to three kernels in a call; run it on a batch of any mix, and see that it is right; and
 # name, with numbers, what it still does for nothing.
 #
-# This is **rung 7**. Nearly all of it you have written: the bookkeeping in chapter 3, the softmax
+# This is **rung 8**. Nearly all of it you have written: the bookkeeping in chapter 3, the softmax
 # of one tile in chapter 4, the copies in chapter 5, the update in chapter 6. What is left is to put
 # it together, and the decisions in between.
 
@@ -56,11 +56,11 @@ pictures.diagram()
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
 # | `walk.py` | what comes next? | 7.1, 7.2 |
 # | `belt.py` | how far do copies run ahead? | 5.5 |
-# | `table.py` | which pages are one copy? | 10.3 |
-# | `loop.py` | in which order is computed, and where is a mask? | 4.5, 7.3 |
-# | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 8 |
-# | `cases.py` | which kernel computes which sequences? | 3.4, 7.4 |
-# | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 7.5 |
+# | `table.py` | which pages are one copy? | 12.3 |
+# | `loop.py` | in which order is computed, and where is a mask? | 4.5, 8.1 |
+# | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 9 |
+# | `cases.py` | which kernel computes which sequences? | 3.4, 8.2 |
+# | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 8.3 |
 #
 # **Takeaway.** The kernel is a loop that looks up, fetches and computes, each for other keys.
 # Everything else is a decision about one block of keys.
@@ -175,7 +175,7 @@ pictures.batch_walk(steps, cdiv(kv_lens, 16).tolist(), names)
 # %% [markdown]
 # A row is a query block, the numbers are the order. In a toy most blocks lie on some edge; in a
 # prompt of 4,096 tokens with tiles of 128 by 512, the diagonal goes through 32 of the 144 tiles
-# that are computed (exercise 7.3 counts them). The kernel decides it for each tile from four
+# that are computed (exercise 8.1 counts them). The kernel decides it for each tile from four
 # numbers, and has its inner loop twice, with a mask and without:
 
 # %%
@@ -185,7 +185,7 @@ show_source(loop._Area)
 # %% [markdown]
 # **Takeaway.** One walk over (sequence, query block, KV block), idle slots passed over, tiles that
 # nobody sees skipped, masks only where the diagonal, a window or the end of a sequence goes
-# through. Exercises 7.2 and 7.3.
+# through. Exercises 7.2 and 8.1.
 
 # %% [markdown]
 # ## 4. What runs ahead of what?
@@ -198,7 +198,7 @@ show_source(loop.kernel)
 
 # %% [markdown]
 # A **turn** is one round of this loop, and serves one step at each station; only a decode serves
-# two or four, because one row of queries keeps the units busy too little (chapter 8). A copy of
+# two or four, because one row of queries keeps the units busy too little (chapter 9). A copy of
 # pages needs page numbers; page numbers are in HBM; so they have to be asked for before that. And
 # both copies take a microsecond or two to arrive. So a step is looked up, fetched `TABLE_TURNS`
 # turns later, and computed `turns_ahead` turns after that. In between it rides on a belt:
@@ -227,7 +227,7 @@ assert delays["computes"] == mixed_plan.belt_turns - 1
 # %% [markdown]
 # Nothing is computed in the first four turns, and nothing is fetched in the last two: the belt
 # fills, and it drains, once a batch. How long must it be? Copies of three turns together should
-# take longer than one of them needs to arrive; chapter 8 has the numbers.
+# take longer than one of them needs to arrive; chapter 10 has the numbers.
 
 # %%
 show_source(transfers.fetch)
@@ -235,7 +235,7 @@ show_source(transfers.fetch)
 # %% [markdown]
 # Wait for the page numbers and for what still leaves the buffer (section 6), then start everything
 # that the step needs: queries, pages, new tokens. (`_unmark` looks whether the pages of the block
-# lie side by side and are one copy: 10.3. In our batch they do not.) To see it, run the kernel on
+# lie side by side and are one copy: 12.3. In our batch they do not.) To see it, run the kernel on
 # our batch in the interpreter, with the blocks of the pictures, and record it:
 
 # %%
@@ -253,14 +253,8 @@ on_host = jax.default_device(jax.devices("cpu")[0])  # where the interpreter run
 sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (8, 16, 8, 16)}
 with on_host, record_dmas() as timeline:
     cache = jnp.array(kv_cache)
-    output, new_cache = rpa.ragged_paged_attention(
-        *tokens,
-        cache,
-        *arrays,
-        **sizes,
-        sm_scale=128**-0.5,
-        backend=interpreter.params(),
-    )
+    options = {**sizes, "sm_scale": 128**-0.5, "backend": interpreter.params()}
+    output, new_cache = rpa.ragged_paged_attention(*tokens, cache, *arrays, **options)
     jax.block_until_ready(output)
 
 # %% [markdown]
@@ -338,7 +332,7 @@ assert mixed_plan.table_chunk_words % 128 == 0
 #
 # Rung 6 wrote them from the block's buffer, and had to keep the buffer until they had left. Now a
 # prompt has many query blocks, and a token's KV block is fetched by each that sees it. Who writes
-# it, and when? Rung 7 has a simple rule: **each query block stores its own tokens**, when they are
+# it, and when? Rung 8 has a simple rule: **each query block stores its own tokens**, when they are
 # in its KV buffer. Only a decode sends its one token from HBM to HBM: why, says the comment.
 
 # %%
@@ -412,7 +406,7 @@ except ValueError as error:
 
 # %% [markdown]
 # **Takeaway.** Decode, chunk, mixed: the same walk and the same copies, compiled for what is known
-# about each. Who sorts a batch decides which kernel its sequences get. Exercise 7.4.
+# about each. Who sorts a batch decides which kernel its sequences get. Exercise 8.2.
 
 # %% [markdown]
 # ## 8. Is it right?
@@ -455,7 +449,7 @@ if jax.default_backend() == "tpu":
 # on the list of chapter 6.
 #
 # **Takeaway.** Any mix of sequences, one call, the numbers of rung 3, the cache updated where it
-# lies. This is the function that a server calls, and exercise 7.5 calls it as a server does.
+# lies. This is the function that a server calls, and exercise 8.3 calls it as a server does.
 
 # %% [markdown]
 # ## What is still slow
@@ -537,6 +531,6 @@ assert len(page_copies) == 15 * 256
 # Page after page must be issued by the scalar core; the softmax has to keep up with the matrix
 # units; and whether the products of one head wait for those of another, no count of bytes can tell.
 # For that one has to read what the compiler made of all this: the machine's own schedule, bundle by
-# bundle. It can be read on a laptop, and **chapter 8** does, and makes it shorter.
+# bundle. It can be read on a laptop, and **chapter 9** does, and makes it shorter.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/07_kernel.ipynb`.
+# **Before you go on:** the exercises of this chapter are in `exercises/08_kernel.ipynb`.

@@ -6,15 +6,15 @@
 # ---
 
 # %% [markdown]
-# # Chapter 10: The race
+# # Chapter 12: The comparison
 #
 # **Time:** 25 minutes to read and run, about 60 minutes for the exercises; the last of them is
 # open.
 #
-# **You need:** chapters 4 to 8, and chapter 9 if a server waits for your kernel. No TPU; with one,
-# everything is timed as well.
+# **You need:** chapters 4 to 10, and chapter 11 if a server waits for your kernel. No TPU; with
+# one, everything is timed as well.
 #
-# **You will be able to:** put seven rungs and three other kernels on one page, in lines, bytes and
+# **You will be able to:** put eight rungs and three other kernels on one page, in lines, bytes and
 # microseconds; say which of these numbers is counted, which predicted and which measured; and name
 # what nobody has solved yet.
 #
@@ -32,12 +32,12 @@ from rpa.lab.copies import traffic
 from rpa.lab.schedule import NoSchedule
 
 # %% [markdown]
-# ## 1. What is raced?
+# ## 1. What is compared?
 #
-# A race is fair if everybody runs the same way. Ours is one step of a server: 16 decodes of real
-# lengths (chapter 2), one layer of Llama 3 8B in bfloat16, pages of 128 tokens that lie anywhere in
-# the cache, and room for 16,384 tokens a sequence, as a server keeps it. Each kernel chooses its
-# own blocks.
+# A comparison is fair if every kernel does the same work. Ours is one step of a server: 16 decodes
+# of real lengths (chapter 2), one layer of Llama 3 8B in bfloat16, pages of 128 tokens that lie
+# anywhere in the cache, and room for 16,384 tokens a sequence, as a server keeps it. Each kernel
+# chooses its own blocks.
 
 # %%
 batch = comparison.decode_step()
@@ -61,8 +61,8 @@ assert round(comparison.hbm_us(26_776 * 4096, "v5e")) == 134
 # %% [markdown]
 # ## 2. Who moves how much?
 #
-# The first number is counted, not predicted: HBM bytes, from the kernel's own copies (chapter 7
-# did it for rung 7). Two rungs, as they are on this machine:
+# The first number is counted, not predicted: HBM bytes, from the kernel's own copies (chapter 8
+# did it for rung 8). Two rungs, as they are on this machine:
 
 # %%
 moved = {name: traffic.count(name, batch, comparison.LAYER) for name in ("dense", "streamed")}
@@ -89,7 +89,7 @@ print("recorded with", ", ".join(f"{name} {v}" for name, v in found["versions"].
 # ## 3. The ladder
 #
 # The second number is predicted: the microseconds of the compiled schedule, with its waits for the
-# HBM (chapter 8). The third needs no machine at all: lines of code, without comments and
+# HBM (chapter 9). The third needs no machine at all: lines of code, without comments and
 # docstrings, that somebody has to read.
 
 # %%
@@ -118,7 +118,7 @@ assert 3.5 < rung5_over_hbm["v5e"] < 4.5 and 9 < rung5_over_hbm["tpu7x"] < 11
 
 # %% [markdown]
 # Its bundles take four times as long as the HBM on a v5e, ten times on a TPU7x: one head after the
-# other, short products, masks everywhere. That is what chapter 8 took away: rung 7 issues about a
+# other, short products, masks everywhere. That is what chapter 9 took away: rung 8 issues about a
 # tenth of rung 5's bundles for the same copies.
 
 # %%
@@ -182,14 +182,14 @@ assert ours["v5e"] < ours["v6e"] < ours["tpu7x"]
 # Here v6e and TPU7x have the longest way to go: their products are twice as fast, and the softmax
 # between them is not.
 #
-# **Takeaway.** Where the HBM binds, the race is over; where the vector units do, it is not.
+# **Takeaway.** Where HBM binds, the comparison is decided; where the vector units do, it is open.
 
 # %% [markdown]
 # ## 6. What does your device say?
 #
 # Everything so far was counted or predicted. This cell measures. On a TPU it times every rung on 64
 # sequences of 4,096 tokens; elsewhere only rungs 1 to 3 run at a speed that means anything, on a
-# small model, and they compare with each other only. Exercise 10.2 is how such a time is taken.
+# small model, and they compare with each other only. Exercise 12.2 is how such a time is taken.
 
 # %%
 from rpa.cli.bench import machine
@@ -209,12 +209,12 @@ assert any(row.timing for row in timed)
 # %% [markdown]
 # ## What is still slow
 #
-# What is between rung 7 and the least, in this race?
+# What is between rung 8 and the least, in this comparison?
 
 # %%
 for chip in comparison.CHIPS:
     least_us, ours_us = found["least_us"][chip], rows["kernel"]["time_us"][chip]
-    print(f"{chip:6} rung 7 {ours_us:6.1f} us, least {least_us:6.1f} us: "
+    print(f"{chip:6} rung 8 {ours_us:6.1f} us, least {least_us:6.1f} us: "
           f"{least_us / ours_us:.0%} of the HBM's peak (predicted)")  # fmt: skip
 assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 
@@ -224,11 +224,11 @@ assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 # make a chapter 11:
 #
 # - **Shared prompts are read by everyone who shares them.** The next table has a step in which that
-#   is more than a quarter of rung 7's bytes. Reading them once needs the merge of exercise 10.4,
+#   is more than a quarter of rung 8's bytes. Reading them once needs the merge of exercise 12.4,
 #   and a grid that walks over groups of sequences.
 # - **Small pages.** At 16 tokens a page there are eight times as many copies to issue, each as dear
-#   as one of 128. Rung 7 makes one copy of a block whose pages are all neighbours; shorter runs
-#   travel page by page (exercise 10.3), and whether there are any the allocator decides.
+#   as one of 128. Rung 8 makes one copy of a block whose pages are all neighbours; shorter runs
+#   travel page by page (exercise 12.3), and whether there are any the allocator decides.
 # - **Unequal pairs.** Two decodes of very different lengths, computed together, waste the shorter
 #   one's turns. Who should be paired with whom?
 # - **A few new tokens a sequence**, as in speculative decoding: neither decode nor prefill, and the
@@ -236,7 +236,7 @@ assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 # - **Nothing here has been timed on a TPU.** If you have one, `python -m rpa bench` is the most
 #   valuable thing you can run, and an issue with its output the most valuable thing you can write.
 #
-# Exercise 10.5 is the first of these as a challenge, with a table of your own. This is where it
+# Exercise 12.5 is the first of these as a challenge, with a table of your own. This is where it
 # begins:
 
 # %%
@@ -248,5 +248,5 @@ read_again = 7 * 1024 * 4096  # bytes of the shared prompt, by all that read it 
 assert read_again > rows["kernel"]["challenge_bytes"] / 4
 
 # %% [markdown]
-# **Before you go:** the exercises of this chapter are in `exercises/10_comparison.ipynb`. After
+# **Before you go:** the exercises of this chapter are in `exercises/12_comparison.ipynb`. After
 # them there is no chapter left, only the kernel, and it is yours.

@@ -6,11 +6,11 @@
 # ---
 
 # %% [markdown]
-# # Chapter 9: Production
+# # Chapter 11: Production
 #
 # **Time:** 60 minutes to read and run, about 110 minutes for the exercises.
 #
-# **You need:** chapters 2, 3, 6 and 7: pages and forks, `kv_lens`, `cu_q_lens` and `distribution`,
+# **You need:** chapters 2, 3, 6 and 8: pages and forks, `kv_lens`, `cu_q_lens` and `distribution`,
 # the fused update, and the whole kernel. No TPU.
 #
 # **You will be able to:** say what each feature of a served model asks of the kernel, and what it
@@ -34,10 +34,9 @@ from rpa.check.chapters import wrong_kernels
 from rpa.figures import production as pictures
 from rpa.figures import show_source
 from rpa.kernel import cases, softmax
-from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
-from rpa.shapes import LLAMA3_8B, decode_step
 
+# %%
 HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
 
 # %% [markdown]
@@ -83,7 +82,7 @@ show_source(softmax.nothing_seen)
 # %%
 def make_step(dtype=np.float32, q_lens=(1, 1, 6), kv_lens=(21, 9, 30), heads=(4, 2)):
     """Queries, keys, values, a cache with numbers in it, and the batch; pages of 8."""
-    rng, pool = np.random.default_rng(9), PagePool(12, 8)
+    rng, pool = np.random.default_rng(9), rpa.PagePool(12, 8)
     for s, kv_len in enumerate(kv_lens):
         pool.allocate(s, kv_len)
     batch, _ = rpa.RaggedBatch.from_lengths(q_lens, kv_lens, pool.page_table(range(3), 4))
@@ -132,6 +131,8 @@ assert dense.relative_error(output, truth) < 1e-5
 # it. By hand: 128 KiB a token and 64 x 4,096 tokens make 32 GiB, kept and read.
 
 # %%
+from rpa.shapes import LLAMA3_8B, decode_step
+
 token_bytes = LLAMA3_8B.kv_bytes_per_token("bfloat16")
 num_seqs, kv_len, prefix, window = 64, 4096, 3072, 1024
 all_bytes = num_seqs * kv_len * token_bytes
@@ -220,7 +221,7 @@ assert errors["bfloat16"][0] < errors["float8_e4m3fn"][0] < errors["float8_e5m2"
 # *floating* format has its digits at every size. That is why the cache is float8 and not int8.
 #
 # **Takeaway.** Eight bits halve the bytes and cost digits, not range, if a scale puts the numbers
-# in the range and a clip keeps them there. Exercise 9.6.
+# in the range and a clip keeps them there. Exercise 11.6.
 
 # %% [markdown]
 # ## 4. Who else reads these pages?
@@ -247,7 +248,7 @@ assert np.asarray(same_cache).tobytes() == cache.tobytes()
 # `append` says so. Who forgets the copy is told by the validator:
 
 # %%
-pool = PagePool(12, 8)
+pool = rpa.PagePool(12, 8)
 pool.allocate("system prompt", 12)
 pool.fork("system prompt", "user")
 pages = [pool.pages(name) for name in ("system prompt", "user")]
@@ -309,8 +310,8 @@ pictures.lost_tokens(11, window=3, bq=2, bkv=4)
 # positions notices: somebody who reuses the *prefix*.
 #
 # *The test.* Compare the cache, bit by bit, with a chunk much longer than window and key block.
-# Exercise 9.1 asks how long. In rung 7 the store of a token hangs on nothing but its own query
-# block (chapter 7, section 6).
+# Exercise 11.1 asks how long. In rung 8 the store of a token hangs on nothing but its own query
+# block (chapter 8, section 6).
 #
 # **Takeaway.** A kernel has two results. The second one is the cache.
 
@@ -349,7 +350,7 @@ assert run([1, 1, 0]) == "ends" and "for ever" in run([1, 0, 1])
 
 
 # %%
-def rung7(batch, arrays, **options):
+def rung8(batch, arrays, **options):
     """The whole kernel in the interpreter."""
     *tokens, cache = arrays
     with jax.default_device(HOST):
@@ -371,7 +372,7 @@ def error_and_missing(batch, arrays, results):
 
 # %%
 *arrays, idle = make_step(q_lens=(1, 0, 6))
-error, wrong_rows = error_and_missing(idle, arrays, rung7(idle, arrays))
+error, wrong_rows = error_and_missing(idle, arrays, rung8(idle, arrays))
 print(f"q_lens {np.diff(idle.cu_q_lens)}: error {error:.1e}, wrong rows in the cache {wrong_rows}")
 assert error < 8e-6 and wrong_rows == 0
 
@@ -401,7 +402,7 @@ for server, (i, j, k) in {
 # %% [markdown]
 # Both are legal. vLLM sorts its batch and sends the first kind; SGLang keeps prefill and decode
 # apart and sends (n, n, n) or (0, n, n). *Why the tests passed:* they were those of the first
-# server. What rung 7 does without a chunk size: its mixed kernel begins where the decodes end.
+# server. What rung 8 does without a chunk size: its mixed kernel begins where the decodes end.
 
 # %%
 show_source(cases.cases_of)
@@ -409,7 +410,7 @@ show_source(cases.cases_of)
 # %%
 *arrays, batch = make_step(q_lens=(2, 3, 3))
 batch.distribution[:] = 0, 3, 3
-results = rung7(batch, arrays)
+results = rung8(batch, arrays)
 error, wrong_rows = error_and_missing(batch, arrays, results)
 print(f"distribution {batch.distribution}: error {error:.1e}, wrong rows {wrong_rows}")
 assert error < 8e-6 and wrong_rows == 0
@@ -470,7 +471,7 @@ for donated in ((), (0,)):
 #
 # *Symptom.* At 8K tokens a model is as good as its paper says, at 256K it is not.
 #
-# Two suspects. One compares positions in 16 bits, which end at 32,767 (exercise 9.3). The other is
+# Two suspects. One compares positions in 16 bits, which end at 32,767 (exercise 11.3). The other is
 # the online softmax itself. Three numbers are carried from block to block: running maximum, sum,
 # accumulator. To save registers they can be kept in bfloat16. Eight bits of precision:
 
@@ -535,10 +536,10 @@ assert max(error for name, error in worst.items() if name.startswith("float32"))
 # zero average to nearly zero, and a wrong mean of them, too. The same state is off by a fifth as
 # soon as the values have a direction, and by nearly half with equal scores; one leaves the noise of
 # rounding behind from 32K tokens on, the other from 128K. The float32 state stays far below what
-# rounding the output costs anyway, at every length. It takes registers and no HBM; rung 7 has it,
+# rounding the output costs anyway, at every length. It takes registers and no HBM; rung 8 has it,
 # at any length and for every dtype of the cache.
 #
-# *The test.* Values that rise along the sequence. Exercise 9.4 finds them.
+# *The test.* Values that rise along the sequence. Exercise 11.4 finds them.
 #
 # **Takeaway.** Data that averages out hides what was lost. A test needs an answer that depends on
 # every token.
@@ -632,7 +633,7 @@ assert len(set(buckets.tolist())) < 10
 
 # %% [markdown]
 # For the projections around it a padding row costs what a real one costs. For this kernel it costs
-# a row of zeros: the walk of chapter 7 never comes there.
+# a row of zeros: the walk of chapter 8 never comes there.
 #
 # **Takeaway.** Four small arrays, built once a step, read by every layer. Room for sequences,
 # buckets for tokens, garbage allowed in what is left over.
@@ -673,7 +674,7 @@ for name in ("v5e", "v6e", "tpu7x"):
 # chapter 3).
 #
 # **Takeaway.** Check on the host, before anything is written, in words; it is paid for with idle
-# time. Exercise 9.7 is yours.
+# time. Exercise 11.7 is yours.
 
 # %% [markdown]
 # ## What is still slow
@@ -716,7 +717,7 @@ assert sizes[0] == sizes[1]
 #
 # Third, float8 halves the bytes, and not the work. The cores widen it to bfloat16 and multiply as
 # before, so a decode that waited for HBM may now wait for the machine's schedule. How much of the
-# roofline is left then, on which chip, beside which peer: **chapter 10** puts every rung on one
+# roofline is left then, on which chip, beside which peer: **chapter 12** puts every rung on one
 # page, measures what can be measured on your machine, and leaves the open problems to you.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/09_production.ipynb`.
+# **Before you go on:** the exercises of this chapter are in `exercises/11_production.ipynb`.

@@ -6,14 +6,14 @@
 # ---
 
 # %% [markdown]
-# # Chapter 10: The race, exercises
+# # Chapter 12: The comparison, exercises
 #
-# Four tools that a race needs, and then the race. You write one number that is fair to many cases,
-# the time of a call from loops, the copies of pages that are neighbours, and the merge of two parts
-# of one attention. The last exercise has no end: an **open challenge** with a table of your own.
-# Read the lesson first: `notebooks/10_comparison.ipynb`.
+# Four tools that a comparison needs. You write one number that is fair to many cases, the time of a
+# call from loops, the copies of pages that are neighbours, and the merge of two parts of one
+# attention. The last exercise has no end: an **open challenge** with a table of your own.
+# Read the lesson first: `notebooks/12_comparison.ipynb`.
 #
-# **Time:** about 60 minutes for 10.1 to 10.4. 10.5 takes ten minutes or the rest of the year. Its
+# **Time:** about 60 minutes for 12.1 to 12.4. 12.5 takes ten minutes or the rest of the year. Its
 # check runs your entry in the interpreter, which takes some seconds.
 
 # %%
@@ -24,7 +24,7 @@ from rpa.check.chapters import leaderboard
 from rpa.lab.bench import comparison
 
 # %% [markdown]
-# ## Exercise 10.1: One number for many cases
+# ## Exercise 12.1: One number for many cases
 #
 # A kernel was timed in several cases, and so was the kernel that it is compared with. Write
 # `overall_speedup(times_us, baseline_us)`: how many times as fast as the baseline it is over all
@@ -63,15 +63,15 @@ def overall_speedup(times_us, baseline_us):
 
 
 # %% tags=["check"]
-rpa.check("10.1", overall_speedup)
+rpa.check("12.1", overall_speedup)
 
 # %% [markdown]
-# Your function and the record of the lesson: rung 7 against v3, three chips (predicted).
+# Your function and the record of the lesson: rung 8 against v3, three chips (predicted).
 
 # %%
 times_us = {row["title"]: list(row["time_us"].values()) for row in comparison.recorded()["rows"]}
 ours, theirs = np.array(times_us["7 kernel"]), np.array(times_us["v3"])
-print(f"rung 7 over v3, decode: {overall_speedup(ours, theirs):.2f} times as fast")
+print(f"rung 8 over v3, decode: {overall_speedup(ours, theirs):.2f} times as fast")
 
 # %% [markdown] tags=["explanation"]
 # With the arithmetic mean, 2 and 0.5 make 1.25; exchange kernel and baseline, and it is 1.25 again:
@@ -101,7 +101,7 @@ def overall_speedup(times_us, baseline_us):
 
 
 # %% [markdown]
-# ## Exercise 10.2: How long does a call take?
+# ## Exercise 12.2: How long does a call take?
 #
 # Starting a program on a TPU takes tens of microseconds, longer than many a kernel. So a kernel is
 # timed in loops on the device: one loop of `calls` calls, and one of twice as many. Both have to be
@@ -144,7 +144,7 @@ def call_time_us(once_us, twice_us, calls):
 
 
 # %% tags=["check"]
-rpa.check("10.2", call_time_us)
+rpa.check("12.2", call_time_us)
 
 # %% [markdown]
 # Try it: a loop that takes 0.2 ms to start, and 20 us a call, on a machine where every tenth loop
@@ -196,10 +196,10 @@ def call_time_us(once_us, twice_us, calls):
 
 
 # %% [markdown]
-# ## Exercise 10.3: Neighbours in one copy
+# ## Exercise 12.3: Neighbours in one copy
 #
 # A kernel starts a copy for each page. If two pages of a sequence lie beside each other in the
-# cache, one copy could bring both: the same bytes, fewer copies to issue. Rung 7 does so where all
+# cache, one copy could bring both: the same bytes, fewer copies to issue. Rung 8 does so where all
 # pages of a block are neighbours (`rpa/kernel/page_table.py`); runs of any length are open.
 #
 # Write `page_runs(pages, most)`: the copies for the pages of a block, as a list of tuples
@@ -250,7 +250,7 @@ def page_runs(pages, most):
 
 
 # %% tags=["check"]
-rpa.check("10.3", page_runs)
+rpa.check("12.3", page_runs)
 
 # %% [markdown]
 # What is there to gain? A new pool gives neighbours; one that was used for a while does not:
@@ -262,7 +262,7 @@ for name, pages in {"a new pool": np.arange(64), "a used pool": in_use}.items():
 
 # %% [markdown] tags=["explanation"]
 # One pass, and the only state is the last run. On the scalar core of a TPU it would not pay:
-# comparing page numbers takes longer than starting the copies. So rung 7 has it done before the
+# comparing page numbers takes longer than starting the copies. So rung 8 has it done before the
 # kernel and only asks, of a whole block: is this a run? With pages of 16 tokens, one KV head a chip
 # and a pool that keeps sequences together that saves a third of a decode's bundles, with one that
 # does not it costs a tenth (predicted, `docs/ablations.md`). At page 128 a copy is half a megabyte,
@@ -310,10 +310,10 @@ def page_runs(pages, most):
 
 
 # %% [markdown]
-# ## Exercise 10.4: Two parts of one attention
+# ## Exercise 12.4: Two parts of one attention
 #
-# An open problem. Eight sequences begin with the same 1,024 tokens, on the same pages, and
-# every kernel of the race reads those pages eight times. To read them once, attention to the shared
+# An open problem. Eight sequences begin with the same 1,024 tokens, on the same pages, and every
+# kernel of the comparison reads those pages eight times. To read them once, attention to the shared
 # part is computed for all eight together, attention to the rest for each, and then both parts are
 # **merged**.
 #
@@ -361,7 +361,7 @@ def merge_parts(output_a, lse_a, output_b, lse_b):
 
 
 # %% tags=["check"]
-rpa.check("10.4", merge_parts)
+rpa.check("12.4", merge_parts)
 
 # %% [markdown]
 # Cut an attention in two and put it together. Three queries, 20 keys, the first 12 of them shared:
@@ -416,37 +416,37 @@ def merge_parts(output_a, lse_a, output_b, lse_b):
 
 
 # %% [markdown]
-# ## Exercise 10.5: The open challenge
+# ## Exercise 12.5: The open challenge
 #
 # One step of a server, one layer of Llama 3 8B, pages of 128: eight decodes that share a system
 # prompt of 1,024 tokens, seven decodes of their own, and a chunk of 512 tokens behind 1,536 cached
-# ones. **Move fewer bytes** over the HBM than rung 7 does with its own choices, or take fewer
+# ones. **Move fewer bytes** over the HBM than rung 8 does with its own choices, or take fewer
 # cycles, and return the same numbers.
 #
 # Write `my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend)`, which stores
 # the new tokens, attends, and returns `(output, kv_cache)`. `batch` is a `RaggedBatch`. Anything is
 # allowed that is right: `rpa.ragged_paged_attention` with other blocks, a kernel of yours, several
 # kernels. `backend` is `"tpu"` when your entry is counted or compiled, and the interpreter when it
-# is checked: pass it on to rung 7, or give a kernel of your own
+# is checked: pass it on to rung 8, or give a kernel of your own
 # `interpret=False if backend == "tpu" else backend`. The cache of the caller stays:
 # `donate=False`.
 #
 # What to try, from an hour's work to a paper:
 #
 # - The chunk is cut into query blocks of 128, and each of them reads the whole sequence. Larger
-#   ones read less often, and need VMEM, of which rung 7 will tell you how much is there.
-# - The shared prompt is read eight times. Exercise 10.4 is half of what it takes to read it once.
+#   ones read less often, and need VMEM, of which rung 8 will tell you how much is there.
+# - The shared prompt is read eight times. Exercise 12.4 is half of what it takes to read it once.
 # - Give the entry a `chip`, and the compiler says what your blocks do to the schedule.
 #
 # **Teaches:** the largest query block that fits is not a detail; and what is still there to be
 # found.
 
 # %% [markdown] tags=["hint"]
-# Begin with rung 7 and one argument: the blocks of the mixed kernel, which the chunk goes through.
+# Begin with rung 8 and one argument: the blocks of the mixed kernel, which the chunk goes through.
 
 # %% [markdown] tags=["hint"]
 # `m_block_sizes=(bq, bkv, bq_c, bkv_c)`: query and KV tokens fetched together, and query and KV
-# tokens of one product. `bq` decides how often the sequence is read. The sizes that rung 7 takes by
+# tokens of one product. `bq` decides how often the sequence is read. The sizes that rung 8 takes by
 # itself are `(128, 1024, 128, 512)`. If they do not fit, it says which buffer takes how much.
 
 # %% [markdown] tags=["hint"]
@@ -476,11 +476,12 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
 
 
 # %% tags=["check"]
-rpa.check("10.5", my_attention)
+rpa.check("12.5", my_attention)
 
 # %% [markdown]
-# Enter the race. Your entry is checked once more, its copies are counted on the whole step, and the
-# table is kept in `leaderboard.json` beside this notebook. The same name again replaces an entry.
+# Enter the challenge. Your entry is checked once more, its copies are counted on the whole step,
+# and the table is kept in `leaderboard.json` next to this notebook. The same name again replaces an
+# entry.
 
 # %%
 leaderboard.enter(my_attention, "my first entry")
@@ -492,7 +493,7 @@ leaderboard.enter(my_attention, "my first entry")
 # %% [markdown] tags=["explanation"]
 # One query block instead of four: the sequence of the chunk is read once, and the table says how
 # many MB that saves in this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so
-# they shrink to 512. Rung 7 does not choose this by itself, because a prefill waits for the matrix
+# they shrink to 512. Rung 8 does not choose this by itself, because a prefill waits for the matrix
 # units and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt
 # once saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that
 # yet.

@@ -6,18 +6,18 @@
 # ---
 
 # %% [markdown]
-# # Chapter 9: Production, exercises
+# # Chapter 11: Production, exercises
 #
 # Five kernels are under suspicion. Each has one bug that a production kernel had, and each passes
 # an ordinary test: random numbers, a few sequences, a few hundred tokens. You find what it is that
 # ordinary tests do not vary. Then you write two pieces that every server needs: the quantisation of
-# a cache, and a validator. Read the lesson first: `notebooks/09_production.ipynb`.
+# a cache, and a validator. Read the lesson first: `notebooks/11_production.ipynb`.
 #
-# In 9.1, 9.3 and 9.4 you do not mend the suspect. You write its **witness**: the batch, the length
-# or the numbers on which it gives itself away. The check runs the suspect on them and says
+# In 11.1, 11.3 and 11.4 you do not mend the suspect. You write its **witness**: the batch, the
+# length or the numbers on which it gives itself away. The check runs the suspect on them and says
 # "guilty", or why it was acquitted.
 #
-# **Time:** about 110 minutes; 9.3 and 9.5 are short, 9.7 takes longest.
+# **Time:** about 110 minutes; 11.3 and 11.5 are short, 11.7 takes longest.
 
 # %%
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from rpa.figures import show_source
 from rpa.paging import cdiv
 
 # %% [markdown]
-# ## Exercise 9.1: The lost tokens
+# ## Exercise 11.1: The lost tokens
 #
 # **Symptom.** Answers are right. A day later somebody asks a second question about the same long
 # document, the server finds its pages in the cache, reuses them, and talks nonsense.
@@ -77,7 +77,7 @@ def witness(bq, bkv, window):
 
 
 # %% tags=["check"]
-rpa.check("9.1", witness)
+rpa.check("11.1", witness)
 
 # %% [markdown]
 # How much of your sequence is lost, with the blocks of a real kernel?
@@ -95,8 +95,8 @@ print(f"{(after != kv).any((1, 2)).sum()} of {q_len} new tokens are not in the c
 # The last query block begins at a multiple of `bq`, at `q_len - bq` or later, so at
 # `window + bkv` or later, and its first key is at `bkv + 1` or later: block 0 is skipped with all
 # its new tokens. The first author thought "every query block sees all earlier keys", which is true
-# until somebody adds a window. Rung 7 stores each token with its *own* query block, which always
-# runs (`transfers._start_store`, chapter 7): no other block's plans can change that.
+# until somebody adds a window. Rung 8 stores each token with its *own* query block, which always
+# runs (`transfers._start_store`, chapter 8): no other block's plans can change that.
 
 
 # %% tags=["wrong"] refused="the new tokens fit in one query block"
@@ -126,7 +126,7 @@ def witness(bq, bkv, window):
 
 
 # %% [markdown]
-# ## Exercise 9.2: Poison
+# ## Exercise 11.2: Poison
 #
 # **Symptom.** Once in a few hours one answer is `NaN`, and from then on that sequence is `NaN` for
 # ever. The same prompt again: fine.
@@ -192,7 +192,7 @@ def poison(kv_cache, q_lens, kv_lens, page_table):
 
 
 # %% tags=["check"]
-rpa.check("9.2", poison)
+rpa.check("11.2", poison)
 
 # %% [markdown]
 # Now the suspect, on a clean cache and on a poisoned one. (Its cache has K and V of one lane, and
@@ -270,7 +270,7 @@ def poison(kv_cache, q_lens, kv_lens, page_table):
 
 
 # %% [markdown]
-# ## Exercise 9.3: Sixteen bits
+# ## Exercise 11.3: Sixteen bits
 #
 # **Symptom.** A model with a context of 128K answers well, except to users with long documents. No
 # error, no NaN.
@@ -314,7 +314,7 @@ def witness_len(window):
 
 
 # %% tags=["check"]
-rpa.check("9.3", witness_len)
+rpa.check("11.3", witness_len)
 
 # %% [markdown]
 # What does the last token see there?
@@ -331,7 +331,7 @@ for window in (None, 128):
 # With a window it is the newest token that disappears first, and one key of 128 is hardly missed:
 # the answers get worse slowly, as the sequence grows, and nobody can say since when. Two honest
 # ways out: compare in 32 bits, or subtract the block's position first and compare small numbers.
-# Rung 7 does the first, once for all heads. The test has a sequence of 33,500 tokens with a window
+# Rung 8 does the first, once for all heads. The test has a sequence of 33,500 tokens with a window
 # of 33,000.
 
 
@@ -356,7 +356,7 @@ def witness_len(window):
 
 
 # %% [markdown]
-# ## Exercise 9.4: The sum that stops growing
+# ## Exercise 11.4: The sum that stops growing
 #
 # **Symptom.** Summaries of very long documents speak of their beginning only.
 #
@@ -405,7 +405,7 @@ def witness_numbers(kv_len, block_tokens):
 
 
 # %% tags=["check"]
-rpa.check("9.4", witness_numbers)
+rpa.check("11.4", witness_numbers)
 
 # %% [markdown]
 # The truth is the mean of your values, if your scores are equal. And the suspect's answer?
@@ -454,7 +454,7 @@ def witness_numbers(kv_len, block_tokens):
 
 
 # %% [markdown]
-# ## Exercise 9.5: Somebody else's sink
+# ## Exercise 11.5: Somebody else's sink
 #
 # **Symptom.** A model with attention sinks (one number for each query head) scores two points less
 # than it should. Models without sinks are fine; and so is this one on eight chips, but not on one.
@@ -503,7 +503,7 @@ def pad_groups(x, num_kv_heads, group_rows):
 
 
 # %% tags=["check"]
-rpa.check("9.5", pad_groups)
+rpa.check("11.5", pad_groups)
 
 # %% [markdown] tags=["explanation"]
 # Reshape first, pad then. The suspect is right wherever there is nothing to pad (group 1, 2, 4, 8)
@@ -545,7 +545,7 @@ def pad_groups(x, num_kv_heads, group_rows):
 
 
 # %% [markdown]
-# ## Exercise 9.6: A cache of eight bits
+# ## Exercise 11.6: A cache of eight bits
 #
 # A float8 cache holds twice the tokens. `float8_e4m3fn` reaches from -448 to 448, `float8_e5m2`
 # from -57,344 to 57,344 with one bit of precision less. What is stored is `x / scale`, and the
@@ -596,7 +596,7 @@ def quantize(sample, x, dtype):
 
 
 # %% tags=["check"]
-rpa.check("9.6", quantize)
+rpa.check("11.6", quantize)
 
 # %% [markdown]
 # Use it as a server does: K and V of 40 tokens are quantised and stored, and attention gets the
@@ -695,7 +695,7 @@ def quantize(sample, x, dtype):
 
 
 # %% [markdown]
-# ## Exercise 9.7: A validator
+# ## Exercise 11.7: A validator
 #
 # A wrong batch does not crash. It reads and writes other people's pages. Write the function that
 # looks at every batch first, `find_problems(kv_lens, page_indices, cu_q_lens, distribution,
@@ -781,7 +781,7 @@ def find_problems(
 
 
 # %% tags=["check"]
-rpa.check("9.7", find_problems)
+rpa.check("11.7", find_problems)
 
 # %% [markdown]
 # How long does it take for a server's step, 256 sequences with 256 pages each? Beside it the

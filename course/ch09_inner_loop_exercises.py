@@ -6,16 +6,16 @@
 # ---
 
 # %% [markdown]
-# # Chapter 8: Optimise, exercises
+# # Chapter 9: The inner loop, exercises
 #
 # You name what a schedule is bound by, count what a strided load costs, reorder a kernel and have
-# it compiled by the real TPU compiler, put four heads into one product, choose blocks under a VMEM
-# budget, and predict the MBU of a batch. Read the lesson first: `notebooks/08_optimise.ipynb`.
+# it compiled by the real TPU compiler, and put four heads into one product. Read the lesson first:
+# `notebooks/09_inner_loop.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 100 minutes; 8.1 and 8.2 are short. The check of 8.3 compiles your kernel for a
+# **Time:** about 65 minutes; 9.1 and 9.2 are short. The check of 9.3 compiles your kernel for a
 # v5e and takes some seconds; where no compiler shows its schedule, it says so and takes what was
 # recorded.
 
@@ -28,10 +28,9 @@ from rpa.figures import show_source
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.inner_loop import scores, softmax, weighted_values
 from rpa.lab.schedule.recorded import recorded, recorded_step
-from rpa.paging import cdiv
 
 # %% [markdown]
-# ## Exercise 8.1: Name the bound
+# ## Exercise 9.1: Name the bound
 #
 # A schedule gives you three numbers a unit can be judged by: how many `bundles` there are (one is
 # issued a cycle), how many slots of each unit they use, `slots[unit]`, and how many slots of it a
@@ -85,7 +84,7 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
 
 
 # %% tags=["check"]
-rpa.check("8.1", name_the_bound)
+rpa.check("9.1", name_the_bound)
 
 # %% [markdown]
 # Now ask your function about the inner loop of a decode, as the compiler scheduled it: 512 tokens
@@ -153,7 +152,7 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
 
 
 # %% [markdown]
-# ## Exercise 8.2: How many loads fill a register?
+# ## Exercise 9.2: How many loads fill a register?
 #
 # A register has 8 rows. In the KV buffer the rows that belong in it, one head of 8 tokens, do not
 # lie side by side but `stride` rows apart. VMEM lies in banks, row `r` in bank `r % num_banks`, and
@@ -165,7 +164,7 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
 # By hand: `stride = 8`, 32 banks, 8 rows. The rows are 0, 8, 16, ..., 56; their banks 0, 8, 16, 24,
 # 0, 8, 16, 24. Two in each bank: 2 loads.
 #
-# **Teaches:** why the KV buffer of rung 7 has one row a token more than it needs.
+# **Teaches:** why the KV buffer of rung 8 has one row a token more than it needs.
 
 # %% [markdown] tags=["hint"]
 # Write down the bank of each row. The fullest bank decides.
@@ -191,7 +190,7 @@ def loads_per_register(stride, num_banks, rows):
 
 
 # %% tags=["check"]
-rpa.check("8.2", loads_per_register)
+rpa.check("9.2", loads_per_register)
 
 # %% [markdown]
 # Is that what VMEM is like? Nobody publishes it. But the compiler knows, and its schedules say how
@@ -207,7 +206,7 @@ for chip, by_stride in recorded("strides").items():
 # %% [markdown] tags=["explanation"]
 # The rows go round the banks in steps of `stride`. An odd step visits every bank before it comes
 # back, whatever power of two their number is, so any odd distance is safe on any chip; an even one
-# may be, as 12 is with 32 banks. That is why rung 7 takes `words | 1` rows a token: 8 KV heads in
+# may be, as 12 is with 32 banks. That is why rung 8 takes `words | 1` rows a token: 8 KV heads in
 # bfloat16 need 8, and get 9. The row that nobody uses costs an eighth more VMEM and saves half of
 # all loads. (On v6e and TPU7x a distance of 4 or 12 takes one load a register, too, but half as
 # many of them fit a cycle; odd ones are safe there as well.)
@@ -235,7 +234,7 @@ def loads_per_register(stride, num_banks, rows):
 
 
 # %% [markdown]
-# ## Exercise 8.3: Do not make the matrix unit wait
+# ## Exercise 9.3: Do not make the matrix unit wait
 #
 # Here is the inner loop of a decode as one would write it: eight heads, one after the other. It is
 # right, and the real compiler makes 2,426 bundles of it on a v5e.
@@ -302,7 +301,7 @@ def attend(q_ref, kv_ref, out_ref, load):
 
 
 # %% tags=["check"]
-rpa.check("8.3", attend)
+rpa.check("9.3", attend)
 
 # %% [markdown]
 # Does it help to run further ahead? This is what the compiler said of up to seven heads ahead
@@ -318,7 +317,7 @@ for num_ahead, bundles in enumerate(recorded("orders")):
 # reorder: products are taken in the order of the program. One ahead hides most of the softmax
 # behind the next product; the second one hides most of what is left; after that the gain is a few
 # per cent, and with more rows a head (a prefill) every head that waits takes registers, and spills
-# eat the gain: rung 7 runs two ahead there, and seven in a decode (`loop.DOTS_AHEAD`,
+# eat the gain: rung 8 runs two ahead there, and seven in a decode (`loop.DOTS_AHEAD`,
 # `plan.CHAINS_AHEAD`; three ahead were 5 % slower in the mixed kernel of a TPU7x when they were
 # tried, see `docs/ablations.md`).
 
@@ -370,7 +369,7 @@ def attend(q_ref, kv_ref, out_ref, load):
 
 
 # %% [markdown]
-# ## Exercise 8.4: Several heads in one product
+# ## Exercise 9.4: Several heads in one product
 #
 # A decode has 4 rows of queries for each KV head: too few to keep anybody busy. Put all heads into
 # **one** product Q K^T and **one** product P V.
@@ -378,7 +377,7 @@ def attend(q_ref, kv_ref, out_ref, load):
 # Write `attend_heads(q, k, v)`:
 #
 # - `q` f32[heads, rows, lanes], `k`, `v` f32[heads, tokens, lanes]; queries are scaled already;
-# - it returns f32[heads, rows, lanes], softmax in powers of two (`jnp.exp2`), as in rung 7;
+# - it returns f32[heads, rows, lanes], softmax in powers of two (`jnp.exp2`), as in rung 8;
 # - it uses two plain matrix products. The check counts; a batched one is as many as it has heads.
 #
 # The queries stand on the diagonal of a matrix [heads * rows, heads * lanes] that is zero
@@ -428,12 +427,12 @@ def attend_heads(q, k, v):
 
 
 # %% tags=["check"]
-rpa.check("8.4", attend_heads)
+rpa.check("9.4", attend_heads)
 
 # %% [markdown]
-# How many heads should share a product? When it was tried in rung 7 on a TPU7x, two and all eight
+# How many heads should share a product? When it was tried in rung 8 on a TPU7x, two and all eight
 # both took about an eighth more bundles than four (`docs/ablations.md`). And in the small kernel of
-# exercise 8.3:
+# exercise 9.3:
 
 # %%
 for step in ("two heads ahead", "four heads a product"):
@@ -441,7 +440,7 @@ for step in ("two heads ahead", "four heads a product"):
     print(f"{step:22} {bundles}")
 
 # %% [markdown] tags=["explanation"]
-# Written as here, all keys and all values are weights (rung 7 turns some keys round, section 8 of
+# Written as here, all keys and all values are weights (rung 8 turns some keys round, section 8 of
 # the lesson): that is MATPUSH, and it does not become more. The rows that go through them are few,
 # so zeros among them cost nothing that anybody waits for. What is won is the number of chains: two
 # softmaxes in place of eight, each with 16 rows, that is two full registers a column block in place
@@ -506,296 +505,3 @@ def attend_heads(q, k, v):
     out = weights @ jnp.concatenate(list(v), axis=1) / jnp.sum(weights, axis=1, keepdims=True)
     blocks = out.reshape(heads, rows, heads, lanes)
     return jnp.stack([blocks[h, :, h] for h in range(heads)])
-
-
-# %% [markdown]
-# ## Exercise 8.5: Choose the blocks
-#
-# A chunk of `q_len` new tokens, `kv_len` in all, goes through the mixed kernel in query blocks of
-# `bq` tokens and KV blocks of `bkv`. Larger blocks mean fewer steps and less to read, and more
-# VMEM. This is what a pair (bq, bkv) costs, for Llama 3 8B in bfloat16, in round numbers of a v5e:
-#
-# | VMEM | bytes |
-# |---|---|
-# | KV block, twice | 4,096 a token of `bkv` |
-# | queries, and output, each twice | 8,192 a token of `bq` |
-# | state of the softmax | 49,152 a token of `bq` |
-# | scores and weights of a tile | 24 a pair of tokens, `bq * bkv` |
-#
-# | cycles | |
-# |---|---|
-# | HBM | bytes / 500; every step reads a whole KV block; queries and output once |
-# | products | `bq * bkv / 8` a step |
-# | ends of a step | 300, in which nothing overlaps |
-#
-# HBM and products overlap, the ends come on top. A **step** is one KV block of one query block, and
-# a query block visits the KV blocks up to its own last token: it ends at
-# `kv_len - q_len + min(end, q_len)`, `end` being `bq`, `2 * bq`, ...
-#
-# Write `choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes)`: of the pairs `(bq, bkv)` in
-# `candidates` that fit, the one that takes the fewest cycles, as `(bq, bkv)`; of two alike the one
-# that comes first. One of them always fits.
-#
-# By hand: `q_len` 128 of 1,024, the pairs (128, 512) and (16, 128), 8 MiB. The first needs 15.5
-# MiB, the second 2.3 MiB: `(16, 128)`.
-#
-# **Teaches:** a budget decides what is possible, a model of time what is good. The largest block is
-# rarely the answer.
-
-# %% [markdown] tags=["hint"]
-# Three small sums: the VMEM of a pair, the steps of a pair, and from the steps its cycles. Then
-# filter by the first and take the minimum of the last.
-
-# %% [markdown] tags=["hint"]
-# `min(pairs, key=function)` takes the first of the best. `cdiv(a, b)` divides and rounds up.
-# `range(bq, q_len + bq, bq)` goes over the ends of the query blocks.
-
-# %% [markdown] tags=["hint"]
-# ```python
-# def fits(bq, bkv):
-#     return 2 * (4096 * bkv + 2 * 8192 * bq) + ... <= vmem_budget_bytes
-#
-# def cycles(bq, bkv):
-#     ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-#     steps = sum(cdiv(end, bkv) for end in ends)
-#     hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
-#     return max(<HBM>, <products>) + <ends>
-#
-# return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
-# ```
-
-
-# %% tags=["exercise"]
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    """The pair (bq, bkv) that fits in VMEM and takes the fewest cycles."""
-    ### BEGIN SOLUTION
-
-    def fits(bq, bkv):
-        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
-        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
-
-    def cycles(bq, bkv):
-        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-        steps = sum(cdiv(end, bkv) for end in ends)
-        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
-        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
-
-    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-rpa.check("8.5", choose_blocks)
-
-# %% [markdown]
-# Turn the budget up and see what changes, for a chunk of 512 of 4,096 tokens:
-
-# %%
-pairs = [(bq, bkv) for bq in (16, 32, 64, 128, 256) for bkv in (128, 256, 512, 1024, 2048)]
-for mib in (3, 6, 12, 16, 24, 48, 96):
-    print(f"{mib:3} MiB: (bq, bkv) = {choose_blocks(pairs, 512, 4096, mib * 2**20)}")
-
-# %% [markdown] tags=["explanation"]
-# Below about 10 MiB the chunk waits for HBM: with few query rows a block, K and V are read so often
-# that the bytes decide, and every MiB goes into `bq`. From 128 rows on the products take longer
-# than the bytes, and more VMEM buys only fewer ends of steps. It buys little, and a large `bkv`
-# loses again what it saves, because on the diagonal and at the end of the sequence whole blocks are
-# read and multiplied for a few tokens. Rung 7 comes to the same answer from the other side:
-# `blocks.default_block_sizes` starts with what is good, and `shrink_to_fit` halves until it fits.
-
-
-# %% tags=["wrong"] refused="VMEM is not asked"
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    def cycles(bq, bkv):
-        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-        steps = sum(cdiv(end, bkv) for end in ends)
-        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
-        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
-
-    return min(candidates, key=lambda pair: cycles(*pair))
-
-
-# %% tags=["wrong"] refused="every buffer is there once"
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    def fits(bq, bkv):
-        buffers = 4096 * bkv + 2 * 8192 * bq
-        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
-
-    def cycles(bq, bkv):
-        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-        steps = sum(cdiv(end, bkv) for end in ends)
-        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
-        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
-
-    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
-
-
-# %% tags=["wrong"] refused="the pair that fills VMEM most is taken"
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    def vmem_bytes(bq, bkv):
-        return 2 * (4096 * bkv + 2 * 8192 * bq) + 49_152 * bq + 24 * bq * bkv
-
-    fitting = [pair for pair in candidates if vmem_bytes(*pair) <= vmem_budget_bytes]
-    return max(fitting, key=lambda pair: vmem_bytes(*pair))
-
-
-# %% tags=["wrong"] refused="every query block reads up to kv_len"
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    def fits(bq, bkv):
-        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
-        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
-
-    def cycles(bq, bkv):
-        steps = cdiv(q_len, bq) * cdiv(kv_len, bkv)
-        hbm_bytes = steps * bkv * 4096 + 2 * q_len * 8192
-        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
-
-    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
-
-
-# %% tags=["wrong"] refused="K and V are read once, for all query blocks together"
-def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
-    def fits(bq, bkv):
-        buffers = 2 * (4096 * bkv + 2 * 8192 * bq)
-        return buffers + 49_152 * bq + 24 * bq * bkv <= vmem_budget_bytes
-
-    def cycles(bq, bkv):
-        ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-        steps = sum(cdiv(end, bkv) for end in ends)
-        hbm_bytes = kv_len * 4096 + 2 * q_len * 8192
-        return max(hbm_bytes / 500, steps * bq * bkv / 8) + 300 * steps
-
-    return min((pair for pair in candidates if fits(*pair)), key=lambda pair: cycles(*pair))
-
-
-# %% [markdown]
-# ## Exercise 8.6: Predict MBU
-#
-# A decode kernel fetches KV blocks into two buffers and computes them, one after the other, across
-# the ends of sequences. Copying takes `copy_cycles` a token, computing takes `compute_cycles` a
-# block, however many tokens are in it.
-#
-# - Copies follow each other. A copy can start when the one before has ended **and** its buffer is
-#   free: the block before the last has been computed.
-# - A block is computed when it has arrived and the one before it has been computed.
-# - Blocks hold `block_tokens` tokens, the last one of a sequence what is left.
-#
-# Write `predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles)`: the memory bandwidth
-# utilisation, that is the part of the time, from the first copy to the end of the last computation,
-# in which HBM would have delivered all tokens at its peak.
-#
-# By hand: one sequence of 20 tokens, blocks of 10, 1 cycle a token, 5 a block. Copies end at 10 and
-# 20, computations at 15 and 25. 20 cycles of copying in 25: 0.8.
-#
-# **Teaches:** where the last 20 % of the bandwidth go: the first copy, the last computation, and
-# blocks too short to compute behind.
-
-# %% [markdown] tags=["hint"]
-# Make a list of the tokens of all blocks first. Then walk through it with two clocks: when each
-# copy ends, and when each computation ends.
-
-# %% [markdown] tags=["hint"]
-# `range(0, kv_len, block_tokens)` gives the first tokens of the blocks, `min(block_tokens, kv_len -
-# first)` how many each has. With `copied` and `computed` as lists, `computed[n - 2]` is when the
-# buffer of block n is free again, from n = 2 on.
-
-# %% [markdown] tags=["hint"]
-# ```python
-# tokens = [min(...) for kv_len in kv_lens.tolist() for first in range(0, kv_len, block_tokens)]
-# copied, computed = [0, 0], [0, 0]
-# for size in tokens:
-#     start = max(copied[-1], computed[-2])
-#     copied.append(...)
-#     computed.append(max(copied[-1], computed[-1]) + ...)
-# return sum(tokens) * copy_cycles / computed[-1]
-# ```
-
-
-# %% tags=["exercise"]
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    """The part of the time in which HBM is at its peak, between 0 and 1."""
-    ### BEGIN SOLUTION
-    tokens = [
-        min(block_tokens, kv_len - first)
-        for kv_len in kv_lens.tolist()
-        for first in range(0, kv_len, block_tokens)
-    ]
-    copied, computed = [0, 0], [0, 0]
-    for size in tokens:
-        start = max(copied[-1], computed[-2])
-        copied.append(start + size * copy_cycles)
-        computed.append(max(copied[-1], computed[-1]) + compute_cycles)
-    return sum(tokens) * copy_cycles / computed[-1]
-    ### END SOLUTION
-
-
-# %% tags=["check"]
-rpa.check("8.6", predict_mbu)
-
-# %% [markdown]
-# Now put in numbers of real chips. HBM needs 7.49 cycles a token of Llama 3 8B on a v5e and 2.44 on
-# a TPU7x; a block of 1,024 tokens takes some 1,700 cycles on either (end of the lesson).
-
-# %%
-for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.items():
-    mbu = {
-        chip: predict_mbu(np.array(kv_lens), 1024, copy_cycles, 1700)
-        for chip, copy_cycles in {"v5e": 7.49, "tpu7x": 2.44}.items()
-    }
-    print(f"{name}: v5e {mbu['v5e']:.0%}, TPU7x {mbu['tpu7x']:.0%} (predicted)")
-
-# %% [markdown] tags=["explanation"]
-# Two clocks and two waits are the whole double buffer. As long as a block is copied more slowly
-# than it is computed, only the first copy and the last computation are lost, and a long batch comes
-# near 1. On a TPU7x a block of 512 tokens arrives in 1,250 cycles and is computed in 1,700: then
-# HBM waits for the core, and MBU is their ratio. The real kernel is better there, because it takes
-# two sequences a turn and only the products that a block needs: when that came, half of HBM's
-# bandwidth became nearly all of it (`docs/ablations.md`). The lab's `predict_batch` does what you
-# did, with the executed schedule in place of a constant and every single copy on the queue.
-
-
-# %% tags=["wrong"] refused="copies and computations take turns"
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    blocks = sum(cdiv(kv_len, block_tokens) for kv_len in kv_lens.tolist())
-    copies = int(kv_lens.sum()) * copy_cycles
-    return copies / (copies + blocks * compute_cycles)
-
-
-# %% tags=["wrong"] refused="the longer of all copies and all computations is taken"
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    blocks = sum(cdiv(kv_len, block_tokens) for kv_len in kv_lens.tolist())
-    copies = int(kv_lens.sum()) * copy_cycles
-    return copies / max(copies, blocks * compute_cycles)
-
-
-# %% tags=["wrong"] refused="the copies never wait"
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    copied = computed = 0
-    for kv_len in kv_lens.tolist():
-        for first in range(0, kv_len, block_tokens):
-            copied += min(block_tokens, kv_len - first) * copy_cycles
-            computed = max(copied, computed) + compute_cycles
-    return int(kv_lens.sum()) * copy_cycles / computed
-
-
-# %% tags=["wrong"] refused="the last block of a sequence is copied whole"
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    copied, computed = [0, 0], [0, 0]
-    for kv_len in kv_lens.tolist():
-        for _ in range(0, kv_len, block_tokens):
-            copied.append(max(copied[-1], computed[-2]) + block_tokens * copy_cycles)
-            computed.append(max(copied[-1], computed[-1]) + compute_cycles)
-    return int(kv_lens.sum()) * copy_cycles / computed[-1]
-
-
-# %% tags=["wrong"] refused="the pipeline runs empty between sequences"
-def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
-    time = 0
-    for kv_len in kv_lens.tolist():
-        copied, computed = [0, 0], [0, 0]
-        for first in range(0, kv_len, block_tokens):
-            size = min(block_tokens, kv_len - first)
-            copied.append(max(copied[-1], computed[-2]) + size * copy_cycles)
-            computed.append(max(copied[-1], computed[-1]) + compute_cycles)
-        time += computed[-1]
-    return int(kv_lens.sum()) * copy_cycles / time
