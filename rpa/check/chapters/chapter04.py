@@ -873,7 +873,9 @@ def _mask_in_block(shape, group, q_position, kv_position, kv_len):
     return _causal_mask(shape, group, q_position, 0, kv_len)
 
 
-def _attend(state, q, k, v, visible, num_keys, sm_scale, *, scaled=True, hidden=True, values=None):
+def _take_block(
+    state, q, k, v, visible, num_keys, sm_scale, *, scaled=True, hidden=True, values=None
+):
     row_max, row_sum, acc = (np.asarray(x, np.float64) for x in state)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     with np.errstate(invalid="ignore"):
@@ -898,34 +900,34 @@ def _block_of_keys(rows, keys, num_keys):
 
 
 attend = Exercise(
-    "4.7", _attend, name="attend", outputs=("row_max", "row_sum", "acc"), axes=("row", "lane")
+    "4.7", _take_block, name="attend", outputs=("row_max", "row_sum", "acc"), axes=("row", "lane")
 )
 attend.case("a full block of eight keys", **_block_of_keys(8, 8, 8))
 attend.case("a block of which five keys exist, NaN behind them", **_block_of_keys(8, 8, 5))
 
 
 @attend.mistake("the scores are not scaled by sm_scale")
-def _attend_unscaled(*arguments):
-    return _attend(*arguments, scaled=False)
+def _take_block_unscaled(*arguments):
+    return _take_block(*arguments, scaled=False)
 
 
 @attend.mistake("`visible` is not asked: hidden scores become MASK_VALUE")
-def _attend_unmasked(*arguments):
-    return _attend(*arguments, hidden=False)
+def _take_block_unmasked(*arguments):
+    return _take_block(*arguments, hidden=False)
 
 
 @attend.mistake(
     "what lies behind the last key is not kept out of the values: a weight of 0 times NaN is NaN"
 )
-def _attend_tail(*arguments):
-    return _attend(*arguments, values=lambda v, exists: v)
+def _take_block_tail(*arguments):
+    return _take_block(*arguments, values=lambda v, exists: v)
 
 
-def _flash(function_options):
+def _whole(function_options):
     return lambda q, k, v, **options: assembly.flash(q, k, v, **options, **function_options)
 
 
-def _flash_case(q_len, kv_len, block_q, block_kv, heads=(4, 2)):
+def _whole_case(q_len, kv_len, block_q, block_kv, heads=(4, 2)):
     return {
         "q": normal(q_len, heads[0], 128),
         "k": normal(kv_len, heads[1], 128) / 4,
@@ -944,34 +946,34 @@ flash_attention = Exercise(
     pieces=(causal_mask, attend),
     epilogue=assembly.compiled("4.7"),
 )
-flash_attention.case("one block of four tokens", **_flash_case(4, 4, 4, 4))
-flash_attention.case("8 queries behind a prefix, 13 keys", **_flash_case(8, 13, 4, 4))
-flash_attention.case("no length a multiple of a block", **_flash_case(11, 21, 4, 8, (3, 1)))
+flash_attention.case("one block of four tokens", **_whole_case(4, 4, 4, 4))
+flash_attention.case("8 queries behind a prefix, 13 keys", **_whole_case(8, 13, 4, 4))
+flash_attention.case("no length a multiple of a block", **_whole_case(11, 21, 4, 8, (3, 1)))
 
 
-def _flash_mistake(words, **options):
-    wrong = _flash(options)
+def _whole_mistake(words, **options):
+    wrong = _whole(options)
     wrong.__module__ = __name__
     flash_attention.mistake(words)(wrong)
 
 
-_flash_mistake(
+_whole_mistake(
     "the causal mask ignores the cached prefix: the queries are the last q_len of kv_len tokens",
     sees=lambda position, key, row: key <= position - position[0],
 )
-_flash_mistake("there is no causal mask", sees=lambda position, key, row: key == key)
-_flash_mistake("the state is emptied for the first block of queries only", keep_state=True)
-_flash_mistake(
+_whole_mistake("there is no causal mask", sees=lambda position, key, row: key == key)
+_whole_mistake("the state is emptied for the first block of queries only", keep_state=True)
+_whole_mistake(
     "only the last block of keys is left: the state is emptied for every one",
     last_block_only=True,
 )
-_flash_mistake("the output is not divided by the sum of the weights", divide=False)
-_flash_mistake(
+_whole_mistake("the output is not divided by the sum of the weights", divide=False)
+_whole_mistake(
     "each query head reads the KV head of another group: head h reads KV head h // group",
     kv_head=lambda h, num_q_heads, num_kv_heads: h % num_kv_heads,
 )
-_flash_mistake("all query heads read KV head 0", kv_head=lambda h, *_: 0)
-_flash_mistake(
+_whole_mistake("all query heads read KV head 0", kv_head=lambda h, *_: 0)
+_whole_mistake(
     "what lies behind the last key is not kept out of the values: 0 times NaN is NaN", tail=np.nan
 )
 
@@ -980,7 +982,7 @@ _flash_mistake(
     "the walk over the keys ends too early: the last query of a block sees keys up to its own "
     "position, so blocks are needed up to q_position + block_q"
 )
-def _flash_ends_early(q, k, v, *, block_q, block_kv, **options):
+def _whole_ends_early(q, k, v, *, block_q, block_kv, **options):
     def sees(position, key, row):
         first = position[0] + (position - position[0]) // block_q * block_q
         return (key <= position) & (key // block_kv * block_kv < first)
@@ -989,5 +991,5 @@ def _flash_ends_early(q, k, v, *, block_q, block_kv, **options):
 
 
 @flash_attention.mistake("sm_scale is left out, or another scale is taken")
-def _flash_other_scale(q, k, v, *, sm_scale, **options):
+def _whole_other_scale(q, k, v, *, sm_scale, **options):
     return assembly.flash(q, k, v, sm_scale=1.0, **options)

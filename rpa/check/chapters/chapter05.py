@@ -5,7 +5,7 @@ import numpy as np
 from rpa.check.chapters import assembly
 from rpa.check.chapters.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
 from rpa.check.exercise import Exercise
-from rpa.check.sandbox import faults, in_sandbox
+from rpa.check.sandbox import faults
 from rpa.check.sandbox.dma import LIMIT_S, dma_exercise, in_flight
 
 RNG = np.random.default_rng(5)
@@ -372,7 +372,7 @@ def _decode_exercise(number, judge, fault_words, pieces):
         axes=("sequence", "head", "lane"),
         tolerance=1e-4,
         drive=assembly.run_decode,
-        runner=in_sandbox(judge),
+        runner=assembly.runner(judge),
         limit_s=LIMIT_S,
         pieces=pieces,
         epilogue=assembly.compiled(number),

@@ -12,7 +12,7 @@ from rpa.check.chapters.write_back import run_write_back
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.index_words import ragged
-from rpa.check.sandbox import faults, in_sandbox
+from rpa.check.sandbox import faults
 from rpa.check.sandbox.dma import LIMIT_S, dma_exercise, in_flight
 
 RNG = np.random.default_rng(6)
@@ -705,7 +705,7 @@ fused_attention = Exercise(
     tolerance=1e-4,
     place=ragged,
     drive=assembly.run_batch,
-    runner=in_sandbox(judge_overlap),
+    runner=assembly.runner(judge_overlap),
     limit_s=LIMIT_S,
     epilogue=assembly.compiled("6.6"),
     faults=(faults.NOBODY_SIGNALS, faults.LEFTOVER),

@@ -14,7 +14,6 @@ from rpa.check.chapters.chapter06 import RAGGED_MISTAKES, wrong_ragged
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.index_words import ragged
-from rpa.check.sandbox import in_sandbox
 from rpa.check.sandbox.dma import LIMIT_S
 from rpa.paging import cdiv
 
@@ -396,7 +395,7 @@ ragged_attention = Exercise(
     tolerance=1e-4,
     place=ragged,
     drive=assembly.run_batch,
-    runner=in_sandbox(judge_overlap),
+    runner=assembly.runner(judge_overlap),
     limit_s=LIMIT_S,
     pieces=(query_blocks,),
     epilogue=assembly.compiled("7.3"),
