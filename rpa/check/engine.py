@@ -47,7 +47,7 @@ def check(number: str, function: Callable) -> None:
         )
     try:
         check_pieces(exercise, function)
-        check_exercise(exercise, function)
+        run_cases(exercise, function)
         said = praise(exercise, function)
         if exercise.epilogue:
             said += f"\n{_epilogue(exercise, function)}"
@@ -66,7 +66,7 @@ def check_pieces(exercise: Exercise, function: Callable) -> None:
     namespace = getattr(inspect.unwrap(function), "__globals__", {})
     for piece in exercise.pieces:
         if callable(own := namespace.get(piece.name)):
-            check_exercise(piece, own)
+            run_cases(piece, own)
 
 
 def blame_an_earlier_answer(number: str, function: Callable, failed: CheckFailed) -> None:
@@ -85,7 +85,7 @@ def blame_an_earlier_answer(number: str, function: Callable, failed: CheckFailed
             if name not in own:
                 continue
             try:
-                check_exercise(part, own[name])
+                run_cases(part, own[name])
             except CheckFailed as wrong:
                 raise CheckFailed(
                     f"✗ Exercise {number} uses your {name} of {earlier}, in my_rpa.py, and that is "
@@ -113,6 +113,12 @@ def _epilogue(exercise: Exercise, function: Callable) -> str:
 
 
 def check_exercise(exercise: Exercise, function: Callable) -> None:
+    """Run the cases in order; print praise, or raise CheckFailed at the first that is wrong."""
+    run_cases(exercise, function)
+    print(praise(exercise, function))
+
+
+def run_cases(exercise: Exercise, function: Callable) -> None:
     """Run the cases in order; raise CheckFailed at the first that is wrong."""
     for position, case in enumerate(exercise.cases):
         try:

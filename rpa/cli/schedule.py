@@ -78,8 +78,10 @@ def _draw(measured, file):
 
 
 def _title(measured):
-    own = "yours, " if label(measured.kernel) == "yours" else ""
-    return f"{own}{measured.schedule.kernel} on {measured.chip}"
+    name = measured.schedule.kernel
+    if label(measured.kernel) == "yours":
+        name = f"yours, {measured.kernel.rpartition(':')[2]}"
+    return f"{name} on {measured.chip}"
 
 
 def to_json(measured: Measured) -> dict:

@@ -139,9 +139,9 @@ def flash_attention(q, k, v, *, sm_scale, block_q=128, block_kv=512):
 
 
 def choose_block(kv_cache, pages_per_seq):
-    """Tokens of a block of keys: whole pages, at most 2 MiB, at most the longest sequence."""
+    """Tokens of a block of keys: whole pages, up to 512 tokens, 2 MiB, and the longest sequence."""
     page_size, page_bytes = kv_cache.shape[1], kv_cache[0].size * kv_cache.dtype.itemsize
-    return page_size * max(1, min(pages_per_seq, 2**21 // page_bytes))
+    return page_size * max(1, min(pages_per_seq, 512 // page_size, 2**21 // page_bytes))
 
 
 def fold_heads(queries, num_kv_heads):

@@ -85,7 +85,7 @@ def _add(parcel: Parcel, name: str, value) -> None:
         return
     if isinstance(value, types.ModuleType):
         parcel.modules[name] = value.__name__
-    elif _is_imported(value):
+    elif is_imported(value):
         parcel.imports[name] = (value.__module__, value.__name__)
     elif isinstance(inspect.unwrap(value), types.FunctionType | type):
         _add_source(parcel, name, value)
@@ -116,7 +116,7 @@ def _add_source(parcel: Parcel, name: str, value) -> None:
     parcel.sources[name] = parcel.sources.pop(name)
 
 
-def _is_imported(value) -> bool:
+def is_imported(value) -> bool:
     """Whether another process finds it under its name in a module."""
     module = sys.modules.get(getattr(value, "__module__", None) or "")
     # What the learner's own file has travels by its source as well: it changes between checks.

@@ -4,9 +4,10 @@ import importlib
 import inspect
 import linecache
 import sys
+import types
 from pathlib import Path
 
-from rpa.check.sandbox.pickling import names_in
+from rpa.check.sandbox.pickling import is_imported, names_in
 from rpa.check.yours.growing import MODULE, defined_in, read, yours_path
 from rpa.lab.compile.functions import load
 
@@ -96,7 +97,8 @@ def functions_used(function) -> dict:
         namespace = getattr(plain, "__globals__", {})
         for name in names_in(plain):
             value = namespace.get(name)
-            if name not in found and getattr(value, "__module__", "") == MODULE:
+            is_own = isinstance(inspect.unwrap(value), types.FunctionType)
+            if name not in found and is_own and not is_imported(value):
                 found[name] = value
                 waiting.append(inspect.unwrap(value))
-    return found
+    return {name: value for name, value in found.items() if value.__module__ == MODULE}
