@@ -318,6 +318,13 @@ def row_sums(x, block_rows, block_columns):
     )(x)
 
 
+# %% tags=["wrong"] refused="Give it `interpret=choose_interpret(None)`"
+# instead of
+#         interpret=choose_interpret(None),
+# write
+#         interpret=False,
+
+
 # %% [markdown]
 # ## Exercise 4.3: One step of the online softmax
 #

@@ -157,6 +157,13 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     buffer_ref[...] = 2 * buffer_ref[...]
 
 
+# %% tags=["wrong"] refused="calls pltpu.sync_copy"
+def double_kernel(x_ref, out_ref, buffer_ref, sem):
+    pltpu.sync_copy(x_ref, buffer_ref)
+    buffer_ref[...] = 2 * buffer_ref[...]
+    pltpu.sync_copy(buffer_ref, out_ref)
+
+
 # %% [markdown]
 # ## Exercise 5.2: A double buffer
 #
@@ -728,6 +735,36 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
     @pl.loop(0, pl.cdiv(kv_len, page_size))
     def _(p):
         copy(p).wait()
+
+
+# %% tags=["wrong"] refused="In an index that is `pl.ds(start, size)`"
+def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
+    page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    def copy(p):
+        size = jnp.minimum(kv_len - p * page_size, page_size)
+        source = cache_ref.at[page_indices_ref[p], :size]
+        return pltpu.make_async_copy(source, out_ref.at[pl.ds(p * page_size, size)], sem)
+
+    @pl.loop(0, pl.cdiv(kv_len, page_size))
+    def _(p):
+        copy(p).start()
+
+    @pl.loop(0, pl.cdiv(kv_len, page_size))
+    def _(p):
+        copy(p).wait()
+
+
+# %% tags=["wrong"] refused="A loop of that many turns is `@pl.loop(0, n)`"
+def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
+    page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
+    out_ref[...] = jnp.zeros_like(out_ref)
+    for p in range(kv_len // page_size):
+        rows = out_ref.at[pl.ds(p * page_size, page_size)]
+        copy = pltpu.make_async_copy(cache_ref.at[page_indices_ref[p]], rows, sem)
+        copy.start()
+        copy.wait()
 
 
 # %% [markdown]

@@ -4,9 +4,11 @@ import numpy as np
 
 from rpa.check.chapters import assembly
 from rpa.check.chapters.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
+from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.sandbox import faults
 from rpa.check.sandbox.dma import LIMIT_S, dma_exercise, in_flight
+from rpa.check.sandbox.pickling import names_in
 
 RNG = np.random.default_rng(5)
 
@@ -66,10 +68,21 @@ def judge_tokens(timeline, cache, page_indices, kv_len):
 # 5.1 a copy ---------------------------------------------------------------------------------------
 
 
+def run_async_copy(kernel, x):
+    """Call the kernel of 5.1; `pltpu.sync_copy` would hide the two halves that it is about."""
+    if "sync_copy" in set(names_in(kernel)):
+        raise WrongResult(
+            "your kernel calls pltpu.sync_copy, which starts a copy and waits for it in one: write "
+            "the two, make_async_copy(...).start() and .wait(), because what happens between "
+            "them is the chapter"
+        )
+    return run_copy(kernel, x)
+
+
 copy = dma_exercise(
     "5.1",
     lambda x: 2 * np.asarray(x),
-    run_copy,
+    run_async_copy,
     axes=("row", "lane"),
     faults=(
         faults.READ_TOO_EARLY,
