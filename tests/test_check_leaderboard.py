@@ -3,6 +3,7 @@
 import importlib
 import platform
 
+import jax.numpy as jnp
 import pytest
 
 import rpa
@@ -94,3 +95,29 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
         donate=False,
         m_block_sizes=(512, 512, 128, 512),
     )
+
+
+def whole_cache_in_jax(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    scores = jnp.einsum("thd,psrld->ths", queries[:, :, :128], kv_cache)
+    return queries * scores.sum(), kv_cache
+
+
+def test_a_read_of_the_whole_cache_in_plain_jax_is_counted_and_starred():
+    entry = leaderboard.count(whole_cache_in_jax)
+    assert entry["in_jax_bytes"] >= leaderboard.cache_bytes()
+    assert entry["num_bytes"] >= leaderboard.cache_bytes()
+    assert " *" not in leaderboard.table([]) and "*" in leaderboard.table([{"name": "x"} | entry])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (in_plain_jax, "the least is"),
+        (lambda *a, **o: a[0][int(a[0].sum()) :], "cannot be counted"),
+    ],
+)
+def test_what_cannot_be_counted_is_not_entered(entry, words, file, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "check_exercise", lambda exercise, function: None)
+    leaderboard.enter(entry, "mine")
+    assert words in capsys.readouterr().out
+    assert not file.exists()

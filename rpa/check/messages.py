@@ -82,14 +82,14 @@ MEANINGS = (
         # JAX asks a slice whether its ends are true, so the line tells more than the error.
         r"Slice entries must be static integers|slice indices must be integers|"
         r"array slice indices must have static start/stop/step|"
-        r"Tracer(?s:.*)\n.*\[[^\]]*(:\s*[A-Za-z_(]|[A-Za-z_)]\s*:)",
+        r"Tracer(?s:.*)\n.*[\[,]\s*\w*\s*:\s*[A-Za-z_(]",
         "Your function cuts by a size that is known at run time only. In an index that is "
         "`pl.ds(start, size)`; `start:stop` needs Python numbers.",
     ),
     (
         r"__index__\(\) method was called on traced array|TracerIntegerConversionError",
-        "Your function asks Python for a number that is known at run time only, as `range(n)` does. "
-        "A loop of that many turns is `@pl.loop(0, n)` or `jax.lax.fori_loop`; a size in an index "
+        "Your function asks Python for a number that is known at run time only, as `range(n)` "
+        "does. A loop of that many turns is `@pl.loop(0, n)` or `jax.lax.fori_loop`; a size in an index "
         "is `pl.ds(start, size)`.",
     ),
     (

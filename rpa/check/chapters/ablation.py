@@ -16,8 +16,8 @@ from rpa.check.errors import CannotShip, KernelFault
 from rpa.check.runner import in_process
 from rpa.check.sandbox.pickling import pack, unpack
 from rpa.lab.schedule import inner_loop
-from rpa.lab.schedule.recorded import recorded
 from rpa.lab.schedule.cases import check_products
+from rpa.lab.schedule.recorded import recorded
 from rpa.lab.schedule.schedule import NoSchedule, schedule_for
 from rpa.lab.schedule.values import CannotRun
 

@@ -184,8 +184,8 @@ def _never_awaited(timeline):
     )
     if len(mine) > 1:
         lines.append(
-            f"On {first.semaphore} {started:,} bytes are started in all, and {waited:,} waited for: "
-            "a wait counts bytes, and does not say whose."
+            f"On {first.semaphore} {started:,} bytes are started in all, and {waited:,} waited "
+            "for: a wait counts bytes, and does not say whose."
         )
     lines.append(
         "Its semaphore is not back at zero when the kernel ends, and the copy may end later still: "
