@@ -76,7 +76,9 @@ def test_where_there_is_no_schedule_no_time_is_told(chip, why, capsys):
 def test_an_entry_is_compiled_and_its_kernels_are_timed(file, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "check_exercise", lambda exercise, function: None)
     leaderboard.enter(my_attention, "larger query blocks", chip="TPU v5e")
-    (entry,) = leaderboard.read()
+    rung_8, entry = leaderboard.read()
+    assert rung_8["name"] == leaderboard.RUNG_8 and rung_8["time_us"] > 0
+    assert rung_8["num_bytes"] > entry["num_bytes"]
     known = chips.chip("v5e")
     assert entry["chip"] == "v5e" and not entry["in_jax_bytes"]
     # Waits only add to its bundles, and its bytes need their time.

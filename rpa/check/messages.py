@@ -89,8 +89,8 @@ MEANINGS = (
     (
         r"__index__\(\) method was called on traced array|TracerIntegerConversionError",
         "Your function asks Python for a number that is known at run time only, as `range(n)` "
-        "does. A loop of that many turns is `@pl.loop(0, n)` or `jax.lax.fori_loop`; a size in an index "
-        "is `pl.ds(start, size)`.",
+        "does. A loop of that many turns is `@pl.loop(0, n)` or `jax.lax.fori_loop`; a size in an "
+        "index is `pl.ds(start, size)`.",
     ),
     (
         r"TracerBoolConversionError|truth value of a traced array|Attempted boolean conversion of",
