@@ -478,6 +478,37 @@ def _undivided(q, k, v, block_q, block_kv):
     return _attend(q, k, v, divide=False)
 
 
+def _by_blocks(q, k, v, block_kv, *, rescale_sum=True, rescale_acc=True, running_max=True):
+    """The online softmax with a step of 4.3 that has one mistake."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = q @ k.T * q.shape[1] ** -0.5
+    row_max, row_sum, acc = np.full((len(q), 1), MASK_VALUE), np.zeros((len(q), 1)), 0.0
+    for begin in range(0, len(k), block_kv):
+        block = scores[:, begin : begin + block_kv]
+        new_max = block.max(1, keepdims=True)
+        new_max = np.maximum(row_max, new_max) if running_max else new_max
+        rescale, weights = np.exp(row_max - new_max), np.exp(block - new_max)
+        row_sum = row_sum * (rescale if rescale_sum else 1) + weights.sum(1, keepdims=True)
+        acc = acc * (rescale if rescale_acc else 1) + weights @ v[begin : begin + block_kv]
+        row_max = new_max
+    return (acc / row_sum).astype(np.float32)
+
+
+@flash.mistake("what was kept is not rescaled when a larger score comes (4.3): neither sum nor acc")
+def _nothing_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_sum=False, rescale_acc=False)
+
+
+@flash.mistake("`acc` is not rescaled when a larger score comes, only the sum (4.3)")
+def _acc_not_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_acc=False)
+
+
+@flash.mistake("the sum is not rescaled when a larger score comes, only `acc` (4.3)")
+def _sum_not_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_sum=False)
+
+
 @flash.mistake("the values are taken for keys: `k_ref` is mixed where `v_ref` should be")
 def _mixes_keys(q, k, v, block_q, block_kv):
     return _attend(q, k, k)

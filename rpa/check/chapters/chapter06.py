@@ -251,6 +251,19 @@ merge.case(
 )
 
 
+@merge.mistake(
+    "rows are chosen by products with 0 and 1: what is not chosen may be NaN, and 0 times NaN is "
+    "NaN. `jnp.where` chooses"
+)
+def _merge_by_product(from_pages, new_kv, start, q_len, kv_len, block):
+    position = block * len(from_pages) + np.arange(len(from_pages))
+    row = start + position - (kv_len - q_len)  # below 0 it counts from the end, as in JAX
+    rows = new_kv[np.clip(np.where(row < 0, row + len(new_kv), row), 0, len(new_kv) - 1)]
+    is_new = (position >= kv_len - q_len)[:, None]
+    merged = rows * is_new + from_pages * ~is_new
+    return np.where((position < kv_len)[:, None], merged, 0).astype(np.float32)
+
+
 @merge.mistake("new tokens are taken from row 0 of new_kv on: those are another sequence's")
 def _from_row_0(from_pages, new_kv, start, q_len, kv_len, block):
     return _merged(from_pages, new_kv, 0, q_len, kv_len, block)
