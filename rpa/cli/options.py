@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rpa import chips
 from rpa.lab.batches import PAGES, parse_batch
+from rpa.lab.compile.functions import is_own
 from rpa.shapes import MODELS
 
 DEFAULT = "default: %(default)s"
@@ -122,6 +123,23 @@ COMMON = {
 """What `argparse` is told of each, unless an experiment wants it otherwise."""
 
 SEVERAL_CHIPS = {"action": "append", "help": "may be given several times; default: all"}
+
+
+def kernel_of(names):
+    """What `argparse` makes of a kernel: one of these names, or one's own, "file.py:function".
+
+    >>> kernel_of(["rpa", "v3"])("my_rpa.py:ragged_attention")
+    'my_rpa.py:ragged_attention'
+    """
+
+    def parse(text):
+        if text in names or is_own(text):
+            return text
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no kernel: expected {', '.join(names)}, or your own as file.py:function"
+        )
+
+    return parse
 
 
 def add_options(parser, *names, **changes):

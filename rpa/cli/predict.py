@@ -8,20 +8,26 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rpa.cli.options import add_options, real
+from rpa.cli.options import add_options, kernel_of, real
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.bench import published
 from rpa.lab.peers import PeerAbsent, absence
 from rpa.lab.predict.batch import Prediction, predict_batch
 from rpa.lab.predict.calibration import FITTED, Fit, fit, rms
-from rpa.lab.schedule.cases import KERNELS
+from rpa.lab.schedule.cases import KERNELS, label
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     add_options(parser, "chip", chip={"default": "v5e"})
-    parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
+    parser.add_argument(
+        "--kernel",
+        type=kernel_of(KERNELS),
+        metavar=f"{','.join(KERNELS)},FILE.py:FUNCTION",
+        default="rpa",
+        help="default: rpa",
+    )
     add_options(parser, "model", "batch", "page_size", "pages", "dtype", "kv_dtype", "json")
     parser.add_argument(
         "--hbm-efficiency",
@@ -153,7 +159,7 @@ def describe(p: Prediction) -> str:
     lines = [] if p.calibrated_us is None else [calibrated(p)]
     return "\n".join(
         [
-            f"{p.kernel} on {p.chip}: {p.time_us:,.1f} us (predicted, not measured)",
+            f"{label(p.kernel)} on {p.chip}: {p.time_us:,.1f} us (predicted, not measured)",
             f"  {p.bundles:,} cycles issue, {p.stalled_cycles:,.0f} wait for copies",
             f"  {p.hbm_bytes:,} bytes of HBM, {p.hbm_time_us:,.1f} us at its peak: "
             f"{p.efficiency:.1%} of the time".replace("%", " %"),

@@ -3,7 +3,7 @@
 import argparse
 
 from rpa import chips
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, kernel_of
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.copies.traffic import RUNGS, count
@@ -12,7 +12,13 @@ from rpa.shapes import AttentionShape
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung, or a peer")
+    parser.add_argument(
+        "--kernel",
+        type=kernel_of(RUNGS),
+        metavar=f"{','.join(RUNGS)},FILE.py:FUNCTION",
+        default="kernel",
+        help="a rung, a peer, or your own with the ladder's signature; default: %(default)s",
+    )
     names = ("model", "batch", "page_size", "pages", "share_lanes", "dtype", "kv_dtype")
     add_options(parser, *names, "chip", "json", chip={"help": "whose HBM time to say too"})
 

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import pickle
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 
 from rpa import chips
 from rpa.lab.compile import words
+from rpa.lab.compile.functions import import_path
 
 ENVIRONMENT = {
     # The worker itself computes on the CPU; libtpu is only asked to compile.
@@ -70,7 +70,7 @@ class CompileResult:
 
     Attributes:
         chip: short name of the chip it was compiled for.
-        function: "module:function".
+        function: "module:function" or "/absolute/file.py:function".
         ok: whether it compiled.
         trace_time_s: time for tracing and lowering to MLIR, in the worker.
         compile_time_s: time in the TPU compiler.
@@ -127,7 +127,7 @@ def compile_for(
 
     Args:
         chip: anything that `rpa.chips.chip` knows, "v5e" or "TPU v6 lite".
-        fn: a function at the top level of a module, or "module:function".
+        fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         donate_argnums: as in `jax.jit`.
@@ -206,28 +206,6 @@ def _temporary_folder(why):
     folder = Path(whole.name) / "rpa" / "compile"
     folder.mkdir(parents=True)
     return folder
-
-
-def import_path(fn) -> str:
-    """ "module:function" of a function that another process can import.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    if isinstance(fn, str):
-        path = fn
-    else:
-        fn = inspect.unwrap(fn)
-        path = f"{getattr(fn, '__module__', None)}:{getattr(fn, '__qualname__', fn)}"
-    module, _, name = path.partition(":")
-    if module in ("", "None", "__main__") or not name.isidentifier():
-        raise ValueError(
-            f"fn is {path}, but must be a function at the top level of a module that can be "
-            "imported, because another process compiles it: write it to a file "
-            "(%%writefile my_kernel.py in a notebook) and pass 'my_kernel:function'; pass what "
-            "a functools.partial would fix by kwargs."
-        )
-    return path
 
 
 @functools.cache

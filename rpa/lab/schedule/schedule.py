@@ -31,10 +31,10 @@ from rpa.lab.compile.compiler import (
     ask_worker,
     cache_dir,
     compile_versions,
-    import_path,
     read_kept,
     write_kept,
 )
+from rpa.lab.compile.functions import import_path
 from rpa.lab.schedule import dumps, feeds, loop_tree, pallas_calls
 from rpa.lab.schedule.execution import Execution, Program
 
@@ -122,6 +122,14 @@ class Schedule:
         """Loops and predicated regions, nested."""
         return loop_tree.tree(self.listing)
 
+    @property
+    def tile(self) -> loop_tree.Span:
+        """The smallest loop or region that holds most of the products: one tile's work."""
+        spans = [span for _, span in self.loops.walk()]
+        products = self.slots(self.once(self.loops))["MATMUL"]
+        most = [s for s in spans if 2 * self.slots(self.once(s))["MATMUL"] > products]
+        return min(most, key=lambda span: span.num_bundles, default=self.loops)
+
     def execute(self, *args, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
@@ -186,7 +194,7 @@ def schedule_for(
 
     Args:
         chip: anything that `rpa.chips.chip` knows.
-        fn: a function at the top level of a module, or "module:function".
+        fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
