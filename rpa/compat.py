@@ -47,10 +47,15 @@ def interpreter_params(*, dma_execution_mode="on_wait", detect_races=False):
 
 
 def choose_interpret(interpret):
-    """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere."""
+    """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere.
+
+    Tracing for a TPU that is not here (`rpa.lab`) counts as on a TPU.
+    """
     if interpret is not None:
         return interpret
-    return False if jax.default_backend() == "tpu" else interpreter_params()
+    traced_for = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    on_tpu = "tpu" in (jax.default_backend(), getattr(traced_for, "platform", None))
+    return False if on_tpu else interpreter_params()
 
 
 def reset_interpreter():

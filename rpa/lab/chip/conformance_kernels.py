@@ -95,7 +95,7 @@ def integers(*shape, low=-(2**31), high=2**31, seed=0):
 
 
 def codes(dtype):
-    """All 256 codes of a float8, as [32, 128] of them: every sixteenth of the array is all codes."""
+    """All 256 codes of a float8, sixteen times: [32, 128]."""
     return np.tile(np.arange(256, dtype=np.uint8), 16).reshape(32, 128).view(dtype)
 
 
@@ -115,10 +115,10 @@ def binary(name, function, x, y, tolerance=0.0, **options):
         out_ref[...] = function(x_ref[...], y_ref[...])
 
 
-# --- Arithmetic -----------------------------------------------------------------------------------
+# --- Arithmetic
 
 X, Y = floats(24, 200), floats(24, 200, seed=1)
-I, J = integers(16, 128), integers(16, 128, seed=1)
+INTEGERS, OTHERS = integers(16, 128), integers(16, 128, seed=1)
 
 binary(
     "arithmetic_f32", lambda x, y: (x + y) * x - jnp.maximum(x, y) * jnp.minimum(y, x), X, Y, 2e-7
@@ -127,16 +127,24 @@ binary(
     "arithmetic_bf16", lambda x, y: jnp.maximum(x + y, x * y), X.astype(BF16), Y.astype(BF16), 8e-3
 )
 binary("divide_f32", lambda x, y: x / y, X, np.abs(Y) + 1, 4e-7)
-binary("arithmetic_i32", lambda x, y: (x + y) * x - jnp.maximum(x, y), I, J)
-binary("bits_i32", lambda x, y: (x & y) | (x ^ ~y), I, J)
+binary("arithmetic_i32", lambda x, y: (x + y) * x - jnp.maximum(x, y), INTEGERS, OTHERS)
+binary("bits_i32", lambda x, y: (x & y) | (x ^ ~y), INTEGERS, OTHERS)
 binary(
-    "shifts_i32", lambda x, n: (x << n) ^ (x >> n) ^ jax.lax.shift_right_logical(x, n), I, J & 31
+    "shifts_i32",
+    lambda x, n: (x << n) ^ (x >> n) ^ jax.lax.shift_right_logical(x, n),
+    INTEGERS,
+    OTHERS & 31,
 )
-binary("divide_i32", lambda x, y: x // y + x % y, I >> 8, np.abs(J >> 20) + 1)
+binary("divide_i32", lambda x, y: x // y + x % y, INTEGERS >> 8, np.abs(OTHERS >> 20) + 1)
 binary(
     "compare_f32", lambda x, y: jnp.where((x < y) | (x >= 1), x, jnp.where(x != y, y, 0.0)), X, Y
 )
-binary("compare_i32", lambda x, y: jnp.where((x < y) & (x != 1), x, jnp.where(y <= 0, y, 7)), I, J)
+binary(
+    "compare_i32",
+    lambda x, y: jnp.where((x < y) & (x != 1), x, jnp.where(y <= 0, y, 7)),
+    INTEGERS,
+    OTHERS,
+)
 unary("exp", jnp.exp, X, 4e-7)
 unary("exp2", jnp.exp2, X, 4e-7)
 unary("log", jnp.log, np.abs(X) + 0.1, 1e-6)
@@ -146,7 +154,7 @@ unary("reciprocal", lambda x: 1 / x, np.abs(X) + 0.5, 4e-7)
 unary("absolute_sign", lambda x: jnp.abs(x) + jnp.sign(x) * 2, X)
 unary("rounding", lambda x: jnp.floor(x * 8) + jnp.ceil(x) * 100 + jnp.round(x * 4), X)
 unary("f32_to_i32", lambda x: (x * 1000).astype(jnp.int32), X)
-unary("i32_to_f32", lambda x: x.astype(jnp.float32), I)
+unary("i32_to_f32", lambda x: x.astype(jnp.float32), INTEGERS)
 unary("f32_to_bf16", lambda x: x.astype(jnp.bfloat16), X)
 unary("bf16_to_f32", lambda x: x.astype(jnp.float32), X.astype(BF16))
 unary("i8_to_f32", lambda x: x.astype(jnp.float32), codes(np.int8))
@@ -158,7 +166,7 @@ def reciprocal_approximate(x_ref, out_ref):
     out_ref[...] = pl.reciprocal(x_ref[...], approx=True)
 
 
-# --- float8: every code, both ways ----------------------------------------------------------------
+# --- float8: every code, both ways
 
 
 for _dtype in (E4M3, E5M2):
@@ -180,7 +188,7 @@ for _dtype in (E4M3, E5M2):
     )
 
 
-# --- Rows and lanes ---------------------------------------------------------------------------------
+# --- Rows and lanes
 
 SQUARE = floats(32, 256)
 
@@ -228,7 +236,7 @@ for _name, _reduce in {"max": jnp.max, "min": jnp.min, "sum": jnp.sum}.items():
             floats(24, 200),
             1e-5,
         )
-unary("max_axis1_i32", lambda x: jnp.max(x, axis=1, keepdims=True), I)
+unary("max_axis1_i32", lambda x: jnp.max(x, axis=1, keepdims=True), INTEGERS)
 unary(
     "argmax_axis1",
     lambda x: jnp.argmax(x, axis=1, keepdims=True).astype(jnp.int32),
@@ -279,7 +287,7 @@ def gather_lanes(x_ref, i_ref, out_ref):
     out_ref[...] = jnp.take_along_axis(x_ref[...], i_ref[...], axis=1, mode="promise_in_bounds")
 
 
-# --- Packing ----------------------------------------------------------------------------------------
+# --- Packing
 
 
 @kernel(
@@ -306,7 +314,7 @@ def bf16_of_words(x_ref, out_ref):
     out_ref[...] = pltpu.bitcast(x_ref[...], jnp.bfloat16)
 
 
-# --- Loads and stores -------------------------------------------------------------------------------
+# --- Loads and stores
 
 
 @kernel(lambda x: x[1::3][:10], floats(40, 128))
@@ -360,7 +368,7 @@ def loop_carried(x_ref, out_ref):
     jax.lax.fori_loop(0, 5, add, jnp.zeros((8, 128), jnp.float32))
 
 
-# --- Products ---------------------------------------------------------------------------------------
+# --- Products
 
 _NN, _NT, _TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
@@ -423,7 +431,7 @@ for _dtype in (E4M3, E5M2):
     )
 
 
-# --- Copies -----------------------------------------------------------------------------------------
+# --- Copies
 
 _HBM = pltpu.HBM
 _SEMAPHORE = pltpu.SemaphoreType.DMA
@@ -526,7 +534,7 @@ def scalars_f32(x_ref, out_ref):
     out_ref[1] = jnp.maximum(x_ref[3], x_ref[4]) - x_ref[5]
 
 
-# --- With a grid: windows ---------------------------------------------------------------------------
+# --- With a grid: windows
 
 
 def with_grid(name, truth, inputs, grid, in_specs, out_spec, body, tolerance=0.0):

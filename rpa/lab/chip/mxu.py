@@ -56,10 +56,13 @@ class Mxu:
             rows = np.concatenate([rows, self.row_lanes_128], axis=1)
         self.row_lanes_128 = None
         left = part(rows, mode)
-        product = left @ self.weights[: left.shape[1]]
-        for row in range(0, len(product), SUBLANES):
+        weights = self.weights[: left.shape[1]]
+        # One result at a time: a product so small stays in this thread, where a larger one waits
+        # for threads of a library that other work keeps busy.
+        for row in range(0, len(left), SUBLANES):
             for lane in range(0, self.size, LANES):
-                self.results.append(product[row : row + SUBLANES, lane : lane + LANES])
+                columns = weights[:, lane : lane + LANES]
+                self.results.append(left[row : row + SUBLANES] @ columns)
 
     def pop_result(self) -> np.ndarray:
         """The oldest result, f32[8, 128]."""

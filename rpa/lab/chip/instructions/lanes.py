@@ -54,7 +54,7 @@ def replicate_sublane(x, sublane):
 
 @by_operation("vperm.sublane", form="%, %", attributes=["granularity"])
 def permute_bytes(operation):
-    """A byte gets, in its lane, the byte that the pattern names: sublane | byte in the word << 3."""
+    """A byte gets, in its lane, the byte that the pattern names: its sublane | its place << 3."""
     if operation.attributes["granularity"] != "byte":
         raise UnknownOperation(f"{operation.text[:200]!r} does not permute bytes.")
 
@@ -90,7 +90,7 @@ def permutation_result(operation):
     return lambda x: x
 
 
-# --- Reductions: the result stands everywhere that was reduced --------------------------------------
+# --- Reductions: the result stands everywhere that was reduced
 
 for _axis, _direction in ((0, "slane"), (1, "xlane")):
     for _name, _reduce in (("add", np.sum), ("max", np.max), ("min", np.min)):
@@ -106,7 +106,7 @@ def index_of_maximum(x):
     return np.broadcast_to(np.argmax(x, axis=1).astype(np.int32)[:, None], SHAPE)
 
 
-# --- Transpositions ---------------------------------------------------------------------------------
+# --- Transpositions
 
 _CHUNKS = {"b32": 16, "b16.c": 8, "b8.c": 4}
 """By mode, how many registers hold 128 rows."""

@@ -45,23 +45,14 @@ def _sublanes(mask):
     return [s for s in range(SUBLANES) if mask >> s & 1]
 
 
-@by_operation("vector_load", form=_PLACE, machine=True)
-def load(operation, offset, mask):
-    _, dtype = rows_and_dtype(operation.result_type)
-
-    def load(machine, *values):
-        return from_words(machine.memory.load(*_place(values, offset, mask)), dtype)
-
-    return load
-
-
 @by_operation(
-    *["vector_load_slane_stride"],
+    *["vector_load", "vector_load_slane_stride"],
     form=_PLACE,
     attributes=["sublane_count", "sublane_stride"],
     machine=True,
 )
-def load_strided(operation, offset, mask):
+def load(operation, offset, mask):
+    """Sublane s from row s * stride behind the address; stride 0 is one row eight times."""
     _, dtype = rows_and_dtype(operation.result_type)
     stride = _stride(operation)
 
@@ -85,22 +76,13 @@ def load_rows(operation, offset):
     return load
 
 
-@by_operation("vector_store", form="% into " + _PLACE, machine=True)
-def store(operation, offset, mask):
-    def store(machine, value, *values):
-        address, sublanes = _place(values, offset, mask)
-        machine.memory.store(address, to_words(value), sublanes)
-
-    return store
-
-
 @by_operation(
-    *["vector_store_slane_stride"],
+    *["vector_store", "vector_store_slane_stride"],
     form="% into " + _PLACE,
     attributes=["sublane_count", "sublane_stride"],
     machine=True,
 )
-def store_strided(operation, offset, mask):
+def store(operation, offset, mask):
     stride = _stride(operation)
 
     def store(machine, value, *values):
@@ -126,9 +108,9 @@ def store_masked(operation, offset, sublane_mask):
 
 
 def _stride(operation):
-    if int(operation.attributes["sublane_count"]) != SUBLANES:
+    if int(operation.attributes.get("sublane_count", SUBLANES)) != SUBLANES:
         raise UnknownOperation(f"{operation.text[:200]!r} does not take 8 sublanes.")
-    return int(operation.attributes["sublane_stride"])
+    return int(operation.attributes.get("sublane_stride", 1))
 
 
 @by_operation("internal_scratch", form="", machine=True)

@@ -99,12 +99,12 @@ def select(mask, x, y):
     return np.where(mask, x, y)
 
 
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    _names = [f"vcmp.{_name}.{kind}" for kind in ("f32", "bf16", "s32", "s16")]
-    instruction(*_names)(lambda x, y, compare=getattr(operator, _name): compare(x, y))
+for _compare in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge):
+    _names = [f"vcmp.{_compare.__name__}.{kind}" for kind in ("f32", "bf16", "s32", "s16")]
+    instruction(*_names)(lambda x, y, compare=_compare: compare(x, y))
 
 
-# --- EUP and rounding: NumPy's float32, which is not the chip's last bit ---------------------------
+# --- EUP and rounding: NumPy's float32, which is not the chip's last bit
 
 
 @instruction("vexp.f32")
@@ -168,7 +168,7 @@ def float_to_integer(x):
     return np.clip(np.nan_to_num(x, nan=0).astype(np.float64), -(2**31), 2**31 - 1).astype(np.int32)
 
 
-# --- Registers from nothing, and from a scalar ------------------------------------------------------
+# --- Registers from nothing, and from a scalar
 
 
 @by_operation("vslaneid", form="")
@@ -200,7 +200,7 @@ def first_element(x):
     return x[0, 0].item() if x.dtype == np.int32 else x[0, 0]
 
 
-# --- Masks ------------------------------------------------------------------------------------------
+# --- Masks
 
 
 @by_operation("vcmask", form=r"\[(\d+) : (\d+)\] \[(\d+) : (\d+)\]")
