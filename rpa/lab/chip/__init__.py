@@ -16,7 +16,7 @@ those of the chip. In the order in which a kernel passes through the files:
 docs/chip.md says what this proves and what it does not.
 """
 
-from rpa.lab.chip.door import run
+from rpa.lab.chip.door import prepare, run
 from rpa.lab.chip.errors import ChipError, KernelFault, NotCompiled, UnknownOperation
 
-__all__ = ["ChipError", "KernelFault", "NotCompiled", "UnknownOperation", "run"]
+__all__ = ["ChipError", "KernelFault", "NotCompiled", "UnknownOperation", "prepare", "run"]

@@ -1,6 +1,7 @@
 """`run`: call a function as if the chip were here."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,22 +49,50 @@ def run(function, *args, chip="v5e", dma="late"):
     >>> bool((out == 2 * x).all())
     True
     """
+    if dma not in DMA_ORDERS:
+        raise ValueError(f"dma is {dma!r}, but must be one of {', '.join(map(repr, DMA_ORDERS))}.")
+    return prepare(function, *args, chip=chip)(*args, dma=dma)
+
+
+def prepare(function, *args, chip="v5e") -> "Prepared":
+    """The same in two steps: compile for the shapes and dtypes of args, then call it often.
+
+    Args and errors are those of `run`; of `args` only shapes and dtypes are used.
+    """
     name = chips.chip(chip).name
     if name not in MODELS:
         raise ValueError(f"chip is {chip!r}, but only {', '.join(MODELS)} can be executed.")
-    if dma not in DMA_ORDERS:
-        raise ValueError(f"dma is {dma!r}, but must be one of {', '.join(map(repr, DMA_ORDERS))}.")
     with on_chip(name):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    eqns = kernels_in(closed)
-    kernels = {id(eqn): k for eqn, k in zip(eqns, compile_kernels(eqns, name), strict=True)}
+    return Prepared(closed, jax.tree.structure(shape), compile_kernels(kernels_in(closed), name))
 
-    def run_kernel(eqn, inputs):
-        return kernels[id(eqn)].run(inputs, late=dma == "late")
 
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(args)]
-    outputs = evaluate(closed, leaves, run_kernel)
-    return jax.tree.unflatten(jax.tree.structure(shape), list(map(jnp.asarray, outputs)))
+class Prepared(NamedTuple):
+    """A function whose kernels are compiled and translated; call it like the function.
+
+    Attributes:
+        closed: the traced function.
+        structure: of what it returns.
+        kernels: its kernels, in the order of `kernels_in`.
+    """
+
+    closed: Any
+    structure: Any
+    kernels: list[Kernel]
+
+    def __call__(self, *args, dma="late"):
+        """What `run` returns."""
+        kernels = {
+            id(eqn): kernel
+            for eqn, kernel in zip(kernels_in(self.closed), self.kernels, strict=True)
+        }
+
+        def run_kernel(eqn, inputs):
+            return kernels[id(eqn)].run(inputs, late=dma == "late")
+
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(args)]
+        outputs = evaluate(self.closed, leaves, run_kernel)
+        return jax.tree.unflatten(self.structure, list(map(jnp.asarray, outputs)))
 
 
 def compile_kernels(eqns, chip) -> list[Kernel]:
