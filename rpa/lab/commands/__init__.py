@@ -9,6 +9,7 @@ import importlib
 
 EXPERIMENTS = {
     "all": "print every table of the lab: what is claimed about rung 7's speed",
+    "chip": "execute what the compiler makes of kernels, without a TPU",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",
