@@ -16,7 +16,8 @@ those of the chip. In the order in which a kernel passes through the files:
 docs/chip.md says what this proves and what it does not.
 """
 
-from rpa.lab.chip.door import prepare, run
+from rpa.lab.chip.door import DMA_ORDERS, prepare, run
 from rpa.lab.chip.errors import ChipError, KernelFault, NotCompiled, UnknownOperation
 
-__all__ = ["ChipError", "KernelFault", "NotCompiled", "UnknownOperation", "prepare", "run"]
+__all__ = ["DMA_ORDERS", "ChipError", "KernelFault", "NotCompiled", "UnknownOperation"]
+__all__ += ["prepare", "run"]

@@ -145,6 +145,23 @@ binary(
     INTEGERS,
     OTHERS,
 )
+binary("minimum_i32", jnp.minimum, INTEGERS, OTHERS)
+for _name, _compare in {
+    "less": jnp.less,
+    "less_equal": jnp.less_equal,
+    "greater": jnp.greater,
+    "greater_equal": jnp.greater_equal,
+    "equal": jnp.equal,
+    "not_equal": jnp.not_equal,
+}.items():
+    for _dtype in (F32, BF16):
+        binary(
+            f"{_name}_{_dtype.name}",
+            lambda x, y, compare=_compare: jnp.where(compare(x, y), x, -y),
+            np.round(X).astype(_dtype),
+            np.round(Y).astype(_dtype),
+        )
+binary("minimum_bf16", lambda x, y: jnp.minimum(x, y) - y, X.astype(BF16), Y.astype(BF16), 8e-3)
 unary("exp", jnp.exp, X, 4e-7)
 unary("exp2", jnp.exp2, X, 4e-7)
 unary("log", jnp.log, np.abs(X) + 0.1, 1e-6)
@@ -236,7 +253,13 @@ for _name, _reduce in {"max": jnp.max, "min": jnp.min, "sum": jnp.sum}.items():
             floats(24, 200),
             1e-5,
         )
-unary("max_axis1_i32", lambda x: jnp.max(x, axis=1, keepdims=True), INTEGERS)
+for _name, _reduce in {"max": jnp.max, "min": jnp.min, "sum": jnp.sum}.items():
+    for _axis in (0, 1):
+        unary(
+            f"{_name}_axis{_axis}_i32",
+            lambda x, r=_reduce, a=_axis: r(x, axis=a, keepdims=True),
+            INTEGERS >> 8,
+        )
 unary(
     "argmax_axis1",
     lambda x: jnp.argmax(x, axis=1, keepdims=True).astype(jnp.int32),
@@ -521,6 +544,85 @@ def scalars(n_ref, out_ref):
     @pl.when(total != largest)
     def _():
         out_ref[2] = 3
+
+
+def _bits_and_conditions(n):
+    """Eight numbers from eight numbers; the same for a ref of scalars and for an array."""
+    a, b, c = n[0], n[1], n[2]
+    return [
+        (a & b) | (c ^ a),
+        (a << 3) ^ (b >> 2),
+        jnp.minimum(a, b) - jnp.maximum(b, c),
+        jnp.where((a <= b) | (b >= c), a, c),
+        jnp.where(~((a < b) & (b != c)), a, b),
+        jnp.where((a == b) | (c > b), 1, 2),
+        a // 16,
+        b % 7,
+    ]
+
+
+@kernel(
+    lambda n: jnp.stack(_bits_and_conditions(n)),
+    integers(8, low=-1000, high=1000, seed=3),
+    space=pltpu.SMEM,
+)
+def scalar_bits_and_conditions(n_ref, out_ref):
+    for i, number in enumerate(_bits_and_conditions(n_ref)):
+        out_ref[i] = number
+
+
+@kernel(
+    lambda n, x: jnp.zeros((64, 128)).at[24:40].set(x * n[1]),
+    np.array([24, 3], np.int32),
+    floats(16, 128),
+    space=_HBM,
+    scratch=(
+        pltpu.VMEM((16, 128), jnp.float32),
+        pltpu.VMEM((64, 128), jnp.float32),
+        pltpu.SMEM((2,), jnp.int32),
+    ),
+)
+def store_at_a_multiple(n_ref, x_ref, out_ref, rows_ref, all_ref, numbers_ref):
+    """A place from a scalar that is promised to be a multiple of 8; a scalar in all lanes."""
+    pltpu.sync_copy(n_ref, numbers_ref)
+    pltpu.sync_copy(x_ref, rows_ref)
+    all_ref[...] = jnp.zeros_like(all_ref)
+    place = pl.multiple_of(numbers_ref[0], 8)
+    all_ref[pl.ds(place, 16), :] = rows_ref[...] * numbers_ref[1].astype(jnp.float32)
+    pltpu.sync_copy(all_ref, out_ref)
+
+
+@kernel(
+    lambda x: jnp.zeros((3, 4, 16, 128)).at[:, 1:3, 8:].set(x[:, :2, :8]),
+    floats(3, 4, 16, 128),
+    space=_HBM,
+)
+def copy_box_of_boxes(x_ref, out_ref):
+    """Two strides: a box in each of two matrices out of four, three times."""
+
+    def copy(rows_ref):
+        rows_ref[...] = jnp.zeros_like(rows_ref)
+        box = rows_ref.at[:, pl.ds(1, 2), pl.ds(8, 8)]
+        pltpu.sync_copy(x_ref.at[:, pl.ds(0, 2), pl.ds(0, 8)], box)
+        pltpu.sync_copy(rows_ref, out_ref)
+
+    pl.run_scoped(copy, pltpu.VMEM((3, 4, 16, 128), jnp.float32))
+
+
+@kernel(lambda n: jnp.full((8, 128), n[299]), integers(300), space=_HBM)
+def scoped_memory(n_ref, out_ref):
+    """Numbers in SMEM and a semaphore that live for a moment, twice, and a signal to itself."""
+
+    def copy(numbers_ref, rows_ref, sem, signal):
+        pltpu.async_copy(n_ref, numbers_ref, sem).wait()
+        pl.semaphore_signal(signal, 3)
+        pl.semaphore_wait(signal, 3)
+        rows_ref[...] = jnp.full((8, 128), numbers_ref[299])
+        pltpu.sync_copy(rows_ref, out_ref)
+
+    memory = (pltpu.SMEM((300,), jnp.int32), pltpu.VMEM((8, 128), jnp.int32))
+    for _ in range(2):
+        pl.run_scoped(copy, *memory, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.REGULAR)
 
 
 @kernel(

@@ -48,15 +48,24 @@ class DmaEngine:
 
     def wait(self, semaphore, granules):
         """Wait until a semaphore has counted so many granules, and take them off it."""
+        self.wait_for(semaphore, granules)
+        self.add(semaphore, -granules)
+
+    def wait_for(self, semaphore, count):
+        """Wait until a semaphore has reached a count."""
         copies = self.in_flight.get(semaphore, [])
-        while self._count(semaphore)[0] < granules:
+        while self._count(semaphore)[0] < count:
             if not copies:
                 raise KernelFault(
-                    f"deadlock: a wait for {granules} granules of a copy, but the semaphore has "
+                    f"deadlock: a wait until a semaphore reaches {count}, but it has "
                     f"{self._count(semaphore)[0]} and no copy is in flight."
                 )
             self._finish(semaphore, copies.pop(0))
-        self._count(semaphore)[0] -= granules
+
+    def add(self, semaphore, count):
+        """Signal a semaphore, or take from it what was waited for."""
+        self.memory.check("a semaphore", semaphore // 4, semaphore // 4 + 1, "semaphore_mem")
+        self._count(semaphore)[0] += count
 
     def check_idle(self):
         """Raise if a copy is still in flight: no wait ever needed it."""

@@ -13,7 +13,6 @@ import tempfile
 
 import jax
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from rpa import chips
 from rpa.lab import words
@@ -27,10 +26,20 @@ TIMEOUT_S = 600.0
 
 
 def on_chip(chip):
-    """Context manager: trace and lower for one core of a chip that is not there."""
+    """Context manager: trace and lower for one core of a chip that is not there.
+
+    Raises:
+        NotCompiled: if this JAX cannot.
+    """
     known = chips.chip(chip)
-    device = AbstractDevice(known.device_kinds[0], known.cores_per_device, "tpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        raise NotCompiled(
+            f"jax {jax.__version__} cannot lower a kernel for a chip that is not here: install "
+            "jax 0.10.2 or newer."
+        )
+    device = jax.sharding.AbstractDevice(known.device_kinds[0], known.cores_per_device, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def compiled_texts(eqns, chip) -> list[str]:

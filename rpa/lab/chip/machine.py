@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from rpa.lab.chip.dma import DmaEngine
 from rpa.lab.chip.errors import KernelFault
+from rpa.lab.chip.layout import POISON
 from rpa.lab.chip.memory import Memory
 from rpa.lab.chip.mxu import Mxu
 from rpa.lab.chip.xlu import TransposeUnit
@@ -30,30 +31,25 @@ MODELS = {
 }
 """By `rpa.chips.Chip.name`."""
 
-SCRATCH_WORDS, MAX_SEMAPHORES = 2**17, 64
-"""VMEM that the compiler keeps for itself; semaphores of `pl.run_scoped`."""
+SCRATCH_WORDS = 2**17
+"""VMEM that the compiler keeps for itself."""
 
 
 class Machine:
     """A core that executes one kernel.
 
     Attributes:
-        memory, dma: see `Memory` and `DmaEngine`.
-        buffers: of the kernel's own arrays, as they were asked for.
+        memory, dma: see `Memory` and `DmaEngine`; the buffers that were asked for come first.
         scratch_address: of the compiler's own VMEM.
     """
 
     def __init__(self, model, buffers, late):
         """`buffers` is a list of (name, space, number of words)."""
-        own = [
-            ("the compiler's scratch", "vmem", SCRATCH_WORDS),
-            ("the semaphores of run_scoped", "semaphore_mem", MAX_SEMAPHORES),
-        ]
         self.model = model
-        self.memory = Memory([*buffers, *own])
-        *self.buffers, scratch, self._semaphores = self.memory.buffers
-        self.scratch_address = scratch.address
-        self._num_semaphores = 0
+        scratch = ("the compiler's scratch", "vmem", SCRATCH_WORDS)
+        self.memory = Memory([*buffers, scratch])
+        self.scratch_address = self.memory.buffers[-1].address
+        self._scoped = {}  # where the program allocates to the buffer
         for buffer in self.memory.buffers:
             if buffer.space == "semaphore_mem":
                 self.memory.contents(buffer)[:] = 0
@@ -70,22 +66,35 @@ class Machine:
         """A transpose unit by its number."""
         return self._transpose_units.setdefault(number, TransposeUnit())
 
-    def allocate_semaphores(self, count) -> int:
-        """The address of new semaphores, all zero."""
-        first = self._num_semaphores % MAX_SEMAPHORES
-        self._num_semaphores += count
-        return self._semaphores.address + 4 * first
+    def allocate(self, place, space, num_words) -> int:
+        """The address of a buffer of `pl.run_scoped`: poison, or semaphores at zero.
+
+        A place of the program, any hashable object, has one buffer, however often it comes by.
+        """
+        if place not in self._scoped:
+            name = f"run_scoped {len(self._scoped)}"
+            self._scoped[place] = self.memory.add(name, space, num_words)
+        elif space == "semaphore_mem":
+            self._check_semaphore(self._scoped[place])
+        buffer = self._scoped[place]
+        self.memory.contents(buffer)[:] = 0 if space == "semaphore_mem" else POISON
+        return buffer.address
 
     def check_end(self):
         """Raise if the kernel leaves something behind: a copy, a count, a result."""
         self.dma.check_idle()
         for buffer in self.memory.buffers:
-            if buffer.space == "semaphore_mem" and (counts := self.memory.contents(buffer)).any():
-                raise KernelFault(
-                    f"{buffer.name} ends at {counts.tolist()[:8]}, but every semaphore must be "
-                    "back at zero: a wait is missing, or waits for less than was copied."
-                )
+            if buffer.space == "semaphore_mem":
+                self._check_semaphore(buffer)
         left = sum(len(unit.results) for unit in self._mxus.values())
         left += sum(len(unit.results) for unit in self._transpose_units.values())
         if left:
             raise KernelFault(f"{left} results of products or transpositions were never taken.")
+
+    def _check_semaphore(self, buffer):
+        counts = self.memory.contents(buffer)
+        if counts.any():
+            raise KernelFault(
+                f"{buffer.name} ends at {counts.tolist()[:8]}, but every semaphore must be back "
+                "at zero: a wait is missing, or waits for less than was copied."
+            )

@@ -46,10 +46,20 @@ class Memory:
         self.buffers, end = [], GAP_WORDS
         for name, space, num_words in buffers:
             self.buffers.append(Buffer(name, space, end, end + num_words))
-            end += -(-num_words // ALIGN_WORDS) * ALIGN_WORDS + GAP_WORDS
-        self.words = np.full(end, POISON)
-        self._integers, self._floats = self.words.view(np.int32), self.words.view(np.float32)
-        self._rows = self.words.reshape(-1, LANES)  # buffers begin at whole rows
+            end += _room(num_words)
+        self._set(np.full(end, POISON))
+
+    def add(self, name, space, num_words) -> Buffer:
+        """Place one more buffer."""
+        first = len(self.words)
+        self.buffers.append(Buffer(name, space, first, first + num_words))
+        self._set(np.concatenate([self.words, np.full(_room(num_words), POISON)]))
+        return self.buffers[-1]
+
+    def _set(self, words):
+        self.words = words
+        self._integers, self._floats = words.view(np.int32), words.view(np.float32)
+        self._rows = words.reshape(-1, LANES)  # buffers begin at whole rows
         self._starts = [buffer.first for buffer in self.buffers]
 
     def contents(self, buffer) -> np.ndarray:
@@ -125,3 +135,8 @@ class Memory:
             low, high = min(rows[0], rows[-1]), max(rows[0], rows[-1])
             self.check(access, LANES * low, LANES * (high + 1), "vmem")
         return rows
+
+
+def _room(num_words):
+    """Words that a buffer takes with the gap behind it."""
+    return -(-num_words // ALIGN_WORDS) * ALIGN_WORDS + GAP_WORDS

@@ -97,7 +97,7 @@ for _axis, _direction in ((0, "slane"), (1, "xlane")):
 
         @instruction(f"v{_name}.{_direction}.f32", f"v{_name}.{_direction}.s32")
         def reduce(x, reduce=_reduce, axis=_axis):
-            return np.broadcast_to(reduce(x, axis=axis, keepdims=True), SHAPE)
+            return np.broadcast_to(reduce(x, axis=axis, keepdims=True).astype(x.dtype), SHAPE)
 
 
 @instruction("vmax.index.xlane.f32")

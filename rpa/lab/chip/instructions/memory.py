@@ -119,9 +119,16 @@ def internal_scratch(operation):
     return lambda machine: machine.scratch_address
 
 
-@by_operation("alloca_sflag", form=r"(\d+)", machine=True)
-def allocate_semaphores(operation, count):
-    return lambda machine: machine.allocate_semaphores(int(count))
+_UNITS = {"alloca_vmem": ("vmem", LANES), "alloca_smem": ("smem", 1)}
+_UNITS["alloca_sflag"] = ("semaphore_mem", 1)
+
+
+@by_operation(*_UNITS, form=r"(\d+)", machine=True)
+def allocate(operation, count):
+    """Memory of `pl.run_scoped`: rows of VMEM, words of SMEM, semaphores."""
+    space, unit_words = _UNITS[operation.name]
+    place = object()
+    return lambda machine: machine.allocate(place, space, unit_words * int(count))
 
 
 # --- Copies
@@ -152,3 +159,16 @@ def start_copy(operation):
 @instruction("dma_done", machine=True, attributes=["emit_sfence"])
 def wait_for_copy(machine, granules, semaphore):
     machine.dma.wait(semaphore, granules)
+
+
+# --- Semaphores without a copy
+
+
+@instruction("vsync.add", machine=True)
+def signal(machine, semaphore, count):
+    machine.dma.add(semaphore, count)
+
+
+@instruction("vwait.ge", machine=True)
+def wait_for_count(machine, semaphore, count):
+    machine.dma.wait_for(semaphore, count)
