@@ -157,7 +157,7 @@ for _name, _compare in {
     for _dtype in (F32, BF16):
         binary(
             f"{_name}_{_dtype.name}",
-            lambda x, y, compare=_compare: jnp.where(compare(x, y), x, -y),
+            lambda x, y, compare=_compare: jnp.where(compare(x, y), 2 * x, y),
             np.round(X).astype(_dtype),
             np.round(Y).astype(_dtype),
         )
@@ -554,7 +554,7 @@ def _bits_and_conditions(n):
         (a << 3) ^ (b >> 2),
         jnp.minimum(a, b) - jnp.maximum(b, c),
         jnp.where((a <= b) | (b >= c), a, c),
-        jnp.where(~((a < b) & (b != c)), a, b),
+        jnp.where(~((a < b) & (b != c)) | (c == 7), a, b),
         jnp.where((a == b) | (c > b), 1, 2),
         a // 16,
         b % 7,
@@ -623,6 +623,52 @@ def scoped_memory(n_ref, out_ref):
     memory = (pltpu.SMEM((300,), jnp.int32), pltpu.VMEM((8, 128), jnp.int32))
     for _ in range(2):
         pl.run_scoped(copy, *memory, pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.REGULAR)
+
+
+@kernel(
+    lambda n: jnp.zeros((256,), jnp.int32).at[:128].set(n[256:384]),
+    np.r_[5, 2, 7:517].astype(np.int32),
+    space=_HBM,
+    scratch=(pltpu.SMEM((512,), jnp.int32), pltpu.SMEM((256,), jnp.int32)),
+)
+def copy_of_numbers(n_ref, out_ref, numbers_ref, chosen_ref):
+    """128 of 512 numbers; the second one says which."""
+    pltpu.sync_copy(n_ref, numbers_ref)
+    for i in range(256):
+        chosen_ref[i] = 0
+    place = pl.multiple_of(numbers_ref[1] * 128, 128)
+    pltpu.sync_copy(n_ref.at[pl.ds(place, 128)], chosen_ref.at[pl.ds(0, 128)])
+    pltpu.sync_copy(chosen_ref, out_ref)
+
+
+@kernel(
+    lambda n, x: jnp.where(jnp.arange(48)[:, None] < n[1], x, 0).astype(BF16),
+    np.array([0, 29], np.int32),
+    floats(48, 128, dtype=BF16),
+    space=_HBM,
+    scratch=(
+        pltpu.VMEM((48, 128), jnp.bfloat16),
+        pltpu.SMEM((2,), jnp.int32),
+    ),
+)
+def first_rows_bf16(n_ref, x_ref, out_ref, rows_ref, numbers_ref):
+    """Rows from a number on become zero: a mask of one lane, spread over rows that share words."""
+    pltpu.sync_copy(n_ref, numbers_ref)
+    pltpu.sync_copy(x_ref, rows_ref)
+    row = jax.lax.broadcasted_iota(jnp.int32, (48, 1), 0)
+    rows_ref[...] = jnp.where(row < numbers_ref[1], rows_ref[...], jnp.zeros((48, 128), BF16))
+    pltpu.sync_copy(rows_ref, out_ref)
+
+
+@kernel(
+    lambda x: jnp.where((x.sum(1, keepdims=True) == 0) | (x.max(1, keepdims=True) == 3), 0, x),
+    np.round(floats(16, 128)) * (np.arange(16) % 3 > 0)[:, None].astype(np.float32),
+)
+def rows_by_their_sum(x_ref, out_ref):
+    x = x_ref[...]
+    total = jnp.sum(x, axis=1, keepdims=True)
+    largest = jnp.max(x, axis=1, keepdims=True)
+    out_ref[...] = jnp.where((total == 0) | (largest == 3), 0.0, x)
 
 
 @kernel(

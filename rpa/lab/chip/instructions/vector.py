@@ -69,11 +69,6 @@ def bitwise_xor(x, y):
     return x ^ y
 
 
-@instruction("vmneg")
-def mask_not(mask):
-    return ~mask
-
-
 @instruction("vmcast")
 def mask_cast(mask):
     return mask
@@ -84,7 +79,7 @@ def shift_left(x, n):
     return x << n
 
 
-@instruction("vshra", "vshra.s32")
+@instruction("vshra")
 def shift_right_arithmetic(x, n):
     return x >> n
 
@@ -100,7 +95,8 @@ def select(mask, x, y):
 
 
 for _compare in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge):
-    _names = [f"vcmp.{_compare.__name__}.{kind}" for kind in ("f32", "bf16", "s32", "s16")]
+    _names = [f"vcmp.{_compare.__name__}.{kind}" for kind in ("f32", "bf16", "s32")]
+    _names += ["vcmp.ne.s16"] * (_compare is operator.ne)
     instruction(*_names)(lambda x, y, compare=_compare: compare(x, y))
 
 
