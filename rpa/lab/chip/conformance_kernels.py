@@ -661,6 +661,43 @@ def first_rows_bf16(n_ref, x_ref, out_ref, rows_ref, numbers_ref):
 
 
 @kernel(
+    lambda n, x: jnp.where(n[0] == n[1], x, -1.0) + jnp.where(n[0] < n[1], 2 * x, 0.0),
+    np.array([3, 5], np.int32),
+    floats(16, 128),
+    space=_HBM,
+    scratch=(pltpu.VMEM((16, 128), jnp.float32), pltpu.SMEM((2,), jnp.int32)),
+)
+def chosen_by_a_scalar(n_ref, x_ref, out_ref, rows_ref, numbers_ref):
+    pltpu.sync_copy(n_ref, numbers_ref)
+    pltpu.sync_copy(x_ref, rows_ref)
+    a, b, x = numbers_ref[0], numbers_ref[1], rows_ref[...]
+    rows_ref[...] = jnp.where(a == b, x, -1.0) + jnp.where(a < b, 2 * x, 0.0)
+    pltpu.sync_copy(rows_ref, out_ref)
+
+
+@kernel(
+    lambda n, x: jnp.where(jnp.arange(32)[:, None, None] < n[1], x, 0)[:, 1].astype(BF16),
+    np.array([0, 19], np.int32),
+    floats(32, 2, 128, dtype=BF16),
+    space=_HBM,
+    scratch=(
+        pltpu.VMEM((32, 2, 128), jnp.bfloat16),
+        pltpu.VMEM((32, 128), jnp.bfloat16),
+        pltpu.SMEM((2,), jnp.int32),
+    ),
+)
+def first_pairs_bf16(n_ref, x_ref, out_ref, pairs_ref, rows_ref, numbers_ref):
+    """Words of two rows each: zeros from a number on, then the second row of every word."""
+    pltpu.sync_copy(n_ref, numbers_ref)
+    pltpu.sync_copy(x_ref, pairs_ref)
+    pairs = pairs_ref[...]
+    row = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 0)
+    kept = jnp.where(row < numbers_ref[1], pairs, jnp.zeros_like(pairs))
+    rows_ref[...] = kept.reshape(32, 256)[:, 128:]
+    pltpu.sync_copy(rows_ref, out_ref)
+
+
+@kernel(
     lambda x: jnp.where((x.sum(1, keepdims=True) == 0) | (x.max(1, keepdims=True) == 3), 0, x),
     np.round(floats(16, 128)) * (np.arange(16) % 3 > 0)[:, None].astype(np.float32),
 )

@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from functools import partial
 
 import jax
 
-from rpa.lab.chip import ChipError
+from rpa.lab.chip import ChipError, run
 from rpa.lab.chip.machine import MODELS
 
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     what.add_argument(
         "--hunt", type=int, metavar="N", help="run N generated problems of rung 8 a chip"
     )
+    what.add_argument(
+        "--selftest", action="store_true", help="run every layout path of rung 8's self-test"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first problem")
 
 
@@ -32,7 +36,9 @@ def main(args) -> int:
     jax.config.update("jax_platforms", "cpu")
     names = list(MODELS) if args.chip == "all" else [args.chip]
     try:
-        return _conformance(names) if args.conformance else _hunt(names, args)
+        if args.conformance:
+            return _conformance(names)
+        return _selftest(names) if args.selftest else _hunt(names, args)
     except ChipError as error:
         print(error, file=sys.stderr)
         return 1
@@ -56,6 +62,25 @@ def _conformance(names):
             f"{', '.join(sorted(operations)) or 'none'}"
         )
     return 1 if wrong else 0
+
+
+def _selftest(names):
+    from rpa import ragged_paged_attention, selftest
+
+    bad = 0
+    for name in names:
+
+        def attention(*args, chip=name, **options):
+            function = partial(ragged_paged_attention, **options, chip=chip)
+            return run(function, *args, chip=chip)
+
+        print(f"{name}, as compiled, against rung 3 in float32.\n{selftest.COLUMNS}")
+        for path in selftest.PATHS:
+            check = partial(selftest.check_path, path, True, attention)
+            result = selftest.timed(str(path), path.covers, check)
+            print(selftest.line(result), flush=True)
+            bad += bool(result.wrong)
+    return 1 if bad else 0
 
 
 def _hunt(names, args):

@@ -19,11 +19,16 @@ _PACKED = ("b16", "bf16", "b8", "f8e4m3fn", "f8e5m2")
 
 @by_operation("vpack", form="%, %", attributes=["format"])
 def pack(operation):
-    """Two registers in one of half the bits an element; the second one becomes the low rows."""
-    kind = operation.attributes["format"].removeprefix("compressed_")
-    if kind not in _PACKED:
-        raise UnknownOperation(f"{operation.text[:200]!r} packs to a format that is not known.")
+    """Two registers in one of half the bits an element.
+
+    Compressed: the second one becomes the low rows. Interleaved: the low bits of every word.
+    """
+    kind = operation.attributes["format"]
     _, dtype = rows_and_dtype(operation.result_type)
+    if kind == "interleaved_b16":
+        return lambda high, low: np.stack([low, high], axis=1).reshape(16, -1).astype(dtype)
+    if kind.removeprefix("compressed_") not in _PACKED:
+        raise UnknownOperation(f"{operation.text[:200]!r} packs to a format that is not known.")
     return lambda high, low: np.concatenate([low, high]).astype(dtype)
 
 

@@ -4,7 +4,7 @@ import operator
 
 import numpy as np
 
-from rpa.lab.chip.errors import KernelFault
+from rpa.lab.chip.errors import KernelFault, UnknownOperation
 from rpa.lab.chip.instructions import by_operation, instruction
 from rpa.lab.chip.registers import LANES, SHAPE, SUBLANES, rows_and_dtype
 
@@ -67,11 +67,6 @@ def bitwise_or(x, y):
 @instruction("vxor.u32", "vmxor")
 def bitwise_xor(x, y):
     return x ^ y
-
-
-@instruction("vmcast")
-def mask_cast(mask):
-    return mask
 
 
 @instruction("vshll")
@@ -223,3 +218,13 @@ def row_mask(operation):
         return np.broadcast_to((first <= row) & (row <= last), (rows, LANES))
 
     return mask
+
+
+@by_operation("vmcast", form="%")
+def mask_cast(operation):
+    """The mask of a word for all rows that share it."""
+    before, _ = rows_and_dtype(operation.operand_type)
+    after, _ = rows_and_dtype(operation.result_type)
+    if after % before:
+        raise UnknownOperation(f"{operation.text[:200]!r} makes one row of several.")
+    return lambda mask: np.repeat(mask, after // before, axis=0)
