@@ -28,8 +28,6 @@ from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
 from rpa.kernel import mxu
-from rpa.kernel.decode import Decode
-from rpa.kernel.mixed import Tiled
 from rpa.kernel.plan import Plan
 from rpa.lab.bench import comparison
 from rpa.lab.copies import traffic
@@ -319,6 +317,8 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
 # of what waits:
 
 # %%
+from rpa.kernel.mixed import Tiled
+
 show_source(Tiled._attend_groups)
 
 # %% [markdown]
@@ -385,6 +385,8 @@ pictures.before_after(
 # its own sequence has summed up before. That is the room `decode` of rung 8:
 
 # %%
+from rpa.kernel.decode import Decode
+
 show_source(Decode._attend_sub_block)
 
 # %% [markdown]

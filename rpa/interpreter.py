@@ -35,10 +35,12 @@ def params(*, dma_execution_mode="on_wait", detect_races=False):
 def choose_interpret(interpret):
     """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere.
 
-    Where it interprets, an earlier call that failed is forgotten, see `forget_failure`.
+    Tracing for a TPU that is not here (`rpa.lab`) counts as on a TPU. Where it interprets, an earlier call that failed is forgotten, see `forget_failure`.
     """
     if interpret is None:
-        interpret = False if _compiling or jax.default_backend() == "tpu" else params()
+        traced_for = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        on_tpu = "tpu" in (jax.default_backend(), getattr(traced_for, "platform", None))
+        interpret = False if _compiling or on_tpu else params()
     if interpret:
         forget_failure()
     return interpret
