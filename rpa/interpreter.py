@@ -35,7 +35,8 @@ def params(*, dma_execution_mode="on_wait", detect_races=False):
 def choose_interpret(interpret):
     """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere.
 
-    Tracing for a TPU that is not here (`rpa.lab`) counts as on a TPU. Where it interprets, an earlier call that failed is forgotten, see `forget_failure`.
+    Tracing for a TPU that is not here (`rpa.lab`) counts as on a TPU. Where it interprets, an
+    earlier call that failed is forgotten, see `forget_failure`.
     """
     if interpret is None:
         traced_for = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -73,57 +73,57 @@ def test_generated_problems(name):
 # --- Seeded faults --------------------------------------------------------------------------------
 
 ROWS = layout.WordRows
-PLACE, LOAD, STORE = ROWS._place, ROWS._load, ROWS._store
+ROW, LOAD, STORE = ROWS._row, ROWS._load, ROWS._store
 
 
-def _strides(first, n, step, folds):
-    return [pl.ds(first * folds + f, n, stride=step * folds) for f in range(folds)]
+def _strides(first, n, stride, folds):
+    return [pl.ds(first * folds + f, n, stride=stride * folds) for f in range(folds)]
 
 
 def _halves_swapped(words):
     return (words << 16) | (words >> 16)
 
 
-def _rows_rotated(self, first, n, step):
-    return jnp.roll(LOAD(self, first, n, step), 1, axis=0)
+def _rows_rotated(self, first, n, stride):
+    return jnp.roll(LOAD(self, first, n, stride), 1, axis=0)
 
 
-def _folds_reversed(self, first, n, step):
-    strides = self._strides(first, n, step)[::-1]
+def _folds_reversed(self, first, n, stride):
+    strides = self._strides(first, n, stride)[::-1]
     return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
 
 
-def _only_the_first_fold(self, first, step, words):
-    rows = self._strides(first, len(words), step)[0]
+def _only_the_first_fold(self, first, stride, words):
+    rows = self._strides(first, len(words), stride)[0]
     self._matrix[rows] = words[:, :128]
 
 
 BFLOAT16, FLOAT8, WIDE = selftest.PATHS[5], selftest.PATHS[7], selftest.PATHS[4]
 FAULTS = {
     "word index: the next word row": (
-        *("_place", lambda self, slot, token, word: PLACE(self, slot, token, (word + 1) % 2)),
+        *("_row", lambda self, slot, token, word: ROW(self, slot, token, (word + 1) % 2)),
         BFLOAT16,
     ),
     "word index: tokens one word row apart": (
         *(
-            "_place",
+            "_row",
             lambda self, slot, token, word: slot * self._tokens * self._words + token + word,
         ),
         BFLOAT16,
     ),
     "word index: the other buffer": (
-        *("_place", lambda self, slot, token, word: PLACE(self, 0 * slot, token, word)),
+        *("_row", lambda self, slot, token, word: ROW(self, 0 * slot, token, word)),
         FLOAT8,
     ),
-    "stride: neighbours instead of every step-th row": (
-        *("_strides", lambda self, first, n, step: _strides(first, n, 1, self._folds)),
+    "stride: neighbours instead of every stride-th row": (
+        *("_strides", lambda self, first, n, stride: _strides(first, n, 1, self._folds)),
         BFLOAT16,
     ),
     "stride: halves of wide rows not skipped": (
         *(
             "_strides",
-            lambda self, first, n, step: [
-                pl.ds(first * self._folds + f, n, stride=step) for f in range(self._folds)
+            lambda self, first, n, stride: [
+                pl.ds(first * self._folds + f, n, stride=stride) for f in range(self._folds)
             ],
         ),
         WIDE,
@@ -132,20 +132,20 @@ FAULTS = {
     "row order: halves of wide rows exchanged": ("_load", _folds_reversed, WIDE),
     "row order: only half of a wide row stored": ("_store", _only_the_first_fold, WIDE),
     "packing: values exchanged in loaded words": (
-        *("_load", lambda self, first, n, step: _halves_swapped(LOAD(self, first, n, step))),
+        *("_load", lambda self, first, n, stride: _halves_swapped(LOAD(self, first, n, stride))),
         BFLOAT16,
     ),
     "packing: values exchanged in stored words": (
         *(
             "_store",
-            lambda self, first, step, words: STORE(self, first, step, _halves_swapped(words)),
+            lambda self, first, stride, words: STORE(self, first, stride, _halves_swapped(words)),
         ),
         WIDE,
     ),
     "packing: bytes turned in loaded words": (
         "_load",
-        lambda self, first, n, step: (
-            (LOAD(self, first, n, step) << 8) | (LOAD(self, first, n, step) >> 24)
+        lambda self, first, n, stride: (
+            (LOAD(self, first, n, stride) << 8) | (LOAD(self, first, n, stride) >> 24)
         ),
         FLOAT8,
     ),
