@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient.exceptions import CellExecutionError
 
+from course.assemble import REFERENCE, reference_text
 from course.notebook import (
     EXECUTED,
     ROOT,
@@ -70,6 +71,8 @@ def stale(sources: list[Source]) -> list[str]:
     for path, text in tables(sources).items():
         if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text:
             found.append(f"{path}: not what the build writes")
+    if REFERENCE.read_text(encoding="utf-8") != reference_text():
+        found.append(f"{REFERENCE.relative_to(ROOT)}: not what the solutions say")
     return found
 
 
@@ -184,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             return check(find_sources())
         build(find_sources(options.chapters), run=options.execute)
+        REFERENCE.write_text(reference_text(), encoding="utf-8")
         # Last, because they need every chapter to be in order, and one may be half written.
         for path, text in tables(find_sources()).items():
             (ROOT / path).write_text(text, encoding="utf-8")

@@ -93,7 +93,7 @@ print({kind: kinds.count(kind) for kind in ("skip", "interior", "masked")})
 # pairs: no overlap with [0, window) is a skip, lying inside of it is interior. And the stale rows
 # after the last token of a sequence? They are later than every query, so the causal condition hides
 # them, and a tile with such a row is never interior. (Hidden is not harmless: its V must still be
-# zeros, since 0 times NaN is NaN.) Without causality the kernel has to ask for them; `ScoreTile` in
+# zeros, since 0 times NaN is NaN.) Without causality the kernel has to ask for them; `_Area` in
 # `rpa/kernel/loop.py` does.
 
 

@@ -36,7 +36,6 @@ from rpa.figures import show_source
 from rpa.kernel import blocks, cases, loop, mixed, traversal, tricks
 from rpa.kernel.plan import BlockSizes, Plan
 from rpa.kernel.problem import Problem
-from rpa.kernel.transfers import Copies
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
 # %% [markdown]
@@ -244,6 +243,8 @@ assert delays["computes"] == mixed_plan.depth - 1
 # together should take longer than one of them needs to arrive; chapter 10 has the numbers.
 
 # %%
+from rpa.kernel.transfers import Copies
+
 show_source(Copies.fetch)
 
 # %% [markdown]

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 # %%
-
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
@@ -315,6 +314,8 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
 # of what waits:
 
 # %%
+from rpa.kernel.mixed import Tiled
+
 show_source(Tiled._attend_groups)
 
 # %% [markdown]
@@ -381,6 +382,8 @@ pictures.before_after(
 # its own sequence has summed up before. That is the room `decode` of rung 8:
 
 # %%
+from rpa.kernel.decode import Decode
+
 show_source(Decode._attend_sub_block)
 
 # %% [markdown]

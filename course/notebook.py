@@ -115,7 +115,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env={**os.environ, "RPA_PROGRESS": "off"})  # nobody learns in a build
+    nobody_learns = {"RPA_PROGRESS": "off", "RPA_YOURS": "off"}
+    client.execute(env={**os.environ, **nobody_learns})
     notebook.metadata = _metadata()
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from rpa.cli.options import output_folder
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
@@ -470,7 +471,7 @@ def kv_bytes_of_kernels(scene: Scene) -> dict[str, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m rpa demo`."""
     parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for the pictures and rows.json"
+        "--out", type=output_folder, default="out", help="folder for the pictures and rows.json"
     )
 
 

@@ -15,7 +15,8 @@ import pytest
 from rpa import chips, interpreter
 from rpa.kernel import blocks, ragged_paged_attention, traversal
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import TABLE_TILE_WORDS, Plan
+from rpa.kernel.page_table import TABLE_TILE_WORDS
+from rpa.kernel.plan import Plan
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_plans import make_problem

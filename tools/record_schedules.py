@@ -9,6 +9,8 @@ import argparse
 import jax
 from tqdm import tqdm
 
+from rpa.check.chapters import assembly
+from rpa.check.yours import LINE
 from rpa.cli.schedule import to_json as measured_json
 from rpa.lab import compile_versions, programs
 from rpa.lab.schedule import inner_loop
@@ -45,6 +47,11 @@ def orders():
         schedule = schedule_for("v5e", inner_loop.attend_ahead, *shapes, kwargs=kwargs)
         bundles.append(schedule.num_bundles)
     return bundles
+
+
+def assembled():
+    """Bundles a tile of the assembly exercises' solutions, and of the rungs next to them."""
+    return {number: assembly.record(number) for number in tqdm(list(LINE)[1:], desc="assembly")}
 
 
 def turned():
@@ -122,6 +129,7 @@ SECTIONS = {
     "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,
     "tiled": tiled,
+    "assembly": assembled,
     "versions": versions,
 }
 

@@ -9,6 +9,7 @@ import importlib
 
 EXPERIMENTS = {
     "all": "print every table of the lab: what is claimed about rung 8's speed",
+    "chip": "execute what the compiler makes of kernels, without a TPU",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "steps": "say what each optimisation of rung 8 is worth on three chips",

@@ -8,11 +8,12 @@ import sys
 import jax
 
 from rpa import chips
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, kernel_of, whole
 from rpa.cli.spinner import waiting
+from rpa.lab.compile.functions import is_own
 from rpa.lab.programs import MODELS
 from rpa.lab.schedule import before_after
-from rpa.lab.schedule.cases import CASES, KERNELS, Measured, measure
+from rpa.lab.schedule.cases import CASES, KERNELS, Measured, label, measure
 from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.loop_tree import bound, shares
 from rpa.lab.schedule.schedule import NoSchedule
@@ -25,10 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     each = {"required": True, "choices": [*chips.CHIPS, ALL], "help": "all: one table of all"}
     add_options(parser, "chip", chip=each)
     parser.add_argument("--case", choices=[*CASES, ALL], required=True)
-    parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
+    known = {"type": kernel_of(KERNELS), "metavar": f"{','.join(KERNELS)},FILE.py:FUNCTION"}
+    parser.add_argument("--kernel", **known, default="rpa", help="default: rpa")
     parser.add_argument(
         "--blocks",
-        type=lambda text: [int(n) for n in text.split(",")],
+        type=_four_sizes,
         metavar="bq,bkv,bq_c,bkv_c",
         help="block sizes; default: the kernel's own",
     )
@@ -45,18 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(args) -> int:
-    """Run the experiment; the exit code is 1 if there is no schedule."""
+    """Run the experiment and return its exit code.
+
+    Raises:
+        NoSchedule, CannotRun: in words.
+    """
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
-    is_file = args.against is not None and args.against not in KERNELS
-    try:
-        if is_file or args.save or ALL in (args.chip, args.case, args.model):
-            return _tabulate(args)
-        measured = _measure(args, args.kernel, args.blocks)
-        against = _measure(args, args.against, None) if args.against else None
-    except (NoSchedule, CannotRun, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    is_file = args.against is not None and not (args.against in KERNELS or is_own(args.against))
+    if is_file or args.save or ALL in (args.chip, args.case, args.model):
+        return _tabulate(args)
+    measured = _measure(args, args.kernel, args.blocks)
+    against = _measure(args, args.against, None) if args.against else None
     if args.picture:
         _draw(measured, args.picture)
     if args.json:
@@ -70,6 +72,13 @@ def main(args) -> int:
         if against is not None:
             print("", describe(against), "", side_by_side(measured, against), sep="\n")
     return 0
+
+
+def _four_sizes(text):
+    sizes = [whole(1, 2**20)(n) for n in text.split(",")]
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four sizes: bq,bkv,bq_c,bkv_c")
+    return sizes
 
 
 def _tabulate(args):
@@ -120,7 +129,10 @@ def _draw(measured, file):
 
 
 def _title(measured):
-    return f"{measured.schedule.kernel} on {measured.chip}"
+    name = measured.schedule.kernel
+    if label(measured.kernel) == "yours":
+        name = f"yours, {measured.kernel.rpartition(':')[2]}"
+    return f"{name} on {measured.chip}"
 
 
 def to_json(measured: Measured) -> dict:
@@ -156,7 +168,7 @@ def describe(measured: Measured) -> str:
     """A table for people."""
     numbers = to_json(measured)
     lines = [
-        f"{measured.schedule.kernel} on {measured.chip}, {measured.case}, (bq, bkv, bq_c, bkv_c) = "
+        f"{_title(measured)}, {measured.case}, (bq, bkv, bq_c, bkv_c) = "
         f"{tuple(measured.blocks) if measured.blocks else 'its own'}, bundles per chunk:",
         f"  {measured.bundles_per_chunk:9,.0f}  counted  ({measured.floor_of} floor "
         f"{measured.floor:,.0f})",
@@ -201,7 +213,7 @@ def side_by_side(ours: Measured, theirs: Measured) -> str:
     names = ("bundles_per_chunk", "executed_per_chunk", "page_issue_per_chunk")
     rows = [(name.replace("_", " "), left[name], right[name]) for name in names]
     rows += [(unit, n, right["slots"][unit]) for unit, n in left["slots"].items()]
-    lines = [f"{'':22}{ours.kernel:>10}{theirs.kernel:>10}{'ratio':>8}"]
+    lines = [f"{'':22}{label(ours.kernel):>10}{label(theirs.kernel):>10}{'ratio':>8}"]
     for name, mine, other in rows:
         ratio = f"{mine / other:8.2f}" if other else f"{'':8}"
         lines.append(f"{name:22}{mine:10,.0f}{other:10,.0f}{ratio}")

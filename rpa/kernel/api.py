@@ -12,13 +12,14 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import chips, interpreter
+from rpa.forward_only import forward_only
 from rpa.kernel import blocks, launch
 from rpa.kernel.cases import cases_of
 from rpa.kernel.plan import Plan
 from rpa.kernel.problem import Problem
 from rpa.paging import lanes_are_shared
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
-from rpa.validation import check_arguments
+from rpa.validation import as_length, as_window, check_arguments, check_flags, check_padding
 
 Q_DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -74,7 +75,8 @@ def ragged_paged_attention(
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
             align(head_dim, 128)], float32, bfloat16, float8_e4m3fn or float8_e5m2; with head_dim 64
             also the shape of half the size that `rpa.get_kv_cache_shape` has for
-            `share_lanes=True`.
+            `share_lanes=True`. Where head_dim is padded to 128 lanes, the padding of cached keys
+            must be finite: zeros in whatever rpa stores; validate=True checks it.
         kv_lens, page_indices, cu_q_lens, distribution: int32, see `rpa.RaggedBatch`.
         use_causal_mask: False lets a token see all of its sequence; the window still applies.
         update_kv_cache: False ignores keys and values and reads all from the cache, which stays
@@ -116,6 +118,12 @@ def ragged_paged_attention(
     Raises:
         ValueError: for arguments that do not fit together, or blocks that do not fit in VMEM, in
             words, before anything is computed: the cache is as it was, also with donate=True.
+        NotImplementedError: under `jax.grad`, `jax.jvp` or `jax.vmap`, which backend "reference"
+            takes except for reverse differentiation.
+
+    Scores (scaled, soft-capped) must lie above -1e30: a key with less is seen as if it were masked.
+    In the interpreter, calls of several threads run one after the other; inside a caller's jit that
+    is the caller's task.
 
     >>> batch, _ = RaggedBatch.from_lengths([1, 3], [9, 3], [[0, 1], [2]])
     >>> q, kv = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64))
@@ -128,6 +136,13 @@ def ragged_paged_attention(
     """
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
     tokens = (queries, keys, values, kv_cache)
+    check_flags(
+        update_kv_cache=update_kv_cache,
+        debug_mode=debug_mode,
+        disable_bounds_checks=disable_bounds_checks,
+        disable_semaphore_checks=disable_semaphore_checks,
+        donate=donate,
+    )
     semantics = {
         "use_causal_mask": use_causal_mask,
         "skip_kv_mask": skip_kv_mask,
@@ -141,6 +156,7 @@ def ragged_paged_attention(
         "attention_sink": attention_sink,
     }
     check_arguments(*tokens, batch, **semantics, sm_scale=sm_scale, out_dtype=out_dtype)
+    chunk_prefill_size = as_length(chunk_prefill_size)
     backend, interpret_params = _choose_backend(backend)
     if backend == "reference":
         semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}
@@ -157,6 +173,8 @@ def ragged_paged_attention(
             chunk_prefill_size=chunk_prefill_size,
             update_kv_cache=update_kv_cache,
         )
+    if validate:
+        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=update_kv_cache)
     if len(queries) == 0:  # nothing to store, and no DMA of nothing
         return jnp.zeros(queries.shape, out_dtype), kv_cache
     plans = prepare(
@@ -179,8 +197,14 @@ def ragged_paged_attention(
         disable_bounds_checks=disable_bounds_checks,
         disable_semaphore_checks=disable_semaphore_checks,
     )
-    call = _compiled(donate, _compiler_options.get())
-    return call(*tokens, batch, scales, attention_sink, plans=plans, options=options)
+    arrays = (*tokens, batch, scales, attention_sink)
+    call = partial(
+        _compiled(donate, _compiler_options.get()),
+        *forward_only("ragged_paged_attention", arrays),
+        plans=plans,
+        options=options,
+    )
+    return interpreter.run_alone(call) if backend == "interpret" else call()
 
 
 def prepare(*arrays, **options) -> tuple[Plan, ...]:
@@ -239,7 +263,7 @@ def _problem(
         out_dtype=_check_dtypes(queries, kv_cache, out_dtype),
         causal=options["use_causal_mask"],
         update_kv_cache=options["update_kv_cache"],
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        sliding_window=as_window(sliding_window),
         has_soft_cap=options["soft_cap"] is not None,
         has_q_scale=options["q_scale"] is not None,
         has_sinks=options["attention_sink"] is not None,
@@ -317,7 +341,8 @@ def _as_float32(scale):
 
 def _vmem_limit(vmem_limit_bytes, chip):
     if vmem_limit_bytes is not None:
-        if not isinstance(vmem_limit_bytes, (int, float, np.number)) or vmem_limit_bytes <= 0:
+        is_number = isinstance(vmem_limit_bytes, (int, float, np.number))
+        if not (is_number and 0 < vmem_limit_bytes < float("inf")):  # False for NaN
             raise ValueError(
                 f"vmem_limit_bytes is {vmem_limit_bytes!r}, but must be positive, a number "
                 "of bytes; None is all of the chip's VMEM."
