@@ -180,7 +180,7 @@ def test_a_window_smaller_than_a_block(rung, window):
 
 @pytest.mark.parametrize("rung", ["3 ragged", *rarely("7 plain", "8 kernel")])
 def test_blocks_without_a_visible_key_add_nothing(rung):
-    """Most blocks of 56 tokens are outside a window of 2: zeros, not the average of their values."""
+    """Most blocks are outside a window of 2: zeros, not the average of their values."""
     case = make_case(SMALL, [(1, 56), (1, 49)])
     (output, _), (narrow, _) = (
         check_rung(rung, case, sliding_window=window, **options)
