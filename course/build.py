@@ -78,10 +78,9 @@ def stale(sources: list[Source]) -> list[str]:
 
 def tables(sources: list[Source]) -> dict[Path, str]:
     """README of the three folders: the chapters; what each exercise teaches and its check knows."""
-    chapters, exercises, solutions = {}, [], []
+    exercises, solutions = [], []
+    paths = {path for source in sources for path in notebooks_of(source)}
     for source in sources:
-        if source.kind == "lesson":
-            chapters[source.stem] = _title(source)
         checks = _checks_of(source)
         for exercise in source.exercises:
             link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
@@ -97,7 +96,7 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             "A lesson per chapter; exercises whose check names the mistake; solutions.\n"
             "`make lab` opens JupyterLab at chapter 0; `make notebooks` writes this page.",
             ("chapter", "lesson", "exercises", "solutions"),
-            [_chapter_row(stem, title) for stem, title in chapters.items()],
+            [_chapter_row(source, paths) for source in sources if source.kind == "lesson"],
         ),
         Path("exercises/README.md"): _page(
             "Exercises",
@@ -121,17 +120,15 @@ def tables(sources: list[Source]) -> dict[Path, str]:
     }
 
 
-def _title(source: Source) -> str:
-    return source.opening[0].text.splitlines()[0].partition(": ")[2]
-
-
-def _chapter_row(stem: str, title: str) -> str:
+def _chapter_row(lesson: Source, paths: set[Path]) -> str:
+    """A chapter's row; `paths` are all notebooks that there are."""
+    stem, title = lesson.stem, lesson.opening[0].text.splitlines()[0].partition(": ")[2]
     links = [
         f"[read](../{folder}/{stem}.ipynb) {badges(folder, stem)}".strip()
         for folder in ("notebooks", "exercises", "solutions")
-        if (ROOT / folder / f"{stem}.ipynb").exists()
+        if Path(folder) / f"{stem}.ipynb" in paths
     ]
-    return f"| {int(stem[:2])} {title} | {' | '.join(links)} |"
+    return f"| {lesson.chapter} {title} | {' | '.join(links)} |"
 
 
 def _folded(check: Exercise) -> str:

@@ -318,9 +318,9 @@ for num_ahead, bundles in enumerate(recorded("orders")):
 # reorder: products are taken in the order of the program. One ahead hides most of the softmax
 # behind the next product; the second one hides most of what is left; after that the gain is a few
 # per cent, and with more rows a head (a prefill) every head that waits takes registers, and spills
-# eat the gain: rung 8 runs two ahead there, and seven in a decode (`loop.DOTS_AHEAD`,
-# `plan.CHAINS_AHEAD`; three ahead were 5 % slower in the mixed kernel of a TPU7x when they were
-# tried, see `docs/ablations.md`).
+# eat the gain: rung 8 runs two ahead there, and seven in a decode (`tricks.MIXED_QK_AHEAD`,
+# `tricks.DECODE_QK_AHEAD`; three ahead were 5 % slower in the mixed kernel of a TPU7x when they
+# were tried, see `docs/ablations.md`).
 
 
 # %% tags=["wrong"] refused="in an order in which the matrix unit waits for every softmax"

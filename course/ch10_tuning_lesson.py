@@ -251,4 +251,11 @@ for chip in CHIPS:
 # the peers on one page, and the items above on the list of what is open: the shortest schedule
 # wins.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/10_tuning.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/10_tuning.ipynb).
+#
+# **Read more:**
+#
+# - [All about Transformer inference](https://jax-ml.github.io/scaling-book/inference), chapter 7
+#   of the scaling book: from a kernel's bytes to a server's throughput.
+# - [Roofline](https://doi.org/10.1145/1498765.1498785), Williams, Waterman and Patterson 2009:
+#   the bound that a prediction is held against.

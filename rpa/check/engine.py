@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from rpa.check.compare import Wrong, first_wrong
-from rpa.check.errors import CannotShip, CheckFailed, KernelFault, NotStarted, WrongResult
+from rpa.check.errors import (
+    CannotShip,
+    CheckFailed,
+    KernelFault,
+    NotStarted,
+    SandboxFailed,
+    WrongResult,
+    is_stub,
+    text_of,
+)
 from rpa.check.exercise import Case, Exercise
 from rpa.check.matching import why
 from rpa.check.messages import (
@@ -37,6 +46,7 @@ def check(number: str, function: Callable) -> None:
     Raises:
         CheckFailed: at the first case that is wrong; names the known mistake if there is a match.
         NotStarted: the function still is the stub of the exercise.
+        SandboxFailed: the process for kernels is not to be had; no attempt is counted.
         ValueError: there is no such exercise, or `function` cannot be called.
     """
     exercise = find_exercise(number)
@@ -146,10 +156,11 @@ def _run_case(exercise: Exercise, case: Case, function: Callable):
         raise _refusal(exercise, case, function, str(fault)) from None
     except WrongResult:  # `drive` speaks, not the learner's function
         raise
-    except Exception as error:
-        # Only the stub's own error: JAX, too, raises NotImplementedError for what it cannot do.
-        if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):
-            raise NotStarted(f"not started yet: {error}") from None
+    except (SandboxFailed, KeyboardInterrupt):  # not the learner's mistake: no attempt is counted
+        raise
+    except BaseException as error:  # `sys.exit()` too
+        if is_stub(error):
+            raise NotStarted(f"not started yet: {text_of(error)}") from None
         text = explain_exception(error, function)
         raise _refusal(exercise, case, function, text) from error
     originals = exercise.fresh_arguments(case)
@@ -181,5 +192,7 @@ def _attempt(exercise: Exercise, case: Case, function: Callable):
     try:
         arguments = exercise.fresh_arguments(case)
         return exercise.runner(exercise.drive, function, arguments, exercise.limit_s)
-    except Exception as error:
+    except (SandboxFailed, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         return error

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from rpa.check.compare import Wrong, show
+from rpa.check.errors import text_of
 from rpa.check.exercise import Case, Exercise
 from rpa.check.source_text import literal, module_of
 
@@ -63,12 +64,12 @@ def explain_changed_argument(name: str) -> str:
     )
 
 
-def explain_exception(error: Exception, function: Callable) -> str:
+def explain_exception(error: BaseException, function: Callable) -> str:
     """The exception, and the line of the learner's own code that it came from."""
     code = getattr(function, "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if code and frame.filename == code.co_filename]
-    text = f"Your function raises {type(error).__name__}: {error}"
+    text = f"Your function raises {type(error).__name__}: {text_of(error)}"
     line = linecache.getline(own[-1].filename, own[-1].lineno).strip() if own else ""
     if meaning := meaning_of(error, line):
         text = f"{textwrap.fill(meaning, 100)}\n{text.splitlines()[0]}"

@@ -7,12 +7,11 @@ import sys
 
 from rpa import chips
 from rpa.cli import compile_time
-from rpa.cli.options import SEVERAL_CHIPS, add_options, kernel_of
+from rpa.cli.options import DEFAULT, SEVERAL_CHIPS, add_options, kernel_of, whole
 from rpa.lab import peers
 from rpa.lab.compile.compiler import CompileResult, compile_for
 from rpa.lab.compile.functions import is_own
 from rpa.lab.programs import PROGRAMS, Workload, own
-from rpa.shapes import MODELS
 
 KERNELS = PROGRAMS | peers.PROGRAMS
 FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
@@ -30,18 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     default = Workload()
     add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):
-        if option.name == "share_lanes":  # a flag: it has no value
-            continue
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=type(getattr(default, option.name)),
-            default=getattr(default, option.name),
-            choices=list(MODELS) if option.name == "model" else None,
-            help="default: %(default)s",
-        )
+        if option.name in ("model", "dtype", "kv_dtype", "page_size"):
+            changed = {option.name: {"default": getattr(default, option.name)}}
+            add_options(parser, option.name, **changed)
+        elif option.name != "share_lanes":
+            parser.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                type=whole(1, 2**20),
+                default=getattr(default, option.name),
+                help=DEFAULT,
+            )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=whole(1, 1000),
         default=1,
         help="with --against: compile so often, the fastest counts",
     )
@@ -72,7 +72,7 @@ def main(args) -> int:
         for chip in args.chip or chips.CHIPS
     ]
     if args.json:
-        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+        print(json.dumps({"results": [dataclasses.asdict(r) for r in results]}, indent=2))
     else:
         for result in results:
             print(describe(result))

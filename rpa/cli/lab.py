@@ -9,9 +9,11 @@ import importlib
 
 EXPERIMENTS = {
     "all": "print every table of the lab: what is claimed about rung 8's speed",
+    "chip": "execute what the compiler makes of kernels, without a TPU",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "timeline": "record a kernel's copies: a table, a player, a trace for Perfetto",
+    "steps": "say what each optimisation of rung 8 is worth on three chips",
     "predict": "say how long a batch takes on a chip that is not here",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",

@@ -3,22 +3,19 @@
 import argparse
 import dataclasses
 import json
-import sys
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from rpa.cli.options import add_options, kernel_of
+from rpa.cli.options import add_options, kernel_of, real
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.bench import published
-from rpa.lab.peers import absence
+from rpa.lab.peers import PeerAbsent, absence
 from rpa.lab.predict.batch import Prediction, predict_batch
 from rpa.lab.predict.calibration import FITTED, Fit, fit, rms
 from rpa.lab.schedule.cases import KERNELS, label
-from rpa.lab.schedule.execution import CannotRun
-from rpa.lab.schedule.schedule import NoSchedule
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -33,10 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     add_options(parser, "model", "batch", "page_size", "pages", "dtype", "kv_dtype", "json")
     parser.add_argument(
-        "--hbm-efficiency", type=float, default=1.0, help="part of HBM's peak; default: %(default)s"
+        "--hbm-efficiency",
+        type=real(0.01, 1),
+        default=1.0,
+        help="part of HBM's peak; default: %(default)s",
     )
     parser.add_argument(
-        "--latency-us", type=float, default=0.0, help="of a copy; default: %(default)s"
+        "--latency-us", type=real(0, 1e6), default=0.0, help="of a copy; default: %(default)s"
     )
     parser.add_argument(
         "--published", action="store_true", help="compare with published timings of the peers"
@@ -47,16 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(args) -> int:
-    """Run the experiment; the exit code is 1 if there is no prediction."""
+    """Run the experiment and return its exit code.
+
+    Raises:
+        NoSchedule, CannotRun, PeerAbsent: in words.
+    """
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if args.calibrate or args.published:
-            return _calibrate(args) if args.calibrate else _published(args)
-        return _predict(args)
-    except (NoSchedule, CannotRun, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    if args.calibrate or args.published:
+        return _calibrate(args) if args.calibrate else _published(args)
+    return _predict(args)
 
 
 def _predict(args) -> int:
@@ -75,8 +75,7 @@ def _predict(args) -> int:
 
 
 def _calibrate(args) -> int:
-    if _is_a_peer_absent():
-        return 1
+    _require_peers()
     bar = tqdm(published.refit(), total=len(published.TIMINGS), leave=False, disable=None)
     predicted_us = np.stack(list(bar), axis=1)
     times_us, sources = zip(*((t.time_us, t.source) for t in published.TIMINGS), strict=True)
@@ -90,11 +89,10 @@ def _calibrate(args) -> int:
     return 0
 
 
-def _is_a_peer_absent() -> bool:
+def _require_peers():
     reasons = [reason for peer in ("v3", "batched") if (reason := absence(peer)) is not None]
-    for reason in reasons:
-        print(reason, file=sys.stderr)
-    return bool(reasons)
+    if reasons:
+        raise PeerAbsent("\n".join(reasons))
 
 
 def describe_fit(found: Fit) -> str:
@@ -125,8 +123,7 @@ def describe_fit(found: Fit) -> str:
 
 
 def _published(args) -> int:
-    if _is_a_peer_absent():
-        return 1
+    _require_peers()
     rows = []
     with tqdm(total=len(published.TIMINGS), leave=False, disable=None) as bar:
         for row in published.compare(**_assumptions(args)):
@@ -134,7 +131,7 @@ def _published(args) -> int:
             bar.update()
     if args.json:
         found = [dataclasses.asdict(t) | {"predicted": to_json(p)} for t, p in rows]
-        print(json.dumps(found))
+        print(json.dumps({"timings": found}))
     else:
         print(table(rows))
     return 0

@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 
 from rpa import chips
+from rpa.kernel import prepare
 from rpa.lab import peers, programs
 from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.compile.functions import is_own
@@ -66,13 +67,21 @@ class KernelChoice:
         program: workload to the function and its arguments.
         names: by case, the pattern of the `pallas_call`'s name.
         blocks: by case, the keyword argument for its blocks.
+        default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
         asks_for_chip: whether it takes the name of the chip.
     """
 
     program: Callable
     names: dict[str, str]
     blocks: dict[str, str]
+    default_blocks: Callable = lambda *_: None
     asks_for_chip: bool = True
+
+
+def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
+    """The blocks that rung 8 chooses: (bq, bkv, bq_c, bkv_c)."""
+    plans = prepare(*program.args, chip=chip, backend="tpu")
+    return next(tuple(plan.blocks) for plan in plans if plan.case.label == case)
 
 
 KERNELS = {
@@ -80,6 +89,7 @@ KERNELS = {
         programs.kernel,
         {"decode": "^rpa_decode$", "mixed": "^rpa_mixed$"},
         {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
+        rung_8_blocks,
     ),
     "v3": KernelChoice(
         peers.PROGRAMS["v3"],
@@ -133,6 +143,7 @@ class Measured:
 
     Attributes:
         kernel, case, chip: names.
+        blocks: (bq, bkv, bq_c, bkv_c); None where the kernel chose them and does not say.
         schedule: of the compiled kernel.
         chunks: what `num_chunks` chunks execute.
         num_chunks: how many.
@@ -147,6 +158,7 @@ class Measured:
     kernel: str
     case: str
     chip: str
+    blocks: tuple[int, ...] | None
     schedule: Schedule
     chunks: Execution
     num_chunks: int
@@ -208,6 +220,7 @@ def measure(
     *,
     model="llama-3-8b",
     page_size=128,
+    kv_dtype="bfloat16",
     share_lanes=False,
     blocks=None,
     use_cache=True,
@@ -220,6 +233,7 @@ def measure(
         chip: anything that `rpa.chips.chip` knows.
         model: a name in `rpa.shapes.MODELS`.
         page_size: tokens of a page.
+        kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
         use_cache: False compiles again.
@@ -232,6 +246,7 @@ def measure(
     sizes = programs.Workload(
         model,
         page_size=page_size,
+        kv_dtype=kv_dtype,
         num_seqs=what.max_num_seqs,
         q_len=max(1, what.q_len // 4),
         kv_len=LONG,
@@ -262,8 +277,10 @@ def measure(
         more = (run(2 * n, SHORT) - short).bundles
         per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
+    known = chips.chip(chip).name
+    chosen = KERNELS[kernel].default_blocks(program, known, case) if blocks is None else blocks
     return Measured(
-        *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
+        *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
         floor_of,
         *regions(schedule, chunks, what.num_chunks),

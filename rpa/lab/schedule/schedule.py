@@ -27,6 +27,7 @@ import numpy as np
 from rpa import chips
 from rpa.lab.compile import words
 from rpa.lab.compile.compiler import (
+    FORMAT,
     ask_worker,
     cache_dir,
     compile_versions,
@@ -213,19 +214,27 @@ def schedule_for(
         "kwargs": kwargs or {},
         "kernel": kernel,
         "versions": compile_versions(),
+        "format": FORMAT,
         "home": str(Path(__file__).parents[3]),
     }
     directory = _directory()
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
     entry = directory / f"{key}.json"
     answer = read_kept(entry) if use_cache else None
-    if answer is None:
-        order = spec | {"directory": str(directory), "fresh": not use_cache}
-        answer = _compile(order, args, timeout_s)
-        write_kept(entry, answer)
-    return Schedule(
-        known.name, spec["function"], answer["kernel"], tuple(map(_stage, answer["stages"]))
-    )
+    if answer is not None:
+        try:
+            return _schedule(spec, answer)
+        except (OSError, ValueError, LookupError, TypeError, EOFError):
+            pass  # half of it is gone, or it is something else: compiled anew
+    order = spec | {"directory": str(directory), "fresh": not use_cache or answer is not None}
+    answer = _compile(order, args, timeout_s)
+    write_kept(entry, answer)
+    return _schedule(spec, answer)
+
+
+def _schedule(spec, answer):
+    stages = tuple(map(_stage, answer["stages"]))
+    return Schedule(spec["chip"], spec["function"], answer["kernel"], stages)
 
 
 def num_kept() -> int:
