@@ -64,11 +64,13 @@ class KernelChoice:
         program: workload to the function and its arguments.
         names: by case, the pattern of the `pallas_call`'s name.
         blocks: by case, the keyword argument for its blocks.
+        flags: further flags of the compiler.
     """
 
     program: Callable
     names: dict[str, str]
     blocks: dict[str, str]
+    flags: str = ""
 
 
 KERNELS = {
@@ -86,6 +88,7 @@ KERNELS = {
         peers.PROGRAMS["batched"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
         {"decode": "decode_block_sizes", "mixed": "prefill_block_sizes"},
+        peers.COMPILER_FLAGS,
     ),
 }
 """What the command `lab schedule` knows by name."""
@@ -175,7 +178,7 @@ def measure(
         kernel: a name in KERNELS.
         case: a name in CASES.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.shapes.MODELS`.
+        model: a name in `rpa.shapes.MODELS`, or its three numbers of heads.
         page_size: tokens of a page.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
@@ -258,6 +261,7 @@ def compile_kernel(
         kwargs=kwargs,
         kernel=choice.names[case],
         use_cache=use_cache,
+        flags=choice.flags,
     )
     return schedule, program
 
