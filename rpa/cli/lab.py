@@ -12,6 +12,7 @@ EXPERIMENTS = {
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
     "predict": "say how long a batch takes on a chip that is not here",
+    "gain": "what a user gains over v3 and batched, both well configured",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",
     "tune": "sweep rung 8's block sizes, and judge its defaults",

@@ -3,6 +3,8 @@
 | file | what it holds |
 |---|---|
 | `tables/` | every table of docs/bench.md |
+| `gain.py` | what a user gains over well-configured peers: the README's small table |
+| `around.py` | what XLA does around a kernel, by its own estimate |
 | `comparison.py` | one step of a server with every rung and its peers |
 | `tune.py` | sweeps of block sizes, and how far the defaults are from the best |
 | `published.py` | timings on real TPUs that were published, next to predictions |

@@ -7,9 +7,9 @@ they are a few bytes, and a kernel that waits for one at once would otherwise wa
 that it asked for before.
 
 Where the scalar core runs out of registers and SMEM, the compiler moves the smallest pieces that a
-chip can out and in (32 bytes; 512 on v5e), and waits for each at once. They take no latency here: a
-peer's kernel does 879 of these in a call that real chips finish in 20 us
-(`rpa.lab.bench.published`).
+chip can out and in (32 bytes; 512 on v5e), and waits for each at once. They take no latency here,
+which no timing supports: the kernels that were timed on a chip do none of them (`batched` does,
+unless it is compiled with the flag that its package sets: `rpa.lab.peers.COMPILER_FLAGS`).
 """
 
 from collections import defaultdict, deque

@@ -13,9 +13,10 @@ CANDIDATES = {
     "v3": ((1, 512, 1, 512), (1, 1024, 1, 1024), (1, 2048, 1, 2048)),
     "batched": ((1, 1, 256, 16, 3), (1, 1, 512, 8, 3), (1, 1, 1024, 4, 3)),
 }
-"""Decode blocks that are tried besides a kernel's own, in its public argument: `d_block_sizes` of rpa
-and v3 (query tokens and KV tokens fetched, then computed), `decode_block_sizes` of `batched` (the
-last three: KV tokens, sequences at once, buffers). v3's own are 4,096 KV tokens with 8 KV heads."""
+"""Decode blocks that are tried besides a kernel's own, in its public argument. rpa and
+v3: `d_block_sizes` (query tokens and KV tokens fetched, then computed); `batched`:
+`decode_block_sizes` (the last three: KV tokens, sequences at once, buffers).
+v3's own are 4,096 KV tokens with 8 KV heads."""
 
 PEERS = ("v3", "batched")
 
@@ -53,12 +54,13 @@ def times(p) -> dict:
     }
 
 
-def own_and_best(rows, same) -> list[dict]:
+def own_and_best(rows, same, column="on a chip us") -> list[dict]:
     """Two rows per kernel and situation, each next to the best row of the best peer.
 
     Args:
         rows: of all candidates; one that was refused is left out if it is not a kernel's own.
         same: names of the columns that make a situation.
+        column: the number; where it has no ranges ("ends") no difference is called established.
 
     >>> def row(kernel, block, us):
     ...     return {"kernel": kernel, "block": block, "on a chip us": us, "ends": (us, us)}
@@ -76,26 +78,26 @@ def own_and_best(rows, same) -> list[dict]:
         kept = []
         for kernel in dict.fromkeys(row["kernel"] for row in mine):
             tried = [row for row in mine if row["kernel"] == kernel]
-            known = [row for row in tried if "on a chip us" in row]
+            known = [row for row in tried if column in row]
             own = next(row for row in tried if row["block"] is None)
             kept.append(own | {"row": "own", "blocks": "own"})
             if known:
-                best = min(known, key=lambda row: row["on a chip us"])
+                best = min(known, key=lambda row: row[column])
                 kept.append(best | {"row": "best", "blocks": _in_words(best["block"])})
-        peers = [row for row in kept if row["kernel"] in PEERS and "on a chip us" in row]
-        best = min(peers, key=lambda row: row["on a chip us"], default=None)
-        found += [row | _beside(row, best) for row in kept]
+        peers = [row for row in kept if row["kernel"] in PEERS and column in row]
+        best = min(peers, key=lambda row: row[column], default=None)
+        found += [row | _beside(row, best, column) for row in kept]
     return [{k: v for k, v in row.items() if k not in ("ends", "block")} for row in found]
 
 
-def _beside(row, best) -> dict:
+def _beside(row, best, column) -> dict:
     """The ratio to the best peer, and whether the ranges say that there is a difference."""
     if best is None or NOTE in row:
         return {"of best peer": None, "established": ""}
-    apart = are_established(row["ends"], best["ends"])
+    apart = "ends" in row and are_established(row["ends"], best["ends"])
     is_best = row["kernel"] == best["kernel"] and row["row"] == "best"
     return {
-        "of best peer": ratio(row["on a chip us"], best["on a chip us"]),
+        "of best peer": ratio(row[column], best[column]),
         "established": "-" if is_best else "yes" if apart else "no",
     }
 
