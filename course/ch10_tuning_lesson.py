@@ -155,15 +155,15 @@ assert mbu["v5e"] > mbu["v6e"] > mbu["tpu7x"] > 0.5
 
 # %% [markdown]
 # All of that is predicted, with every copy at peak bandwidth, and there when its share of it is
-# over. A real copy takes longer to arrive, however short it is: 1.4 us fit the published timings of
-# the peers on a TPU7x best. So copies have to start early. How early? In our pipeline, with blocks
+# over. A real copy takes longer to arrive, however short it is: 1.0 us fits the published timings of
+# the peers on a TPU7x best, with 1.2 cycles per bundle. So copies have to start early. How early? In our pipeline, with blocks
 # of two short sequences, 512 tokens each: the copies of a turn start when the turn `ahead` before
 # it begins.
 
 # %%
 from rpa.lab.predict.calibration import FITTED
 
-copy_cycles, compute_cycles = hbm_cycles("tpu7x", 1024), 2400
+copy_cycles, compute_cycles = hbm_cycles("tpu7x", 1024), 2400 * FITTED.cycles_per_bundle
 latency_cycles = FITTED.latency_us * 1e-6 * chips.chip("tpu7x").clock_hz
 
 
