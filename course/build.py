@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient.exceptions import CellExecutionError
 
+from course.assemble import REFERENCE, reference_text
 from course.notebook import (
     EXECUTED,
     ROOT,
@@ -70,15 +71,16 @@ def stale(sources: list[Source]) -> list[str]:
     for path, text in tables(sources).items():
         if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text:
             found.append(f"{path}: not what the build writes")
+    if REFERENCE.read_text(encoding="utf-8") != reference_text():
+        found.append(f"{REFERENCE.relative_to(ROOT)}: not what the solutions say")
     return found
 
 
 def tables(sources: list[Source]) -> dict[Path, str]:
     """README of the three folders: the chapters; what each exercise teaches and its check knows."""
-    chapters, exercises, solutions = {}, [], []
+    exercises, solutions = [], []
+    paths = {path for source in sources for path in notebooks_of(source)}
     for source in sources:
-        if source.kind == "lesson":
-            chapters[source.stem] = _title(source)
         checks = _checks_of(source)
         for exercise in source.exercises:
             link = f"[{exercise.number} {exercise.title}]({source.stem}.ipynb)"
@@ -94,7 +96,7 @@ def tables(sources: list[Source]) -> dict[Path, str]:
             "A lesson per chapter; exercises whose check names the mistake; solutions.\n"
             "`make lab` opens JupyterLab at chapter 0; `make notebooks` writes this page.",
             ("chapter", "lesson", "exercises", "solutions"),
-            [_chapter_row(stem, title) for stem, title in chapters.items()],
+            [_chapter_row(source, paths) for source in sources if source.kind == "lesson"],
         ),
         Path("exercises/README.md"): _page(
             "Exercises",
@@ -118,17 +120,15 @@ def tables(sources: list[Source]) -> dict[Path, str]:
     }
 
 
-def _title(source: Source) -> str:
-    return source.opening[0].text.splitlines()[0].partition(": ")[2]
-
-
-def _chapter_row(stem: str, title: str) -> str:
+def _chapter_row(lesson: Source, paths: set[Path]) -> str:
+    """A chapter's row; `paths` are all notebooks that there are."""
+    stem, title = lesson.stem, lesson.opening[0].text.splitlines()[0].partition(": ")[2]
     links = [
         f"[read](../{folder}/{stem}.ipynb) {badges(folder, stem)}".strip()
         for folder in ("notebooks", "exercises", "solutions")
-        if (ROOT / folder / f"{stem}.ipynb").exists()
+        if Path(folder) / f"{stem}.ipynb" in paths
     ]
-    return f"| {int(stem[:2])} {title} | {' | '.join(links)} |"
+    return f"| {lesson.chapter} {title} | {' | '.join(links)} |"
 
 
 def _folded(check: Exercise) -> str:
@@ -187,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             return check(find_sources())
         build(find_sources(options.chapters), run=options.execute)
+        REFERENCE.write_text(reference_text(), encoding="utf-8")
         # Last, because they need every chapter to be in order, and one may be half written.
         for path, text in tables(find_sources()).items():
             (ROOT / path).write_text(text, encoding="utf-8")

@@ -10,9 +10,11 @@
 # attention; and read what a check says about your answer.
 #
 # In this course you write the kernel that a language model server spends much of its time in,
-# **ragged paged attention**, from the plain formula to the full kernel. Run the next cell first, as
-# in every notebook here: it finds or installs `rpa`, and the **doctor** says what your machine has.
-# If the doctor says WRONG, do what it says there before you go on.
+# **ragged paged attention**, from the plain formula to the full kernel. What that is, in ten
+# minutes and without any code: [What is ragged paged attention?](../docs/overview.md)
+#
+# Run the next cell first, as in every notebook here: it finds or installs `rpa`, and says in one
+# line that all is well, or what is wrong and what to do about it.
 
 # %%
 import os
@@ -77,9 +79,16 @@ assert (double(x) == 2 * x).all()
 print("ran", "compiled, on the TPU" if ON_TPU else "in the TPU interpreter")
 
 # %% [markdown]
+# What does your machine have, and what does that mean for each part of the course? The **doctor**
+# has the whole report:
+
+# %%
+rpa.doctor()
+
+# %% [markdown]
 # What the interpreter can tell you: whether numbers are right, whether a copy is used before it has
-# arrived, whether two of them race. What it cannot tell you: how fast anything is. For that, later
-# chapters ask the real TPU compiler, which also runs on a laptop with Linux and needs no TPU.
+# arrived, whether there is a data race. What it cannot tell you: how fast anything is. For that,
+# later chapters ask the real TPU compiler, which also runs on a laptop with Linux and needs no TPU.
 #
 # **Takeaway.** Every chapter runs unchanged on a TPU (compiled) and without one (interpreted). What
 # is right in the interpreter may still be slow; that is a separate question, with its own tools.
@@ -280,3 +289,10 @@ print(f"Llama 3 8B here: {weights_s:.2f} s a token or more, for the weights alon
 #
 # **Next:** [chapter 1](01_dense.ipynb) starts with the formula. You compute attention by hand,
 # count its FLOP and bytes, and find out which of the two limits each kind of work runs into.
+#
+# **Read more:**
+#
+# - [How to think about TPUs](https://jax-ml.github.io/scaling-book/tpus), chapter 2 of the
+#   scaling book: the same machine, further.
+# - [Pallas quickstart](https://docs.jax.dev/en/latest/pallas/quickstart.html): the language of
+#   rungs 4 to 8.

@@ -430,3 +430,11 @@ assert len(programs) == len(kv_lens)
 # Operating systems had this problem with the memory of programs, and solved it sixty years ago.
 # **Chapter 2** does what they did: it cuts the cache into pages, so that shapes stay fixed and a
 # sequence owns only as many as it needs.
+#
+# **Before you go on:** do [the exercises of this chapter](../exercises/01_dense.ipynb).
+#
+# **Read more:**
+#
+# - [All about rooflines](https://jax-ml.github.io/scaling-book/roofline), chapter 1 of the
+#   scaling book.
+# - [GQA](https://arxiv.org/abs/2305.13245), Ainslie et al. 2023: why query heads share K and V.

@@ -690,4 +690,11 @@ assert q_lens.sum() < 0.1 * rows
 # What if queries were not padded at all, but laid end to end, whatever their lengths? Then one
 # must say whose is whose. Chapter 3 does, with four small arrays of integers.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/02_paging.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/02_paging.ipynb).
+#
+# **Read more:**
+#
+# - [PagedAttention](https://arxiv.org/abs/2309.06180), Kwon et al. 2023: the memory of a server,
+#   measured.
+# - [nano-vllm](https://github.com/GeeeekExplorer/nano-vllm), `engine/block_manager.py`: a pool in
+#   120 lines that finds common prefixes by their content.

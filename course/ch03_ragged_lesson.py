@@ -619,4 +619,11 @@ for q_len in (1, 64):
 # over the keys is enough, the scores never leave the chip's own memory, and the first kernel of the
 # ladder is written.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/03_ragged.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/03_ragged.ipynb).
+#
+# **Read more:**
+#
+# - [Orca](https://www.usenix.org/conference/osdi22/presentation/yu), Yu et al. 2022: batches that
+#   change at every step.
+# - [Sarathi-Serve](https://arxiv.org/abs/2403.02310), Agrawal et al. 2024: why prompts come in
+#   chunks.

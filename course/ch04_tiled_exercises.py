@@ -16,29 +16,24 @@
 # Every exercise is a function to fill in and a check to run. Without a TPU kernels run in the TPU
 # interpreter, where memory that nobody wrote holds NaN: what you forget, you see.
 #
-# **Time:** about 90 minutes for all six; 4.1, 4.5 and 4.6 are short, 4.4 is the chapter in one
-# function.
+# **Time:** about two hours; 4.1, 4.5 and 4.6 are short, 4.4 is the chapter in one function, and 4.7
+# the first whole kernel of your own.
 
 # %%
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.check.chapters.launchers import run_flash
 from rpa.figures import show_source
 from rpa.interpreter import choose_interpret
-from rpa.tiled import (
-    MASK_VALUE,
-    dot,
-    empty_state,
-    finish,
-    read_state,
-    softmax_step,
-    write_state,
-    zero_tail,
-)
+from rpa.tiled import MASK_VALUE, dot, empty_state, finish, read_state, write_state, zero_tail
+from rpa.yours import earlier
 
 # %% [markdown]
 # ## Exercise 4.1: What a block takes in VMEM
@@ -323,6 +318,13 @@ def row_sums(x, block_rows, block_columns):
     )(x)
 
 
+# %% tags=["wrong"] refused="Give it `interpret=choose_interpret(None)`"
+# instead of
+#         interpret=choose_interpret(None),
+# write
+#         interpret=False,
+
+
 # %% [markdown]
 # ## Exercise 4.3: One step of the online softmax
 #
@@ -448,6 +450,15 @@ show_source(run_flash)
 # (`MASK_VALUE`) **and** zero those values.
 #
 # **Teaches:** one pass over the keys, and no score ever leaves VMEM.
+
+# %%
+online_step = earlier("online_step")
+
+
+def softmax_step(state, scores, values):
+    """Take a block into a SoftmaxState, by the step of 4.3."""
+    return online_step(*state, scores, values)
+
 
 # %% [markdown] tags=["hint"]
 # Three parts, two of them under `pl.when`: at the first block of keys empty the state; at every
@@ -761,3 +772,264 @@ def grouped_rows(q, num_kv_heads, kv_len):
     group = num_q_heads // num_kv_heads
     rows = q.reshape(q_len, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
     return rows.reshape(num_kv_heads, -1, head_dim), jnp.arange(q_len * group) // group
+
+
+# %% [markdown]
+# ## Exercise 4.7: Flash attention, whole
+#
+# Now put it together: causal attention of one sequence, with groups of query heads, from your own
+# pieces, and the `pallas_call` by hand. This is the first whole kernel of a file that grows from
+# here to chapter 7: when the check is passed, the cell goes to `my_rpa.py` next to this notebook,
+# and later exercises take your functions from there. At the end stands a ragged paged attention
+# kernel that you wrote.
+#
+# Fill in the functions from top to bottom; the check tries them in this order.
+#
+# - `new_state`, `output_of`: what the kernel keeps between blocks of keys, and what it makes of it;
+# - `causal_mask`: row `t * group + g` of a block is query head `g` of token t (exercise 4.6);
+# - `attend`: scores, mask, your `online_step`. Keys from `num_keys` on do not exist: the last block
+#   reaches past the end of K and V, where memory may hold NaN;
+# - `causal_kernel`: 4.4 with the causal mask. Blocks of keys that no query sees are not computed;
+# - `flash_attention`: heads to the front, a grid of (KV heads, blocks of queries, blocks of keys),
+#   and back.
+#
+# By hand: q_len 8, kv_len 13, blocks of 4 tokens. The grid has 2 x 4 steps for each KV head; the
+# queries of block 0 stand at positions 5 to 8 and see blocks 0 to 2, so step (h, 0, 3) computes
+# nothing.
+#
+# **Teaches:** a kernel is a grid, blocks, scratch, and a function of one step.
+
+# %%
+online_step = earlier("online_step")
+
+# %% [markdown] tags=["hint"]
+# Everything is in 4.2 to 4.6: an accumulator that begins at j == 0 and is written at the last j
+# (4.2), the step (4.3), the tail (4.4), which blocks are needed (4.5), the rows (4.6). New is only
+# that three of them meet in one function.
+
+# %% [markdown] tags=["hint"]
+# `pl.BlockSpec((None, rows, head_dim), lambda h, i, j: (h, i, 0))`: `None` is a dimension that the
+# kernel does not see. Scratch is `scratch_shapes=[pltpu.VMEM(shape, jnp.float32), ...]` and arrives
+# behind the outputs. `jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())),
+# preferred_element_type=jnp.float32)` is Q K^T with a float32 result. `partial(causal_kernel,
+# q_len=...)` hands numbers to the kernel.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# # causal_mask
+# row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+# return (kv_position + column <= q_position + row // group) & (...)
+#
+# # causal_kernel
+# q_position, kv_position = kv_len - q_len + i * block_q, j * block_kv
+#
+# @pl.when(j == 0)
+# def _():
+#     for ref, part in zip(state_refs, new_state(*out_ref.shape)):
+#         ref[...] = part
+#
+# @pl.when(kv_position < jnp.minimum(kv_len, q_position + block_q))
+# def _():
+#     state = [ref[...] for ref in state_refs]
+#     visible = causal_mask((q_ref.shape[0], block_kv), group, q_position, kv_position, kv_len)
+#     state = attend(state, q_ref[...], k_ref[...], v_ref[...], visible, ..., sm_scale)
+#     ...
+#
+# # flash_attention
+# rows = q.reshape(q_len, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+# rows = rows.reshape(num_kv_heads, q_len * group, head_dim)
+# out = pl.pallas_call(
+#     partial(causal_kernel, q_len=q_len, kv_len=kv_len, group=group, sm_scale=sm_scale),
+#     grid=(num_kv_heads, pl.cdiv(q_len, block_q), pl.cdiv(kv_len, block_kv)),
+#     in_specs=[..., ..., ...],
+#     out_specs=...,
+#     out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
+#     scratch_shapes=[...],
+#     interpret=choose_interpret(None),
+# )(rows, k.transpose(1, 0, 2), v.transpose(1, 0, 2))
+# ```
+
+
+# %% tags=["exercise"]
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def new_state(rows, lanes):
+    """The online softmax before the first key: row_max, row_sum [rows, 1], acc [rows, lanes]."""
+    ### BEGIN SOLUTION
+    column = jnp.zeros((rows, 1), jnp.float32)
+    return column + MASK_VALUE, column, jnp.zeros((rows, lanes), jnp.float32)
+    ### END SOLUTION
+
+
+def output_of(state, dtype):
+    """The output of a finished state, dtype[rows, lanes]; zeros in rows that have seen no key."""
+    ### BEGIN SOLUTION
+    _, row_sum, acc = state
+    return (acc / jnp.where(row_sum > 0, row_sum, 1.0)).astype(dtype)
+    ### END SOLUTION
+
+
+def causal_mask(shape, group, q_position, kv_position, kv_len):
+    """Which key each row sees, bool[rows, keys]: keys up to its own position, and below kv_len.
+
+    Row t * group + g is query head g of token t; token 0 stands at position q_position, and key 0
+    at position kv_position.
+    """
+    ### BEGIN SOLUTION
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    key = kv_position + column
+    return (key <= q_position + row // group) & (key < kv_len)
+    ### END SOLUTION
+
+
+def attend(state, q, k, v, visible, num_keys, sm_scale):
+    """Take a block of keys into the state; keys from num_keys on do not exist, and may be NaN.
+
+    q: [rows, lanes]; k, v: [keys, lanes] in the dtype of q; visible: bool[rows, keys].
+    """
+    # A TPU rounds the factors of a float32 product to bfloat16, unless it is told not to.
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        ### BEGIN SOLUTION
+        q_k_t = (((1,), (1,)), ((), ()))  # contract dimension 1 of both
+        scores = jax.lax.dot_general(q, k, q_k_t, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible, scores * sm_scale, MASK_VALUE)
+        exists = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < num_keys
+        return online_step(*state, scores, jnp.where(exists, v, 0))
+        ### END SOLUTION
+
+
+def causal_kernel(q_ref, k_ref, v_ref, out_ref, *state_refs, q_len, kv_len, group, sm_scale):
+    """A block of queries of one KV head against one block of keys: grid step (head, i, j).
+
+    q_ref, out_ref: VMEM [block_q * group, head_dim]; k_ref, v_ref: VMEM [block_kv, head_dim];
+    state_refs: VMEM, the three parts of the state, kept from one step to the next.
+    """
+    i, j = pl.program_id(1), pl.program_id(2)
+    block_q, block_kv = q_ref.shape[0] // group, k_ref.shape[0]
+    ### BEGIN SOLUTION
+    q_position, kv_position = kv_len - q_len + i * block_q, j * block_kv
+
+    @pl.when(j == 0)
+    def _():
+        for ref, part in zip(state_refs, new_state(*out_ref.shape), strict=True):
+            ref[...] = part
+
+    @pl.when(kv_position < jnp.minimum(kv_len, q_position + block_q))
+    def _():
+        state, num_keys = [ref[...] for ref in state_refs], kv_len - kv_position
+        shape = (q_ref.shape[0], block_kv)
+        visible = causal_mask(shape, group, q_position, kv_position, kv_len)
+        state = attend(state, q_ref[...], k_ref[...], v_ref[...], visible, num_keys, sm_scale)
+        for ref, part in zip(state_refs, state, strict=True):
+            ref[...] = part
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        out_ref[...] = output_of([ref[...] for ref in state_refs], out_ref.dtype)
+
+    ### END SOLUTION
+
+
+def flash_attention(q, k, v, *, sm_scale, block_q=128, block_kv=512):
+    """Causal attention of one sequence: [q_len, num_q_heads, head_dim] in the dtype of q.
+
+    q: [q_len, num_q_heads, head_dim], the last q_len of kv_len tokens;
+    k, v: [kv_len, num_kv_heads, head_dim]. No length has to be a multiple of a block.
+    """
+    (q_len, num_q_heads, head_dim), (kv_len, num_kv_heads, _) = q.shape, k.shape
+    group = num_q_heads // num_kv_heads
+    block_q, block_kv = min(block_q, q_len), min(block_kv, kv_len)
+    ### BEGIN SOLUTION
+    rows = q.reshape(q_len, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+    rows = rows.reshape(num_kv_heads, q_len * group, head_dim)
+    q_spec = pl.BlockSpec((None, block_q * group, head_dim), lambda h, i, j: (h, i, 0))
+    kv_spec = pl.BlockSpec((None, block_kv, head_dim), lambda h, i, j: (h, j, 0))
+    sizes = {"q_len": q_len, "kv_len": kv_len, "group": group, "sm_scale": sm_scale}
+    out = pl.pallas_call(
+        partial(causal_kernel, **sizes),
+        grid=(num_kv_heads, pl.cdiv(q_len, block_q), pl.cdiv(kv_len, block_kv)),
+        in_specs=[q_spec, kv_spec, kv_spec],
+        out_specs=q_spec,
+        out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
+        scratch_shapes=[
+            pltpu.VMEM((block_q * group, 1), jnp.float32),
+            pltpu.VMEM((block_q * group, 1), jnp.float32),
+            pltpu.VMEM((block_q * group, head_dim), jnp.float32),
+        ],
+        interpret=choose_interpret(None),
+    )(rows, k.transpose(1, 0, 2), v.transpose(1, 0, 2))
+    out = out.reshape(num_kv_heads, q_len, group, head_dim).transpose(1, 0, 2, 3)
+    return out.reshape(q.shape)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("4.7", flash_attention)
+
+# %% [markdown] tags=["explanation"]
+# One kernel, three levels: the grid says which blocks meet, `causal_kernel` what happens when they
+# do, `attend` what one block does to the state. Only the last of the three comes back in chapters 5
+# to 7, unchanged: from there on the kernel itself decides which keys it gets, and when. Two guards
+# stand in `attend`, as in 4.4. The mask hides the *score* of a key, and the `where` in front of the
+# product removes its *value*: a weight of zero times NaN would be NaN.
+#
+# The last block of queries may reach past `q_len`, too. Its rows are computed from whatever is
+# there, and Pallas does not write them back: nothing has to be done about them.
+
+# %% tags=["wrong"] refused="the causal mask ignores the cached prefix"
+# instead of
+#     return (key <= q_position + row // group) & (key < kv_len)
+# write
+#     return (key <= q_position - q_position + row // group) & (key < kv_len)
+
+# %% tags=["wrong"] refused="every row counts as a token of its own"
+# instead of
+#     return (key <= q_position + row // group) & (key < kv_len)
+# write
+#     return (key <= q_position + row) & (key < kv_len)
+
+# %% tags=["wrong"] refused="keys behind the last one count as visible"
+# instead of
+#     return (key <= q_position + row // group) & (key < kv_len)
+# write
+#     return key <= q_position + row // group
+
+# %% tags=["wrong"] refused="the scores are not scaled"
+# instead of
+#     scores = jnp.where(visible, scores * sm_scale, MASK_VALUE)
+# write
+#     scores = jnp.where(visible, scores, MASK_VALUE)
+
+# %% tags=["wrong"] refused="what lies behind the last key is not kept out of the values"
+# instead of
+#     return online_step(*state, scores, jnp.where(exists, v, 0))
+# write
+#     return online_step(*state, scores, v)
+
+# %% tags=["wrong"] refused="the state is emptied for the first block of queries only"
+# instead of
+#     @pl.when(j == 0)
+# write
+#     @pl.when((i == 0) & (j == 0))
+
+# %% tags=["wrong"] refused="the walk over the keys ends too early"
+# instead of
+#     @pl.when(kv_position < jnp.minimum(kv_len, q_position + block_q))
+# write
+#     @pl.when(kv_position < jnp.minimum(kv_len, q_position))
+
+# %% tags=["wrong"] refused="each query head reads the KV head of another group"
+# instead of
+#     rows = q.reshape(q_len, num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+# write
+#     rows = q.reshape(q_len, group, num_kv_heads, head_dim).transpose(2, 0, 1, 3)
+# instead of
+#     out = out.reshape(num_kv_heads, q_len, group, head_dim).transpose(1, 0, 2, 3)
+# write
+#     out = out.reshape(num_kv_heads, q_len, group, head_dim).transpose(1, 2, 0, 3)
+
+
+# %% tags=["wrong"] refused="Your function has no kernel"
+def flash_attention(q, k, v, *, sm_scale, block_q=128, block_kv=512):
+    return rpa.dense.attention(q, k, v, sm_scale=sm_scale)

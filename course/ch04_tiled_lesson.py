@@ -518,4 +518,11 @@ print(f"gather for rung 4:         {best_ms(gather, cache, table):5.2f} ms")
 # them, wait for them, go through the page table, and keep two buffers busy. There is a price: what
 # you start and do not wait for, nobody waits for.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/04_tiled.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/04_tiled.ipynb).
+#
+# **Read more:**
+#
+# - [FlashAttention](https://arxiv.org/abs/2205.14135), Dao et al. 2022: tiles and the count of
+#   bytes.
+# - [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867), Milakov and
+#   Gimelshein 2018: the four pages behind `softmax_step`.

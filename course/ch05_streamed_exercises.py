@@ -16,10 +16,11 @@
 # these checks run your kernel in a process of its own, twice: once with copies that arrive as late
 # as they may, once with a race detector. A kernel that hangs is stopped.
 #
-# **Time:** about 90 minutes for all five. The first check takes a few seconds more: that process
-# has to start. The next cell starts it.
+# **Time:** about 90 minutes for the first five, and as long for 5.6 and 5.7, two whole kernels. The
+# first check takes a few seconds more: that process has to start. The next cell starts it.
 
 # %%
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -27,6 +28,9 @@ from jax.experimental.pallas import tpu as pltpu
 import rpa
 from rpa.check import sandbox
 from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
+from rpa.compat import hbm_memory_space
+from rpa.interpreter import choose_interpret
+from rpa.yours import earlier
 
 sandbox.start()
 
@@ -151,6 +155,13 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_in.start()
     copy_in.wait()
     buffer_ref[...] = 2 * buffer_ref[...]
+
+
+# %% tags=["wrong"] refused="calls pltpu.sync_copy"
+def double_kernel(x_ref, out_ref, buffer_ref, sem):
+    pltpu.sync_copy(x_ref, buffer_ref)
+    buffer_ref[...] = 2 * buffer_ref[...]
+    pltpu.sync_copy(buffer_ref, out_ref)
 
 
 # %% [markdown]
@@ -726,6 +737,36 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
         copy(p).wait()
 
 
+# %% tags=["wrong"] refused="In an index that is `pl.ds(start, size)`"
+def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
+    page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    def copy(p):
+        size = jnp.minimum(kv_len - p * page_size, page_size)
+        source = cache_ref.at[page_indices_ref[p], :size]
+        return pltpu.make_async_copy(source, out_ref.at[pl.ds(p * page_size, size)], sem)
+
+    @pl.loop(0, pl.cdiv(kv_len, page_size))
+    def _(p):
+        copy(p).start()
+
+    @pl.loop(0, pl.cdiv(kv_len, page_size))
+    def _(p):
+        copy(p).wait()
+
+
+# %% tags=["wrong"] refused="A loop of that many turns is `@pl.loop(0, n)`"
+def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
+    page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
+    out_ref[...] = jnp.zeros_like(out_ref)
+    for p in range(kv_len // page_size):
+        rows = out_ref.at[pl.ds(p * page_size, page_size)]
+        copy = pltpu.make_async_copy(cache_ref.at[page_indices_ref[p]], rows, sem)
+        copy.start()
+        copy.wait()
+
+
 # %% [markdown]
 # ## Exercise 5.5: Three bugs
 #
@@ -977,3 +1018,524 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         copy(n).wait()
         s, b = n // blocks_per_seq, n % blocks_per_seq
         out_ref[pl.ds(s, 1)] += buffers_ref[b % 2].sum(axis=0, keepdims=True)
+
+
+# %% [markdown]
+# ## Exercise 5.6: Paged decode, whole
+#
+# Your kernel fetches its keys itself. One query of every sequence, K and V from their pages through
+# the table: everything from 5.3 and 5.4, with attention in the place of a sum. No prefetch yet:
+# start the copies of a block, wait for them, compute. That comes next.
+#
+# What is new is **the launch**. Read it once slowly; every kernel from here on has the same.
+#
+# - `pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=3, ...)`: the first three arguments of the
+#   call are in SMEM before the kernel starts, so its scalar core can compute addresses from them;
+# - `grid=(num_seqs,)`: the kernel runs once a sequence, `pl.program_id(0)` says which;
+# - `in_specs`: queries come by a `BlockSpec` with a shape, one sequence a step, by the automatic
+#   pipeline; the cache has none, only `memory_space=hbm_memory_space(interpret)`: it stays where it
+#   is, and the kernel gets a reference to all of it;
+# - `scratch_shapes`: a buffer in VMEM and a DMA semaphore, which live as long as the grid runs;
+# - the kernel's parameters come in this order: scalars, inputs, outputs, scratch.
+#
+# And **a head out of the buffer**: the last three dimensions of the cache are [rows, packing,
+# lanes]. Combined head 2h is K of head h, 2h + 1 its V, and combined head c is at `[c // packing, c
+# % packing]` (chapter 2).
+#
+# Fill in the functions from top to bottom. By hand: 13 tokens, pages of 8, `block_tokens` 16: one
+# block of two copies, of 8 and of 5 rows; one wait for 13. Keys 13 to 15 of the buffer are stale.
+#
+# **Teaches:** a whole kernel with DMAs of its own, and its launch.
+
+# %%
+attend, new_state, output_of = earlier("attend", "new_state", "output_of")
+
+# %% [markdown] tags=["hint"]
+# Three loops, one inside the other: the grid over sequences; a `fori_loop` over the blocks of keys
+# of one sequence, which carries the states of all KV heads; and inside `start_pages` a loop over
+# the pages of a block. Nothing else has a loop that runs in the kernel: the heads are a Python
+# loop.
+
+# %% [markdown] tags=["hint"]
+# `buffer_ref.at[pl.ds(start, size)]` is a reference to some tokens of a buffer, and the size may be
+# known at run time only. `jax.lax.fori_loop(0, n, body, states)` carries a list of tuples as it is.
+# `buffer_ref[:, row, part]` reads one combined head of all tokens. `-head_dim % 128` is what is
+# missing to a multiple of 128.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# # start_pages: exercise 5.4 without its wait
+# # wait_tokens
+# tokens = buffer_ref.at[pl.ds(0, num_tokens)]
+# pltpu.make_async_copy(tokens, tokens, sem).wait()  # a wait moves nothing: it counts bytes
+#
+# # decode_kernel
+# def one_block(b, states):
+#     num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
+#     entry = s * pages_per_seq + ...
+#     start_pages(cache_ref, page_indices_ref, entry, num_keys, buffer_ref, sem)
+#     wait_tokens(...)
+#     visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < num_keys
+#     return attend_heads(states, q_ref, buffer_ref, visible, num_keys, scale_ref[0])
+#
+# states = [new_state(group, lanes)] * num_kv_heads
+# states = jax.lax.fori_loop(0, pl.cdiv(kv_len, block_tokens), one_block, states)
+# for head, state in enumerate(states):
+#     out_ref[head] = ...
+#
+# # paged_decode
+# out = pl.pallas_call(
+#     decode_kernel,
+#     grid_spec=pltpu.PrefetchScalarGridSpec(
+#         num_scalar_prefetch=3,
+#         grid=(len(queries),),
+#         in_specs=[q_spec, pl.BlockSpec(memory_space=hbm_memory_space(interpret))],
+#         out_specs=q_spec,
+#         scratch_shapes=[pltpu.VMEM((block_tokens, *kv_cache.shape[2:]), kv_cache.dtype), ...],
+#     ),
+#     out_shape=...,
+#     interpret=interpret,
+# )(kv_lens, page_indices, jnp.float32(sm_scale).reshape(1), folded, kv_cache)
+# ```
+
+
+# %% tags=["exercise"]
+def choose_block(kv_cache, pages_per_seq):
+    """Tokens of a block of keys: whole pages, up to 512 tokens, 2 MiB, and the longest sequence."""
+    page_size, page_bytes = kv_cache.shape[1], kv_cache[0].size * kv_cache.dtype.itemsize
+    return page_size * max(1, min(pages_per_seq, 512 // page_size, 2**21 // page_bytes))
+
+
+def fold_heads(queries, num_kv_heads):
+    """Queries [n, num_q_heads, head_dim] as [n, num_kv_heads, group, lanes].
+
+    lanes is head_dim, filled up with zeros to a multiple of 128: so the cache has it.
+    """
+    ### BEGIN SOLUTION
+    n, num_q_heads, head_dim = queries.shape
+    folded = queries.reshape(n, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    return jnp.pad(folded, ((0, 0), (0, 0), (0, 0), (0, -head_dim % 128)))
+    ### END SOLUTION
+
+
+def start_pages(cache_ref, page_indices_ref, entry, num_tokens, buffer_ref, sem):
+    """Start the copies of the first num_tokens tokens of a block, one a page.
+
+    Their pages stand in the table from `entry` on. cache_ref: HBM [num_pages, page_size, rows,
+    packing, lanes]; page_indices_ref: SMEM i32[num_seqs * pages_per_seq]; buffer_ref: VMEM
+    [block_tokens, rows, packing, lanes].
+    """
+    ### BEGIN SOLUTION
+    page_size = cache_ref.shape[1]
+
+    @pl.loop(0, pl.cdiv(num_tokens, page_size))
+    def _(p):
+        size = jnp.minimum(num_tokens - p * page_size, page_size)
+        source = cache_ref.at[page_indices_ref[entry + p], pl.ds(0, size)]
+        target = buffer_ref.at[pl.ds(p * page_size, size)]
+        pltpu.make_async_copy(source, target, sem).start()
+
+    ### END SOLUTION
+
+
+def wait_tokens(num_tokens, buffer_ref, sem):
+    """Wait for as many bytes as num_tokens tokens of a buffer have, in one wait."""
+    ### BEGIN SOLUTION
+    tokens = buffer_ref.at[pl.ds(0, num_tokens)]
+    pltpu.make_async_copy(tokens, tokens, sem).wait()
+    ### END SOLUTION
+
+
+def read_head(buffer_ref, head, dtype):
+    """K and V of KV head `head` of a block, dtype[block_tokens, lanes] each.
+
+    Combined head 2 * head is K and the next one is V; `packing` of them share a row.
+    """
+    ### BEGIN SOLUTION
+    packing = buffer_ref.shape[2]
+    combined = (2 * head, 2 * head + 1)
+    return [buffer_ref[:, c // packing, c % packing].astype(dtype) for c in combined]
+    ### END SOLUTION
+
+
+def attend_heads(states, q_ref, buffer_ref, visible, num_keys, sm_scale):
+    """Take a block into the states of all KV heads; q_ref: VMEM [num_kv_heads, rows, lanes]."""
+    ### BEGIN SOLUTION
+    new_states = []
+    for head, state in enumerate(states):
+        k, v = read_head(buffer_ref, head, q_ref.dtype)
+        new_states.append(attend(state, q_ref[head], k, v, visible, num_keys, sm_scale))
+    return new_states
+    ### END SOLUTION
+
+
+def decode_kernel(
+    kv_lens_ref, page_indices_ref, scale_ref, q_ref, cache_ref, out_ref, buffer_ref, sem
+):
+    """All blocks of keys of one sequence, one after the other: grid step (sequence).
+
+    kv_lens_ref, page_indices_ref, scale_ref: SMEM, i32[num_seqs], i32[num_seqs * pages_per_seq],
+    f32[1]; q_ref, out_ref: VMEM [num_kv_heads, group, lanes]; cache_ref: HBM, the whole cache;
+    buffer_ref: VMEM [block_tokens, rows, packing, lanes]; sem: a DMA semaphore.
+    """
+    s, block_tokens = pl.program_id(0), buffer_ref.shape[0]
+    ### BEGIN SOLUTION
+    num_kv_heads, group, lanes = q_ref.shape
+    kv_len, pages_per_seq = kv_lens_ref[s], page_indices_ref.shape[0] // pl.num_programs(0)
+
+    def one_block(b, states):
+        num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
+        entry = s * pages_per_seq + b * block_tokens // cache_ref.shape[1]
+        start_pages(cache_ref, page_indices_ref, entry, num_keys, buffer_ref, sem)
+        wait_tokens(num_keys, buffer_ref, sem)
+        visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < num_keys
+        return attend_heads(states, q_ref, buffer_ref, visible, num_keys, scale_ref[0])
+
+    states = [new_state(group, lanes)] * num_kv_heads
+    states = jax.lax.fori_loop(0, pl.cdiv(kv_len, block_tokens), one_block, states)
+    for head, state in enumerate(states):
+        out_ref[head] = output_of(state, out_ref.dtype)
+    ### END SOLUTION
+
+
+def paged_decode(
+    queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale, block_tokens=None
+):
+    """One query of every sequence against its pages: [num_seqs, num_q_heads, head_dim].
+
+    queries: [num_seqs, num_q_heads, head_dim]; kv_cache: [num_pages, page_size, rows, packing,
+    lanes], the new tokens are in it; kv_lens: i32[num_seqs], 0 is an idle slot; page_indices:
+    i32[num_seqs * pages_per_seq]; block_tokens: whole pages.
+    """
+    block_tokens = block_tokens or choose_block(kv_cache, len(page_indices) // len(kv_lens))
+    ### BEGIN SOLUTION
+    folded, interpret = fold_heads(queries, num_kv_heads), choose_interpret(None)
+    q_spec = pl.BlockSpec((None, *folded.shape[1:]), lambda s, *_: (s, 0, 0, 0))
+    out = pl.pallas_call(
+        decode_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(len(queries),),
+            in_specs=[q_spec, pl.BlockSpec(memory_space=hbm_memory_space(interpret))],
+            out_specs=q_spec,
+            scratch_shapes=[
+                pltpu.VMEM((block_tokens, *kv_cache.shape[2:]), kv_cache.dtype),
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(folded.shape, folded.dtype),
+        interpret=interpret,
+    )(kv_lens, page_indices, jnp.float32(sm_scale).reshape(1), folded, kv_cache)
+    return out[..., : queries.shape[2]].reshape(queries.shape)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("5.6", paged_decode)
+
+# %% [markdown] tags=["explanation"]
+# Compare it with 4.7: `attend` is the same, letter by letter. What has changed is who brings the
+# keys. The grid knows sequences only, because how many blocks a sequence has is a number in SMEM,
+# and a grid is fixed before the kernel starts; so the blocks became a loop inside. A sequence of
+# length 0 makes no turn, its state stays empty, and `output_of` gives zeros: an idle slot needs no
+# case of its own.
+#
+# The index maps say `lambda s, *_`, since they are given the scalars too. And the cache is packed:
+# `read_head` lets the compiler take K and V apart, which costs shifts and masks on every word
+# (chapter 8 does better). It is right for one, two and four heads in a row, whatever the dtype.
+
+# %% tags=["wrong"] refused="page p of the sequence is copied from page p of the cache"
+# instead of
+#         source = cache_ref.at[page_indices_ref[entry + p], pl.ds(0, size)]
+# write
+#         source = cache_ref.at[entry + p, pl.ds(0, size)]
+
+# %% tags=["wrong"] refused="every sequence reads the pages of the first one"
+# instead of
+#         entry = s * pages_per_seq + b * block_tokens // cache_ref.shape[1]
+# write
+#         entry = b * block_tokens // cache_ref.shape[1]
+
+# %% tags=["wrong"] refused="every block reads the pages of the first one"
+# instead of
+#         entry = s * pages_per_seq + b * block_tokens // cache_ref.shape[1]
+# write
+#         entry = s * pages_per_seq
+
+# %% tags=["wrong"] refused="K and V are swapped"
+# instead of
+#     combined = (2 * head, 2 * head + 1)
+# write
+#     combined = (2 * head + 1, 2 * head)
+
+# %% tags=["wrong"] refused="all K stand before all V"
+# instead of
+#     combined = (2 * head, 2 * head + 1)
+# write
+#     combined = (head, head + buffer_ref.shape[1] * packing // 2)
+
+# %% tags=["wrong"] refused="the last block is left out where it is not full"
+# instead of
+#     states = jax.lax.fori_loop(0, pl.cdiv(kv_len, block_tokens), one_block, states)
+# write
+#     states = jax.lax.fori_loop(0, kv_len // block_tokens, one_block, states)
+
+# %% tags=["wrong"] refused="reads a buffer before its copy has arrived"
+# instead of
+#         wait_tokens(num_keys, buffer_ref, sem)
+# write
+
+# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# instead of
+#         wait_tokens(num_keys, buffer_ref, sem)
+# write
+#         wait_tokens(block_tokens, buffer_ref, sem)
+
+# %% tags=["wrong"] refused="waits for each copy before it starts the next one"
+# instead of
+#         pltpu.make_async_copy(source, target, sem).start()
+# write
+#         copy = pltpu.make_async_copy(source, target, sem)
+#         copy.start()
+#         copy.wait()
+# instead of
+#         wait_tokens(num_keys, buffer_ref, sem)
+# write
+
+# %% tags=["wrong"] refused="copies rows behind the last token"
+# instead of
+#         size = jnp.minimum(num_tokens - p * page_size, page_size)
+# write
+#         size = page_size
+# instead of
+#     tokens = buffer_ref.at[pl.ds(0, num_tokens)]
+# write
+#     page_size = 8
+#     tokens = buffer_ref.at[pl.ds(0, pl.cdiv(num_tokens, page_size) * page_size)]
+
+# %% tags=["wrong"] refused="stale keys of the last block count as visible"
+# instead of
+#         visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < num_keys
+# write
+#         visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < block_tokens
+
+
+# %% [markdown]
+# ## Exercise 5.7: The prefetch goes over the boundary
+#
+# In 5.6 the HBM rests while a block is computed, and the computation rests while a block is
+# fetched. Use two buffers: start the copies of the next block, *then* wait for this one. And the
+# next block after the last one of a sequence is the first one of the next sequence that has any: a
+# decode of short sequences would otherwise never overlap (5.5, bug by bug).
+#
+# Two arrays tell the kernel what it must know, and JAX computes them before it starts. Write
+# `block_order(kv_lens, block_tokens)`: count all blocks of all sequences through, n = 0, 1, 2, ...
+# `number[s]` is the n of the first block of sequence s, so block n goes to buffer `n % 2` without
+# anything to remember; and `next_live[s]` is the next sequence after s that is not idle.
+#
+# By hand: `kv_lens = [9, 0, 3]`, blocks of 8. Blocks: (0, 0), (0, 1), (2, 0). `number = [0, 2, 2]`,
+# `next_live = [2, 2, 3]`; 3 means that there is none.
+#
+# Then the kernel, and its launch: 5.6 with a second buffer, a second semaphore, and two more
+# scalars.
+#
+# **Teaches:** the HBM must never wait for the end of a computation; who starts the first copy, and
+# who starts none.
+
+# %%
+attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(
+    "attend_heads", "choose_block", "fold_heads", "start_pages", "wait_tokens"
+)
+new_state, output_of = earlier("new_state", "output_of")
+
+# %% [markdown] tags=["hint"]
+# In iteration n the kernel starts block n + 1 and waits for block n. So every block is started one
+# iteration early, except the very first: nobody came before it. And after the last block of all
+# there is nothing to start.
+
+# %% [markdown] tags=["hint"]
+# `jnp.cumsum(x) - x` sums up what comes before each entry. `jax.lax.cummin(x, reverse=True)` takes,
+# for each entry, the least from there on. `buffers_ref.at[slot]` and `sems.at[slot]` are the buffer
+# and the semaphore of a slot, also where slot is known at run time only. `@pl.when(s <
+# pl.num_programs(0))` guards a start for a sequence that does not exist.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# # block_order
+# live = jnp.where(kv_lens > 0, jnp.arange(n), n)
+# next_live = jax.lax.cummin(jnp.append(live[1:], n), reverse=True)
+# return jnp.cumsum(num_blocks) - num_blocks, ...
+#
+# # prefetching_kernel
+# def start(s, b):
+#     @pl.when(s < pl.num_programs(0))
+#     def _():
+#         slot = (number_ref[s] + b) % 2
+#         ...
+#
+# def one_block(b, states):
+#     n, last = number_ref[s] + b, (b + 1) * block_tokens >= kv_len
+#
+#     @pl.when(n == 0)
+#     def _():
+#         start(s, b)
+#
+#     start(jnp.where(last, next_live_ref[s], s), ...)
+#     num_keys = ...
+#     wait_tokens(num_keys, buffers_ref.at[n % 2], ...)
+#     ...
+# ```
+
+
+# %% tags=["exercise"]
+def block_order(kv_lens, block_tokens):
+    """The order of all blocks: two i32[n].
+
+    `number`: how many blocks of keys all earlier sequences have, so that block b of sequence s is
+    number[s] + b of all; `next_live`: the next sequence that has a token, n if there is none.
+    """
+    ### BEGIN SOLUTION
+    n, num_blocks = len(kv_lens), pl.cdiv(kv_lens, block_tokens)
+    live = jnp.where(kv_lens > 0, jnp.arange(n), n)
+    next_live = jax.lax.cummin(jnp.append(live[1:], n), reverse=True)
+    return jnp.cumsum(num_blocks) - num_blocks, next_live.astype(jnp.int32)
+    ### END SOLUTION
+
+
+def prefetching_kernel(
+    kv_lens_ref,  # SMEM i32[num_seqs]
+    number_ref,  # SMEM i32[num_seqs], see block_order
+    next_live_ref,  # SMEM i32[num_seqs], see block_order
+    page_indices_ref,  # SMEM i32[num_seqs * pages_per_seq]
+    scale_ref,  # SMEM f32[1]
+    q_ref,  # VMEM [num_kv_heads, group, lanes]
+    cache_ref,  # HBM [num_pages, page_size, rows, packing, lanes]
+    out_ref,  # VMEM [num_kv_heads, group, lanes]
+    buffers_ref,  # VMEM [2, block_tokens, rows, packing, lanes]
+    sems,  # two DMA semaphores, one a buffer
+):
+    """As decode_kernel; while a block is computed, the copies of the next one are on their way."""
+    s, block_tokens = pl.program_id(0), buffers_ref.shape[1]
+    ### BEGIN SOLUTION
+    num_kv_heads, group, lanes = q_ref.shape
+    kv_len, pages_per_seq = kv_lens_ref[s], page_indices_ref.shape[0] // pl.num_programs(0)
+
+    def start(s, b):
+        @pl.when(s < pl.num_programs(0))
+        def _():
+            slot = (number_ref[s] + b) % 2
+            num_keys = jnp.minimum(kv_lens_ref[s] - b * block_tokens, block_tokens)
+            entry = s * pages_per_seq + b * block_tokens // cache_ref.shape[1]
+            buffer_ref, sem = buffers_ref.at[slot], sems.at[slot]
+            start_pages(cache_ref, page_indices_ref, entry, num_keys, buffer_ref, sem)
+
+    def one_block(b, states):
+        n, last = number_ref[s] + b, (b + 1) * block_tokens >= kv_len
+        buffer_ref, sem = buffers_ref.at[n % 2], sems.at[n % 2]
+
+        @pl.when(n == 0)
+        def _():
+            start(s, b)  # nobody else could have started the first block of all
+
+        start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
+        num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
+        wait_tokens(num_keys, buffer_ref, sem)
+        visible = jax.lax.broadcasted_iota(jnp.int32, (group, block_tokens), 1) < num_keys
+        return attend_heads(states, q_ref, buffer_ref, visible, num_keys, scale_ref[0])
+
+    states = [new_state(group, lanes)] * num_kv_heads
+    states = jax.lax.fori_loop(0, pl.cdiv(kv_len, block_tokens), one_block, states)
+    for head, state in enumerate(states):
+        out_ref[head] = output_of(state, out_ref.dtype)
+    ### END SOLUTION
+
+
+def prefetched_decode(
+    queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale, block_tokens=None
+):
+    """What paged_decode computes, with the copies of a block under the computation of another."""
+    block_tokens = block_tokens or choose_block(kv_cache, len(page_indices) // len(kv_lens))
+    ### BEGIN SOLUTION
+    folded, interpret = fold_heads(queries, num_kv_heads), choose_interpret(None)
+    q_spec = pl.BlockSpec((None, *folded.shape[1:]), lambda s, *_: (s, 0, 0, 0))
+    out = pl.pallas_call(
+        prefetching_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(len(queries),),
+            in_specs=[q_spec, pl.BlockSpec(memory_space=hbm_memory_space(interpret))],
+            out_specs=q_spec,
+            scratch_shapes=[
+                pltpu.VMEM((2, block_tokens, *kv_cache.shape[2:]), kv_cache.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(folded.shape, folded.dtype),
+        # Buffers and semaphores live on from one sequence to the next: the order matters.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+    )(
+        *(kv_lens, *block_order(kv_lens, block_tokens), page_indices),
+        *(jnp.float32(sm_scale).reshape(1), folded, kv_cache),
+    )
+    return out[..., : queries.shape[2]].reshape(queries.shape)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("5.7", prefetched_decode)
+
+# %% [markdown] tags=["explanation"]
+# Start first, wait second. At the start of block n + 1 its buffer is free: block n - 1 was read in
+# the iteration before. One semaphore for each buffer, or a wait could be ended by the wrong copy
+# (5.5, bug 3). The kernel keeps no state of its own for the order: which buffer, which block comes
+# next, and whether there is one, all follow from two arrays that were known before it began. Such a
+# **list of work** can be printed, and tested on the host; chapter 7 makes a whole kernel for any
+# batch from it, and changes nothing else.
+
+# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# instead of
+#         @pl.when(n == 0)
+# write
+#         @pl.when(n < 0)
+
+# %% tags=["wrong"] refused="an idle sequence is not passed over"
+# instead of
+#     live = jnp.where(kv_lens > 0, jnp.arange(n), n)
+# write
+#     live = jnp.arange(n)
+
+# %% tags=["wrong"] refused="copies and computes by turns"
+# instead of
+#         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
+# write
+# instead of
+#         @pl.when(n == 0)
+# write
+#         @pl.when(n >= 0)
+
+# %% tags=["wrong"] refused="starts a copy on memory that another copy is still moving"
+# instead of
+#             slot = (number_ref[s] + b) % 2
+# write
+#             slot = (number_ref[s] + b) * 0
+# instead of
+#         buffer_ref, sem = buffers_ref.at[n % 2], sems.at[n % 2]
+# write
+#         buffer_ref, sem = buffers_ref.at[0], sems.at[0]
+
+# %% tags=["wrong"] refused="lets no copy go over the end of a sequence"
+# instead of
+#         @pl.when(n == 0)
+# write
+#         @pl.when(b == 0)
+# instead of
+#         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
+# write
+#         start(jnp.where(last, pl.num_programs(0), s), jnp.where(last, 0, b + 1))
+
+# %% tags=["wrong"] refused="the number of a sequence counts its own blocks, too"
+# instead of
+#     return jnp.cumsum(num_blocks) - num_blocks, next_live.astype(jnp.int32)
+# write
+#     return jnp.cumsum(num_blocks), next_live.astype(jnp.int32)

@@ -452,4 +452,12 @@ print(f"temporary memory of the latter: {temporary_bytes / 1e6:7.2f} MB")
 # them, and are written to their pages while the block computes. One program, one trip less. And one
 # more copy that can race with all the others.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/05_streamed.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/05_streamed.ipynb).
+#
+# **Read more:**
+#
+# - [TPU pipelining](https://docs.jax.dev/en/latest/pallas/tpu/pipelining.html): what the
+#   automatic pipeline does with the same copies.
+# - [Scalar prefetch and block-sparse
+#   computation](https://docs.jax.dev/en/latest/pallas/tpu/sparse.html): indices that are known
+#   before the kernel.

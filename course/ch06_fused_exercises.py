@@ -15,17 +15,23 @@
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 100 minutes; 6.1 and 6.2 are short. 6.5 is a kernel, and its check runs it in a
-# process of its own, in both modes of the interpreter.
+# **Time:** about three hours; 6.1 and 6.2 are short. 6.5 and 6.6 are kernels, and their checks run
+# them in a process of their own, in both modes of the interpreter.
 
 # %%
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import rpa
-from rpa.paging import cdiv
+from rpa.compat import hbm_memory_space, keep_in_hbm
+from rpa.interpreter import choose_interpret
+from rpa.paging import cdiv, pack_kv
+from rpa.yours import earlier
 
 # %% [markdown]
 # ## Exercise 6.1: What crosses the HBM?
@@ -898,3 +904,354 @@ def write_back_kernel(
 
         load(b).wait()
         sum_ref[...] += buffers_ref[b % 2]
+
+
+# %% [markdown]
+# ## Exercise 6.6: The fused kernel, whole
+#
+# Now the new tokens come into the block by a copy of their own, take part in the computation from
+# there, and are written to their pages while it runs. And a sequence may have more than one of
+# them: a few speculative tokens, each with its own causal mask.
+#
+# The kernel works on **blocks of queries**: a few new tokens of one sequence that are neighbours.
+# Here a sequence is one block of queries (chapter 7 cuts long ones). What the kernel has to know of
+# each stands in one array in SMEM, `work_ref[ROW_NAME, w]`; `list_work` and its list of names are
+# given, read them first. `run_work` gathers the queries of each block, and puts the output back.
+#
+# Write `start_new`, `start_store`, the kernel and the call, from top to bottom:
+#
+# - a block of keys is cut twice (6.3): `num_cached` keys come from pages, what follows up to
+#   `num_keys` from `new_ref`; all copies signal the semaphore of the buffer, and one wait is for
+#   all;
+# - the tokens of *this block of queries* are at positions POSITION to KV_END. Those that lie in
+#   this block of keys are written back, one copy a page (6.4), after the wait and before the
+#   computation;
+# - before the iteration ends, wait for what was written: the next iteration fills another buffer,
+#   but the one after that fills this one (6.5);
+# - the cache is an input and an output at once: `input_output_aliases={i: o}` says that input
+#   number i *is* output number o, and **the scalars count as inputs**.
+#
+# By hand: `kv_len` 10, two new tokens, pages of 4, blocks of 8. Block 0: two page copies, nothing
+# new. Block 1 begins at position 8, `num_cached` 0, `num_keys` 2: no page copy, one copy of two new
+# rows, one write-back of two rows to the third page.
+#
+# **Teaches:** a cache that is updated in place, while it is read.
+
+# %%
+attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(
+    "attend_heads", "choose_block", "fold_heads", "start_pages", "wait_tokens"
+)
+block_order, causal_mask, new_state, output_of = earlier(
+    "block_order", "causal_mask", "new_state", "output_of"
+)
+
+# %% [markdown] tags=["hint"]
+# `prefetching_kernel` of 5.7 is the frame; three things are added. In `start`: after the copies of
+# the cached tokens, the copy of the new ones. After the wait: the copies back. At the end of the
+# iteration: the wait for those.
+
+# %% [markdown] tags=["hint"]
+# `jnp.clip(work_ref[FIRST_NEW, w] - begin, 0, num_keys)` is how many keys of a block are cached,
+# and the same with POSITION where the block's own tokens begin. The row of a token in `new_ref` is
+# its row in the batch: `work_ref[ROW, w]` belongs to position `work_ref[POSITION, w]`, and
+# neighbours have neighbouring rows. Aliases: the call's arguments are work, pages, scale, tiles,
+# new_kv, cache, so the cache is number 5; it is output number 1.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# # start_new
+# row = work_ref[ROW, w] + begin + num_cached - work_ref[POSITION, w]
+#
+# # start_store, for page p of the block
+# first = jnp.maximum(begin, p * page_size)
+# size = jnp.minimum(end, (p + 1) * page_size) - first
+# target = cache_ref.at[page_indices_ref[entry + p], pl.ds(first - p * page_size, size)]
+#
+# # fused_kernel, in one_block
+# start(jnp.where(last, work_ref[NEXT, w], w), jnp.where(last, 0, b + 1))
+# wait_tokens(num_keys, buffer_ref, sems.at[n % 2])
+# own = jnp.clip(position - begin, 0, num_keys)
+# start_store(buffer_ref, own, num_keys, cache_ref, page_indices_ref, entry, store_sem)
+# visible = causal_mask((rows, block_tokens), group, position, begin, kv_end)
+# states = attend_heads(...)
+#
+# @pl.when(own < num_keys)
+# def _():
+#     wait_tokens(...)
+#
+# return states
+#
+# # run_work: 5.7's call with two arrays in HBM, two outputs, and
+# input_output_aliases={5: 1},
+# ```
+
+
+# %% tags=["exercise"]
+KV_END, POSITION, FIRST_NEW, ROW, ENTRY, NUMBER, NEXT = range(7)
+
+
+def live_lengths(batch, num_tokens):
+    """First row, q_len and kv_len of each slot, i32[max_num_seqs]; num_tokens, 0, 0 if unused."""
+    in_use = jnp.arange(batch.max_num_seqs) < batch.num_seqs
+    ends, kv_lens = jnp.asarray(batch.cu_q_lens), jnp.asarray(batch.kv_lens)
+    q_lens = jnp.where(in_use, ends[1:] - ends[:-1], 0)
+    return jnp.where(in_use, ends[:-1], num_tokens), q_lens, jnp.where(q_lens > 0, kv_lens, 0)
+
+
+def list_work(kv_end, position, first_new, row, seqs, pages_per_seq, block_tokens):
+    """The work as one array, i32[7, n]: a column a block of queries, a row each of
+
+    KV_END      one past the last key that it reads; 0 where there is nothing to do
+    POSITION    of its first query in the sequence
+    FIRST_NEW   position of the sequence's first new token: what lies before it is cached
+    ROW         of its first query among the tokens of the batch
+    ENTRY       where the pages of its sequence begin in the page table
+    NUMBER      blocks of keys of all columns before it, and
+    NEXT        the next column that has something to do: see block_order
+    """
+    order = block_order(kv_end, block_tokens)
+    work = (kv_end, position, first_new, row, seqs * pages_per_seq, *order)
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in work])
+
+
+def start_new(work_ref, w, begin, num_cached, num_keys, new_ref, buffer_ref, sem):
+    """Start the copy of the new tokens of a block of keys, behind the cached ones; may be none.
+
+    begin: position of the block's first key; num_cached of its num_keys keys are cached.
+    new_ref: HBM [num_tokens, rows, packing, lanes].
+    """
+
+    @pl.when(num_keys > num_cached)
+    def _():
+        ### BEGIN SOLUTION
+        size = num_keys - num_cached
+        row = work_ref[ROW, w] + begin + num_cached - work_ref[POSITION, w]
+        target = buffer_ref.at[pl.ds(num_cached, size)]
+        pltpu.make_async_copy(new_ref.at[pl.ds(row, size)], target, sem).start()
+        ### END SOLUTION
+
+
+def start_store(buffer_ref, begin, end, cache_ref, page_indices_ref, entry, sem):
+    """Start to write tokens [begin, end) of a block to their pages, a copy a page; may be none."""
+    ### BEGIN SOLUTION
+    page_size = cache_ref.shape[1]
+
+    @pl.loop(begin // page_size, jnp.where(begin < end, pl.cdiv(end, page_size), 0))
+    def _(p):
+        first = jnp.maximum(begin, p * page_size)
+        size = jnp.minimum(end, (p + 1) * page_size) - first
+        target = cache_ref.at[page_indices_ref[entry + p], pl.ds(first - p * page_size, size)]
+        pltpu.make_async_copy(buffer_ref.at[pl.ds(first, size)], target, sem).start()
+
+    ### END SOLUTION
+
+
+def fused_kernel(
+    work_ref,  # SMEM i32[7, num_query_blocks], see list_work
+    page_indices_ref,  # SMEM i32[num_seqs * pages_per_seq]
+    scale_ref,  # SMEM f32[1]
+    q_ref,  # VMEM [num_kv_heads, block_q * group, lanes]
+    new_ref,  # HBM [num_tokens, rows, packing, lanes], the new K and V
+    _,  # the cache as input: the same memory as cache_ref
+    out_ref,  # VMEM [num_kv_heads, block_q * group, lanes]
+    cache_ref,  # HBM [num_pages, page_size, rows, packing, lanes]
+    buffers_ref,  # VMEM [2, block_tokens, rows, packing, lanes]
+    sems,  # two DMA semaphores, one a buffer: what is copied into it
+    store_sem,  # a DMA semaphore: what is written to the cache
+    *,
+    group,
+):
+    """All blocks of keys of one block of queries, whose own tokens are written to their pages."""
+    w, block_tokens = pl.program_id(0), buffers_ref.shape[1]
+    ### BEGIN SOLUTION
+    num_kv_heads, rows, lanes = q_ref.shape
+
+    def extent(w, b):
+        """Position of the first key of a block, how many keys it has, where its pages begin."""
+        begin = b * block_tokens
+        num_keys = jnp.minimum(work_ref[KV_END, w] - begin, block_tokens)
+        return begin, num_keys, work_ref[ENTRY, w] + begin // cache_ref.shape[1]
+
+    def start(w, b):
+        @pl.when(w < pl.num_programs(0))
+        def _():
+            slot = (work_ref[NUMBER, w] + b) % 2
+            buffer_ref, sem = buffers_ref.at[slot], sems.at[slot]
+            begin, num_keys, entry = extent(w, b)
+            num_cached = jnp.clip(work_ref[FIRST_NEW, w] - begin, 0, num_keys)
+            start_pages(cache_ref, page_indices_ref, entry, num_cached, buffer_ref, sem)
+            start_new(work_ref, w, begin, num_cached, num_keys, new_ref, buffer_ref, sem)
+
+    def one_block(b, states):
+        n, kv_end, position = work_ref[NUMBER, w] + b, work_ref[KV_END, w], work_ref[POSITION, w]
+        begin, num_keys, entry = extent(w, b)
+        buffer_ref, last = buffers_ref.at[n % 2], begin + block_tokens >= kv_end
+
+        @pl.when(n == 0)
+        def _():
+            start(w, b)
+
+        start(jnp.where(last, work_ref[NEXT, w], w), jnp.where(last, 0, b + 1))
+        wait_tokens(num_keys, buffer_ref, sems.at[n % 2])
+        own = jnp.clip(position - begin, 0, num_keys)  # from here on, the keys are its own tokens
+        start_store(buffer_ref, own, num_keys, cache_ref, page_indices_ref, entry, store_sem)
+        visible = causal_mask((rows, block_tokens), group, position, begin, kv_end)
+        states = attend_heads(states, q_ref, buffer_ref, visible, num_keys, scale_ref[0])
+
+        @pl.when(own < num_keys)
+        def _():
+            wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
+
+        return states
+
+    states = [new_state(rows, lanes)] * num_kv_heads
+    num_blocks = pl.cdiv(work_ref[KV_END, w], block_tokens)
+    states = jax.lax.fori_loop(0, num_blocks, one_block, states)
+    for head, state in enumerate(states):
+        out_ref[head] = output_of(state, out_ref.dtype)
+    ### END SOLUTION
+
+
+def run_work(queries, new_kv, kv_cache, work, page_indices, sm_scale, sizes):
+    """Call the kernel: output [num_tokens, num_q_heads, head_dim], and the new cache.
+
+    new_kv: [num_tokens, rows, packing, lanes], as `pack_kv` makes it; work: see list_work;
+    sizes: (num_kv_heads, block_q, block_tokens), tokens of a block of queries and of keys.
+    """
+    (num_tokens, num_q_heads, head_dim), n = queries.shape, work.shape[1]
+    num_kv_heads, block_q, block_tokens = sizes
+    group, interpret = num_q_heads // num_kv_heads, choose_interpret(None)
+    # Rows past the last query of a block are another sequence's: computed, and never looked at.
+    tiles = queries[work[ROW][:, None] + jnp.arange(block_q)]  # JAX clamps what is past the end
+    tiles = fold_heads(tiles.reshape(-1, num_q_heads, head_dim), num_kv_heads)
+    tiles = tiles.reshape(n, block_q, num_kv_heads, group, -1).swapaxes(1, 2)
+    tiles = tiles.reshape(n, num_kv_heads, block_q * group, -1)
+    ### BEGIN SOLUTION
+    q_spec = pl.BlockSpec((None, *tiles.shape[1:]), lambda w, *_: (w, 0, 0, 0))
+    in_hbm = pl.BlockSpec(memory_space=hbm_memory_space(interpret))
+    out, kv_cache = pl.pallas_call(
+        partial(fused_kernel, group=group),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(n,),
+            in_specs=[q_spec, in_hbm, in_hbm],
+            out_specs=[q_spec, in_hbm],
+            scratch_shapes=[
+                pltpu.VMEM((2, block_tokens, *kv_cache.shape[2:]), kv_cache.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (tiles, kv_cache)],
+        # The scalars count: work, pages, scale, tiles, new_kv, and number 5 is the cache.
+        input_output_aliases={5: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+    )(
+        *(work, page_indices, jnp.float32(sm_scale).reshape(1), tiles),
+        *(keep_in_hbm(x, interpret) for x in (new_kv, kv_cache)),
+    )
+    ### END SOLUTION
+    out = out.reshape(n, num_kv_heads, block_q, group, -1).swapaxes(1, 2)
+    out = out.reshape(n, block_q, num_q_heads, -1)[..., :head_dim]
+    w = jnp.searchsorted(work[ROW], jnp.arange(num_tokens), side="right") - 1  # of each token
+    t = jnp.arange(num_tokens) - work[ROW][w]
+    owned = work[POSITION][w] + t < work[KV_END][w]
+    return jnp.where(owned[:, None, None], out[w, t], 0), kv_cache
+
+
+def fused_attention(
+    queries, keys, values, kv_cache, batch, *, sm_scale, max_q_len=8, block_tokens=None
+):
+    """Store the new tokens and attend, in one kernel, for sequences of few new tokens.
+
+    queries: [num_tokens, num_q_heads, head_dim]; keys, values: [num_tokens, num_kv_heads,
+    head_dim]; batch: a RaggedBatch, every q_len at most max_q_len. A block of queries is a
+    sequence. Returns output, zeros in rows that no sequence owns, and the new cache.
+    """
+    block_tokens = block_tokens or choose_block(kv_cache, batch.pages_per_seq)
+    starts, q_lens, kv_lens = live_lengths(batch, len(queries))
+    seqs = jnp.arange(batch.max_num_seqs)
+    ### BEGIN SOLUTION
+    first_new = kv_lens - q_lens
+    fields = (kv_lens, first_new, first_new, starts, seqs)
+    work = list_work(*fields, batch.pages_per_seq, block_tokens)
+    sizes = (keys.shape[1], max_q_len, block_tokens)
+    new_kv, pages = pack_kv(keys, values), jnp.asarray(batch.page_indices)
+    return run_work(queries, new_kv, kv_cache, work, pages, sm_scale, sizes)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("6.6", fused_attention)
+
+# %% [markdown] tags=["explanation"]
+# No row of the cache is read and written in one call: what lies before `first_new` comes from
+# pages, what lies behind is fetched from `new_ref` by every block of queries that sees it. So no
+# copy waits for a write, and the order of two blocks of queries does not matter. That is the first
+# rule of the lesson. The second, that a buffer is filled again only after its write-back has
+# arrived, is kept by waiting in the same iteration; rung 6 waits one iteration later, which hides a
+# little more and needs a counter. The third, the end of the kernel, comes with the second.
+#
+# The aliased cache keeps every bit that no copy writes. Input number 5, because the three scalar
+# arguments are counted: with `{2: 1}` the call would be refused, since shapes differ, or worse,
+# where they do not.
+
+# %% tags=["wrong"] refused="the new tokens are not in the cache"
+# instead of
+#         start_store(buffer_ref, own, num_keys, cache_ref, page_indices_ref, entry, store_sem)
+# write
+# instead of
+#             wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
+# write
+#             pass
+
+# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# instead of
+#             wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
+# write
+#             pass
+
+# %% tags=["wrong"] refused="every new token is written to the first row of its page"
+# instead of
+#         target = cache_ref.at[page_indices_ref[entry + p], pl.ds(first - p * page_size, size)]
+# write
+#         target = cache_ref.at[page_indices_ref[entry + p], pl.ds(0, size)]
+
+# %% tags=["wrong"] refused="new tokens are taken from row 0 of new_kv on"
+# instead of
+#         row = work_ref[ROW, w] + begin + num_cached - work_ref[POSITION, w]
+# write
+#         row = begin + num_cached - work_ref[POSITION, w]
+
+# %% tags=["wrong"] refused="in every block of keys the first new row is taken again"
+# instead of
+#         row = work_ref[ROW, w] + begin + num_cached - work_ref[POSITION, w]
+# write
+#         row = work_ref[ROW, w]
+
+# %% tags=["wrong"] refused="the causal mask is missing"
+# instead of
+#         visible = causal_mask((rows, block_tokens), group, position, begin, kv_end)
+# write
+#         visible = causal_mask((rows, block_tokens), group, kv_end, begin, kv_end)
+
+# %% tags=["wrong"] refused="the new tokens are read from their pages, too early"
+# instead of
+#             num_cached = jnp.clip(work_ref[FIRST_NEW, w] - begin, 0, num_keys)
+# write
+#             num_cached = num_keys
+
+# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# instead of
+#         @pl.when(own < num_keys)
+#         def _():
+#             wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
+# write
+#         wait_tokens(num_keys, buffer_ref, store_sem)
+
+# %% tags=["wrong"] refused="input_output_aliases"
+# instead of
+#         input_output_aliases={5: 1},
+# write
+#         input_output_aliases={2: 1},

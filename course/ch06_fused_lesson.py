@@ -455,4 +455,11 @@ assert table_kib > smem_kib and kv_cache.nbytes > 100 * written
 # **Chapter 8** streams the page table, builds a kernel for each kind of work, and updates the cache
 # in place.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/06_fused.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/06_fused.ipynb).
+#
+# **Read more:**
+#
+# - [Ragged Paged Attention](https://arxiv.org/abs/2604.15464), section 3: the layout and the
+#   fused update in production.
+# - [Buffer donation](https://docs.jax.dev/en/latest/buffer_donation.html): how JAX gives an
+#   array's memory away.

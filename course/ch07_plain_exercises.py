@@ -8,19 +8,29 @@
 # %% [markdown]
 # # Chapter 7: One kernel for any batch, exercises
 #
-# You write the two decisions that make one kernel enough for any batch: which keys a query block
-# reads, and what comes after a step. Read the lesson first: `notebooks/07_plain.ipynb`.
+# You write the two decisions that make one kernel enough for any batch, which keys a query block
+# reads and what comes after a step; and then the kernel itself, from what is in `my_rpa.py`. Read
+# the lesson first: `notebooks/07_plain.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 35 minutes.
+# **Time:** about 35 minutes for the first two, and an hour for 7.3, your own kernel; its check runs
+# it in the interpreter, which takes some seconds.
 
 # %%
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 import rpa
-from rpa.paging import cdiv
+from rpa.interpreter import choose_interpret
+from rpa.paging import cdiv, pack_kv
+from rpa.ragged import check_call
+from rpa.yours import earlier
 
 # %% [markdown]
 # ## Exercise 7.1: Which keys does a query block read?
@@ -307,3 +317,188 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
     while seq < len(q_lens) and q_lens[seq] == 0:
         seq += 1
     return seq, 0, 0
+
+
+# %% [markdown]
+# ## Exercise 7.3: Your own kernel for any batch
+#
+# Decodes, chunks of prompts behind a cached prefix, whole prompts, idle slots, in any mix and any
+# order: one kernel. And you have it already. `fused_kernel` of 6.6 does not ask what a column of
+# its list of work is; it computes one block of queries after the other. A prompt of 500 tokens is
+# 500 / block_q columns of that list, a decode is one with one query, an idle slot has none.
+#
+# So what is missing is data, computed by JAX before the kernel starts. Write `query_blocks(starts,
+# q_lens, kv_lens, num_tokens, block_q)`: cut every sequence into blocks of `block_q` new tokens.
+# Its length has to be known when it is traced, so it has room for the most blocks that there can
+# be; those that do not exist have `kv_end` 0. Then `run_batch`, as in 6.6, and `ragged_attention`
+# with the signature of the ladder, which chooses `block_q`: a whole number of tokens, at most 128
+# rows with `group` heads a token, and 1 where all sequences decode.
+#
+# By hand: `q_lens = [1, 0, 6]`, `kv_lens = [29, 40, 34]`, blocks of 4 queries.
+#
+# | w | sequence | position | kv_end | row |
+# |---|---|---|---|---|
+# | 0 | 0 | 28 | 29 | 0 |
+# | 1 | 2 | 28 | 32 | 1 |
+# | 2 | 2 | 32 | 34 | 5 |
+#
+# Row 1 ends at key 32, not 34: the last query of the block stands at position 31.
+#
+# The distribution of the batch is not asked: it says which kernel is made for which sequences, and
+# you have one for all. That is what rung 8 does better.
+#
+# **Teaches:** any batch is a list of blocks of queries; the list is data, and the kernel stays.
+
+# %%
+choose_block, list_work, live_lengths, run_work = earlier(
+    "choose_block", "list_work", "live_lengths", "run_work"
+)
+
+# %% [markdown] tags=["hint"]
+# Count the blocks of each sequence, and where they end if all are put in one line. Then every
+# column w can find its sequence: it is the first one whose end lies behind w. What it is in its
+# sequence is the distance from that sequence's first block.
+
+# %% [markdown] tags=["hint"]
+# `jnp.cumsum(num_blocks)` gives the ends; `jnp.searchsorted(ends, w, side="right")` the first end
+# behind w, which also passes over sequences without blocks. An array of JAX is indexed by an array:
+# `first_new[seqs]` looks up one entry for each column.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# # query_blocks
+# num_blocks = pl.cdiv(q_lens, block_q)
+# ends = jnp.cumsum(num_blocks)
+# w = jnp.arange(pl.cdiv(num_tokens, block_q) + num_seqs)
+# exists = w < ends[-1]
+# seqs = jnp.minimum(jnp.searchsorted(ends, w, side="right"), num_seqs - 1)
+# offset = (w - (ends - num_blocks)[seqs]) * block_q  # of the block's first token in the sequence
+# first_new = ...[seqs]
+# kv_end = jnp.where(exists, jnp.minimum(kv_lens[seqs], ...), 0)
+# ...
+#
+# # run_batch
+# blocks = query_blocks(*live_lengths(batch, len(queries)), len(queries), block_q)
+# work = list_work(*blocks, batch.pages_per_seq, block_tokens)
+# ...
+#
+# # ragged_attention
+# block_q = max(1, min(len(queries) // batch.max_num_seqs, 128 // group))
+# ```
+
+
+# %% tags=["exercise"]
+def query_blocks(starts, q_lens, kv_lens, num_tokens, block_q):
+    """Cut the new tokens of each sequence into blocks of block_q: five i32[num_blocks].
+
+    starts, q_lens, kv_lens: i32[num_seqs], see live_lengths. Returns kv_end, position, first_new,
+    row and seqs, as list_work takes them. There is room for as many blocks as num_tokens tokens
+    of num_seqs sequences can have; those that do not exist have kv_end 0 and row num_tokens.
+    """
+    ### BEGIN SOLUTION
+    num_seqs, num_blocks = len(q_lens), pl.cdiv(q_lens, block_q)
+    ends = jnp.cumsum(num_blocks)  # of each sequence's blocks
+    w = jnp.arange(pl.cdiv(num_tokens, block_q) + num_seqs)
+    exists = w < ends[-1]
+    seqs = jnp.minimum(jnp.searchsorted(ends, w, side="right"), num_seqs - 1)
+    offset = (w - (ends - num_blocks)[seqs]) * block_q
+    first_new = (kv_lens - q_lens)[seqs]
+    # The last query of the block sees itself, and nothing after it.
+    kv_end = jnp.where(exists, jnp.minimum(kv_lens[seqs], first_new + offset + block_q), 0)
+    row = jnp.where(exists, starts[seqs] + offset, num_tokens)
+    return kv_end, first_new + offset, first_new, row, seqs
+    ### END SOLUTION
+
+
+@partial(jax.jit, static_argnames=["block_q", "block_tokens", "interpret"])
+def run_batch(
+    queries, keys, values, kv_cache, batch, sm_scale, *, block_q, block_tokens, interpret
+):
+    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace anew."""
+    ### BEGIN SOLUTION
+    blocks = query_blocks(*live_lengths(batch, len(queries)), len(queries), block_q)
+    work = list_work(*blocks, batch.pages_per_seq, block_tokens)
+    sizes = (keys.shape[1], block_q, block_tokens)
+    new_kv, pages = pack_kv(keys, values), jnp.asarray(batch.page_indices)
+    return run_work(queries, new_kv, kv_cache, work, pages, sm_scale, sizes)
+    ### END SOLUTION
+
+
+def ragged_attention(queries, keys, values, kv_cache, batch, *, sm_scale, block_tokens=None):
+    """Ragged paged attention of any batch, under the ladder's signature: rung 7, and yours.
+
+    queries: [num_tokens, num_q_heads, head_dim]; keys, values: [num_tokens, num_kv_heads,
+    head_dim] in the dtype of the cache; batch: a RaggedBatch. Returns output [num_tokens,
+    num_q_heads, head_dim], zeros in rows that no sequence owns, and the new cache.
+    """
+    check_call(queries, keys, values, kv_cache, batch, sm_scale=sm_scale)
+    block_tokens = block_tokens or choose_block(kv_cache, batch.pages_per_seq)
+    ### BEGIN SOLUTION
+    group = queries.shape[1] // keys.shape[1]
+    # As many tokens as a sequence has, so that decodes are not filled up; 128 rows at most.
+    block_q = max(1, min(len(queries) // batch.max_num_seqs, 128 // group))
+    sizes = {"block_q": block_q, "block_tokens": block_tokens}
+    interpret = choose_interpret(None)
+    return run_batch(queries, keys, values, kv_cache, batch, sm_scale, **sizes, interpret=interpret)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("7.3", ragged_attention)
+
+# %% [markdown] tags=["explanation"]
+# A kernel of some 250 lines, with all that went before it, that takes any ragged batch: yours. Each
+# block of queries reads the keys that it sees, and stores its own tokens; new tokens of its
+# sequence that an earlier block stores come from `new_ref` all the same, so the order of blocks is
+# free.
+#
+# What it costs: a block of queries that is not full computes rows for nothing, so a batch of one
+# long prompt and many decodes pays for each decode a whole block. K and V are read once for each
+# block of queries. And every word of K is taken apart by shifts. Rung 8 is the same kernel with
+# these three mended, and some more: read it against yours.
+#
+# Try it: `python -m rpa lab schedule --kernel my_rpa.py:ragged_attention --chip v5e --case decode
+# --against rpa` shows its bundles next to those of the production kernel, and `lab traffic`, `lab
+# compile` and `lab predict` take it the same way.
+
+# %% tags=["wrong"] refused="a block of queries reads the keys of the whole sequence"
+# instead of
+#     kv_end = jnp.where(exists, jnp.minimum(kv_lens[seqs], first_new + offset + block_q), 0)
+# write
+#     kv_end = jnp.where(exists, kv_lens[seqs], 0)
+
+# %% tags=["wrong"] refused="positions begin at 0: the cached prefix is forgotten"
+# instead of
+#     first_new = (kv_lens - q_lens)[seqs]
+# write
+#     first_new = (kv_lens * 0)[seqs]
+
+# %% tags=["wrong"] refused="all blocks of a sequence are its first one"
+# instead of
+#     offset = (w - (ends - num_blocks)[seqs]) * block_q
+# write
+#     offset = (w - w) * block_q
+
+# %% tags=["wrong"] refused="blocks that do not exist have keys"
+# instead of
+#     kv_end = jnp.where(exists, jnp.minimum(kv_lens[seqs], first_new + offset + block_q), 0)
+# write
+#     kv_end = jnp.minimum(kv_lens[seqs], first_new + offset + block_q)
+
+# %% tags=["wrong"] refused="a sequence without new tokens is given a block"
+# instead of
+#     num_seqs, num_blocks = len(q_lens), pl.cdiv(q_lens, block_q)
+# write
+#     num_seqs, num_blocks = len(q_lens), jnp.maximum(1, pl.cdiv(q_lens, block_q))
+
+# %% tags=["wrong"] refused="the last block of a sequence is left out where it is not full"
+# instead of
+#     num_seqs, num_blocks = len(q_lens), pl.cdiv(q_lens, block_q)
+# write
+#     num_seqs, num_blocks = len(q_lens), q_lens // block_q
+
+# %% tags=["wrong"] refused="keys and values are swapped"
+# instead of
+#     new_kv, pages = pack_kv(keys, values), jnp.asarray(batch.page_indices)
+# write
+#     new_kv, pages = pack_kv(values, keys), jnp.asarray(batch.page_indices)

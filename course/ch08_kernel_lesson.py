@@ -32,8 +32,9 @@ import rpa
 from rpa import chips, dense, interpreter, ragged
 from rpa.figures import kernel as pictures
 from rpa.figures import show_source
-from rpa.kernel import blocks, cases, loop, transfers, traversal
-from rpa.kernel.plan import BlockSizes, Plan, Problem
+from rpa.kernel import blocks, cases, loop, mixed, traversal, tricks
+from rpa.kernel.plan import BlockSizes, Plan
+from rpa.kernel.problem import Problem
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
 # %% [markdown]
@@ -54,11 +55,11 @@ pictures.diagram()
 # | `softmax.py` | what is computed on one tile? | 4.3, 4.4 |
 # | `layout.py` | how do K and V of a head get out of a block? | 2.2, 2.3, 4.6 |
 # | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
-# | `walk.py` | what comes next? | 7.1, 7.2 |
-# | `belt.py` | how far do copies run ahead? | 5.5 |
-# | `table.py` | which pages are one copy? | 12.3 |
-# | `loop.py` | in which order is computed, and where is a mask? | 4.5, 8.1 |
-# | `decode.py`, `tiles.py` | how do the few queries of a decode fill the units? | chapter 9 |
+# | `traversal.py` | what comes next? | 7.1, 7.2 |
+# | `pipeline.py` | how far do copies run ahead? | 5.5 |
+# | `page_table.py` | which pages are one copy? | 12.3 |
+# | `loop.py`, `mixed.py` | in which order is computed, and where is a mask? | 4.5, 8.1 |
+# | `decode.py`, `tricks.py` | what makes it fast? | chapter 9 |
 # | `cases.py` | which kernel computes which sequences? | 3.4, 8.2 |
 # | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 8.3 |
 #
@@ -74,7 +75,7 @@ pictures.diagram()
 # 8`: the first block holds positions 28 to 35, so it reads keys 0 to 35. The second one holds 36 to
 # 39 and reads all 40.
 #
-# The kernel's own function answers on the host, too, if it gets the sizes. A batch to walk through
+# The kernel's own function answers on the host, too, if it gets the sizes. A batch to go through
 # for the rest of the chapter: two decodes, an idle slot, a chunk, a fresh prompt.
 
 # %%
@@ -94,7 +95,7 @@ problem = Problem(
     *(f32, f32, f32),  # dtypes of queries, cache and output
 )
 decode_blocks, mixed_blocks = BlockSizes(1, 16, 1, 16), BlockSizes(8, 16, 8, 16)
-ahead = {"turns_ahead": blocks.TURNS_AHEAD}
+ahead = {"iterations_ahead": tricks.ITERATIONS_AHEAD}
 decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, True, False, max_q_len=1)
 mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True, **ahead)
 
@@ -126,17 +127,17 @@ show_source(traversal.query_block)
 # A **step** is one KV block of one query block of one sequence. By hand, D: 20 new tokens, nothing
 # cached, `bq = 8`, `bkv = 16`. Three query blocks, which see 8, 16 and 20 keys: one KV block, one,
 # and two. Four steps. C: query block 0 sees 36 keys, three KV blocks; query block 1 sees 40, three.
-# The walk on the host, by the kernel's own functions:
+# The traversal on the host, by the kernel's own functions:
 
 
 # %%
 def steps_of(plan):
     """Every step that a kernel takes, in its order: (sequence, query block, KV block)."""
     first, end = (int(bound) for bound in plan.case.bounds(batch.distribution))
-    step, steps = traversal.first_step(plan, metadata, first, end), []
-    while int(step.seq.index) < end:
-        steps.append(tuple(int(x) for x in (step.seq.index, step.q_index, step.kv_index)))
-        step = traversal.next_step(plan, metadata, step, end)
+    at, steps = traversal.start(plan, metadata, first, end), []
+    while int(at.seq.index) < end:
+        steps.append(tuple(int(x) for x in (at.seq.index, at.q_index, at.kv_index)))
+        at = traversal.advance(plan, metadata, at, traversal.work_item(plan, at, end), end)
     return steps
 
 
@@ -146,11 +147,13 @@ print("mixed: ", mixed_steps)
 assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) == 3 + 3 + 4
 
 # %% [markdown]
-# Sequence 2 does not occur: idle, passed over. One function says what comes after a step, and it is
-# asked some turns ahead, for the copies; the computation follows in the same order.
+# Sequence 2 does not occur: idle, passed over. One function says what comes after a work item, some
+# iterations ahead, for the copies; the computation follows in the same order. Another one resolves
+# where the traversal is into all that copies and computation have to know, once:
 
 # %%
-show_source(traversal.next_step)
+show_source(traversal.advance)
+show_source(traversal.work_item)
 
 # %% [markdown]
 # An odometer with three wheels, and `first_active` for the idle ones. Now, which of these steps
@@ -179,58 +182,59 @@ pictures.batch_walk(steps, cdiv(kv_lens, 16).tolist(), names)
 # numbers, and has its inner loop twice, with a mask and without:
 
 # %%
-show_source(loop._attend_kv_block)
-show_source(loop._Area)
+show_source(mixed.Tiled.attend)
+show_source(mixed.ScoreTile)
 
 # %% [markdown]
-# **Takeaway.** One walk over (sequence, query block, KV block), idle slots passed over, tiles that
-# nobody sees skipped, masks only where the diagonal, a window or the end of a sequence goes
+# **Takeaway.** One traversal over (sequence, query block, KV block), idle slots passed over, tiles
+# that no query sees skipped, masks only where the diagonal, a window or the end of a sequence goes
 # through. Exercises 7.2 and 8.1.
 
 # %% [markdown]
 # ## 4. What runs ahead of what?
 #
-# Here is the kernel. Read `serve_stations`, its one loop: it fetches, looks up, and computes; but
+# Here is the kernel. Read `iterate`, its one loop: it fetches, looks up, and computes; but
 # never the same steps.
 
 # %%
 show_source(loop.kernel)
 
 # %% [markdown]
-# A **turn** is one round of this loop, and serves one step at each station; only a decode serves
-# two or four, because one row of queries keeps the units busy too little (chapter 9). A copy of
-# pages needs page numbers; page numbers are in HBM; so they have to be asked for before that. And
-# both copies take a microsecond or two to arrive. So a step is looked up, fetched `TABLE_TURNS`
-# turns later, and computed `turns_ahead` turns after that. In between it rides on a belt:
+# An **iteration** of this loop serves one work item in each stage of the pipeline; only a decode
+# serves two or four, because one row of queries keeps the units busy too little (chapter 9). A copy
+# of pages needs page numbers; page numbers are in HBM; so they are requested before that. And both
+# copies take a microsecond or two to arrive. So a work item is looked up, fetched
+# `TABLE_ITERATIONS` iterations later, and computed `iterations_ahead` iterations after that. In
+# between it waits in a ring in SMEM:
 
 # %%
 from rpa.kernel import pipeline
 
 print(pipeline.__doc__)
-show_source(pipeline.to_fetch)
-show_source(pipeline.is_on)
+show_source(pipeline.Ring.for_each_to_fetch)
+show_source(pipeline.Ring.is_running)
 
 # %% [markdown]
-# On paper, for a kernel that looks up two turns ahead of the copies, and copies two turns ahead of
-# the products. Each column is a turn, and the steps that it serves:
+# On paper, for a kernel that looks up two iterations ahead of the copies, and copies two iterations
+# ahead of the products. Each column is an iteration, and the work items that it serves:
 
 # %%
-from rpa.kernel.plan import TABLE_TURNS
-
-num_steps, delays = 5, {"looks up": 0, "fetches": TABLE_TURNS}
-delays["computes"] = TABLE_TURNS + mixed_plan.turns_ahead
-for station, delay in delays.items():
-    turns = [i - delay for i in range(num_steps + delays["computes"])]
-    print(f"{station:9}", *(f"{i:2}" if 0 <= i < num_steps else " ." for i in turns))
-assert delays["computes"] == mixed_plan.belt_turns - 1
+num_steps, delays = 5, {"looks up": 0, "fetches": tricks.TABLE_ITERATIONS}
+delays["computes"] = tricks.TABLE_ITERATIONS + mixed_plan.iterations_ahead
+for stage, delay in delays.items():
+    items = [i - delay for i in range(num_steps + delays["computes"])]
+    print(f"{stage:9}", *(f"{i:2}" if 0 <= i < num_steps else " ." for i in items))
+assert delays["computes"] == mixed_plan.depth - 1
 
 # %% [markdown]
-# Nothing is computed in the first four turns, and nothing is fetched in the last two: the belt
-# fills, and it drains, once a batch. How long must it be? Copies of three turns together should
-# take longer than one of them needs to arrive; chapter 10 has the numbers.
+# Nothing is computed in the first four iterations, and nothing is fetched in the last two: the
+# pipeline fills, and it drains, once per batch. How deep must it be? Copies of three iterations
+# together should take longer than one of them needs to arrive; chapter 10 has the numbers.
 
 # %%
-show_source(transfers.fetch)
+from rpa.kernel.transfers import Copies
+
+show_source(Copies.fetch)
 
 # %% [markdown]
 # Wait for the page numbers and for what still leaves the buffer (section 6), then start everything
@@ -258,8 +262,8 @@ with on_host, record_dmas() as timeline:
     jax.block_until_ready(output)
 
 # %% [markdown]
-# The copies of pages, in order, must be those of the walk. That the kernel and our list agree is
-# not an opinion:
+# The copies of pages, in order, must be those of the traversal. That the kernel and our list
+# agree is not an opinion:
 
 # %%
 cached = np.asarray(batch.kv_lens) - q_lens
@@ -272,11 +276,11 @@ def pages_fetched(step, bkv=16, page_size=8):
     return pages[-1:] + pages[:-1] if end % page_size else pages
 
 
-by_walk = [page for step in decode_steps + mixed_steps for page in pages_fetched(step)]
+by_traversal = [page for step in decode_steps + mixed_steps for page in pages_fetched(step)]
 from_cache = [c for c in timeline.copies if c.source.buffer.name == "kv_cache"]
 by_kernel = [copy.source.index[0].start // 8 for copy in from_cache]
 print(by_kernel)
-assert by_kernel == by_walk
+assert by_kernel == by_traversal
 
 # %% [markdown]
 # And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
@@ -315,13 +319,13 @@ for num_seqs, longest in [(64, 8_192), (64, 131_072), (256, 131_072)]:
 # around the entries that it wants, and counts from its start:
 
 # %%
-show_source(transfers._chunk_start)
+show_source(Copies._chunk_start)
 
 # %%
-print(f"entries of a KV block: {mixed_plan.pages_per_block}, words copied for them: "
-      f"{mixed_plan.table_chunk_words}")  # fmt: skip
-print(f"the table of {5 * 5} entries is padded to {mixed_plan.table_words} words")
-assert mixed_plan.table_chunk_words % 128 == 0
+table = mixed_plan.table
+print(f"entries of a KV block: {table.whole_pages}, words copied for them: {table.chunk_words}")
+print(f"the table of {5 * 5} entries is padded to {table.table_words} words")
+assert table.chunk_words % 128 == 0
 
 # %% [markdown]
 # **Takeaway.** What is small and always needed lives in SMEM; what grows with the context is
@@ -336,7 +340,7 @@ assert mixed_plan.table_chunk_words % 128 == 0
 # in its KV buffer. Only a decode sends its one token from HBM to HBM: why, says the comment.
 
 # %%
-show_source(transfers.start_stores)
+show_source(Copies.start_stores)
 
 # %% [markdown]
 # Two things follow. No token can be missed: its query block always runs, and always reads the KV
@@ -390,7 +394,8 @@ def plan_for(case, max_q_len):
 for case, max_q_len in cases.cases_of(512):
     plan = plan_for(case, max_q_len)
     needed_mib = sum(blocks.vmem_bytes(plan).values()) / 2**20
-    print(f"{case.label:8} {plan.blocks}, {plan.turns_ahead} turns ahead: {needed_mib:4.1f} MiB")
+    ahead = plan.iterations_ahead
+    print(f"{case.label:8} {plan.blocks}, {ahead} iterations ahead: {needed_mib:4.1f} MiB")
 
 # %% [markdown]
 # What is in a promise? The decode kernel looks at one query of each of its sequences and no more. A
@@ -405,8 +410,8 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# **Takeaway.** Decode, chunk, mixed: the same walk and the same copies, compiled for what is known
-# about each. Who sorts a batch decides which kernel its sequences get. Exercise 8.2.
+# **Takeaway.** Decode, chunk, mixed: the same traversal and the same copies, compiled for what
+# is known about each. Who sorts a batch decides which kernel its sequences get. Exercise 8.2.
 
 # %% [markdown]
 # ## 8. Is it right?
@@ -533,4 +538,11 @@ assert len(page_copies) == 15 * 256
 # For that one has to read what the compiler made of all this: the machine's own schedule, bundle by
 # bundle. It can be read on a laptop, and **chapter 9** does, and makes it shorter.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/08_kernel.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/08_kernel.ipynb).
+#
+# **Read more:**
+#
+# - [tpu-inference](https://github.com/vllm-project/tpu-inference),
+#   `kernels/ragged_paged_attention/v3`: the production kernel; docs/kernel.md lists where this
+#   one differs.
+# - [FlashAttention-2](https://arxiv.org/abs/2307.08691), Dao 2023: the division of work on a GPU.

@@ -27,7 +27,7 @@ import numpy as np
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import decode, loop, mxu
+from rpa.kernel import mxu
 from rpa.kernel.plan import Plan
 from rpa.lab.bench import comparison
 from rpa.lab.copies import traffic
@@ -275,7 +275,7 @@ for chip in CHIPS:
 more = {}
 for chip in CHIPS:
     even = recorded("even_stride_at_the_end")[chip]
-    odd = recorded_step(chip, "two sequences a turn").bundles
+    odd = recorded_step(chip, "two sequences together").bundles
     more[chip] = even / odd - 1
     print(f"{chip:6} then: {even:5,} bundles even, {odd:5,} odd, {more[chip]:+.0%}")
 assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
@@ -317,7 +317,9 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
 # of what waits:
 
 # %%
-show_source(loop._attend_tiles)
+from rpa.kernel.mixed import Tiled
+
+show_source(Tiled._attend_groups)
 
 # %% [markdown]
 # **Takeaway.** The MXU takes products in the order in which you write them. Write Q K^T of the next
@@ -371,7 +373,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 pictures.before_after(
     {
         "One head after the other, one sequence": recorded_step("v5e", "odd stride"),
-        "Six steps, two sequences": recorded_step("v5e", "two sequences a turn"),
+        "Six steps, two sequences": recorded_step("v5e", "two sequences together"),
     }
 )
 
@@ -383,7 +385,9 @@ pictures.before_after(
 # its own sequence has summed up before. That is the room `decode` of rung 8:
 
 # %%
-show_source(decode._attend_piece)
+from rpa.kernel.decode import Decode
+
+show_source(Decode._attend_sub_block)
 
 # %% [markdown]
 # **Takeaway.** Latency is cured by more independent work: other heads, other sequences. When a unit
@@ -423,8 +427,8 @@ assert best == {"v5e": 1, "v6e": 2, "tpu7x": 2}
 # %%
 pictures.before_after(
     {
-        "All keys go in": recorded_step("v5e", "two sequences a turn"),
-        "A quarter goes through": recorded_step("v5e", "a quarter of the keys turned"),
+        "All keys go in": recorded_step("v5e", "two sequences together"),
+        "A quarter goes through": recorded_step("v5e", "a quarter of the keys swapped"),
     }
 )
 
@@ -437,7 +441,7 @@ show_source(mxu)
 
 # %% [markdown]
 # A product of rung 8 has 512 keys by default, which is one cell. Float32, and dots of fewer than
-# 384 lanes, turn none (`Plan.turns_keys`).
+# 384 lanes, turn none (`Tricks.swaps_operands`).
 #
 # All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
 # do better with half, see the table.
@@ -534,4 +538,11 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 # **Chapter 10** goes from the inner loop to the batch: how large the blocks should be, how far the
 # copies must run ahead, and what time comes of it all.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/09_inner_loop.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/09_inner_loop.ipynb).
+#
+# **Read more:**
+#
+# - [Matrix multiplication in Pallas](https://docs.jax.dev/en/latest/pallas/tpu/matmul.html): the
+#   same kind of ladder, measured on a TPU.
+# - [FlashAttention-3](https://arxiv.org/abs/2407.08608), Shah et al. 2024: softmax next to
+#   products, on a GPU.

@@ -155,10 +155,10 @@ assert mbu["v5e"] > mbu["v6e"] > mbu["tpu7x"] > 0.5
 
 # %% [markdown]
 # All of that is predicted, with every copy at peak bandwidth, and there when its share of it is
-# over. A real copy takes longer to arrive, however short it is: 1.0 us fits the published timings of
-# the peers on a TPU7x best, with 1.2 cycles per bundle. So copies have to start early. How early? In our pipeline, with blocks
-# of two short sequences, 512 tokens each: the copies of a turn start when the turn `ahead` before
-# it begins.
+# over. A real copy takes longer to arrive, however short it is: with 1.0 us, and 1.2 cycles per
+# bundle, the published timings of the peers on a TPU7x are met best. So copies have to start early.
+# How early? In our pipeline, with blocks of two short sequences, 512 tokens each: the copies of a
+# turn start when the turn `ahead` before it begins.
 
 # %%
 from rpa.lab.predict.calibration import FITTED
@@ -251,4 +251,11 @@ for chip in CHIPS:
 # the peers on one page, and the items above on the list of what is open: the shortest schedule
 # wins.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/10_tuning.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/10_tuning.ipynb).
+#
+# **Read more:**
+#
+# - [All about Transformer inference](https://jax-ml.github.io/scaling-book/inference), chapter 7
+#   of the scaling book: from a kernel's bytes to a server's throughput.
+# - [Roofline](https://doi.org/10.1145/1498765.1498785), Williams, Waterman and Patterson 2009:
+#   the bound that a prediction is held against.

@@ -41,9 +41,9 @@ from rpa.paging import cdiv
 show_source(wrong_kernels.forgetful)
 
 # %% [markdown]
-# Write `witness(bq, bkv, window)`: a sequence `(q_len, kv_len)` of at most 4,096 tokens in which at
-# least one new token never reaches the cache. Any one will do; it must work for every `bq`, `bkv`
-# and `window` that the check tries.
+# Write `witness(bq, bkv, window)`: a sequence `(q_len, kv_len)` in which at least one new token
+# never reaches the cache. It must work for every `bq`, `bkv` and `window` that the check tries, and
+# be short: at most `window + bkv + bq` new tokens.
 #
 # By hand: `bq = 2`, `bkv = 4`, `window = 3`. A prompt of 7 tokens, nothing cached, `(7, 7)`: the
 # last query block begins at position 6 and sees keys 4 to 6. It starts with key block 1, and tokens
@@ -123,6 +123,11 @@ def witness(bq, bkv, window):
 # %% tags=["wrong"] refused="expected 1 <= q_len <= kv_len"
 def witness(bq, bkv, window):
     return window + bkv + bq, window
+
+
+# %% tags=["wrong"] refused="at most window + bkv + bq"
+def witness(bq, bkv, window):
+    return 4096, 4096
 
 
 # %% [markdown]
@@ -451,6 +456,13 @@ def witness_numbers(kv_len, block_tokens):
 # %% tags=["wrong"] refused="expected two arrays"
 def witness_numbers(kv_len, block_tokens):
     return np.zeros((kv_len, 1)), np.linspace(0, 1, kv_len)[:, None]
+
+
+# %% tags=["wrong"] refused="one token, or a few, have a value"
+def witness_numbers(kv_len, block_tokens):
+    values = np.zeros(kv_len, np.float32)
+    values[0] = 1
+    return np.zeros(kv_len, np.float32), values
 
 
 # %% [markdown]

@@ -72,7 +72,7 @@ assert abs(float(sunk.sum()) - 0.5) < 1e-2
 # *begins* as if it had been seen:
 
 # %%
-show_source(softmax.nothing_seen)
+show_source(softmax.Softmax.nothing_seen)
 
 # %% [markdown]
 # Now everything at once, on the real kernel: a float8 cache, window, cap and sinks, two decodes and
@@ -720,4 +720,11 @@ assert sizes[0] == sizes[1]
 # roofline is left then, on which chip, beside which peer: **chapter 12** puts every rung on one
 # page, measures what can be measured on your machine, and leaves the open problems to you.
 #
-# **Before you go on:** the exercises of this chapter are in `exercises/11_production.ipynb`.
+# **Before you go on:** do [the exercises of this chapter](../exercises/11_production.ipynb).
+#
+# **Read more:**
+#
+# - [Efficient streaming language models with attention sinks](https://arxiv.org/abs/2309.17453),
+#   Xiao et al. 2023.
+# - [FP8 formats for deep learning](https://arxiv.org/abs/2209.05433), Micikevicius et al. 2022:
+#   what the eight bits of a cache can say.

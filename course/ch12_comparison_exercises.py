@@ -426,17 +426,19 @@ def merge_parts(output_a, lse_a, output_b, lse_b):
 # Write `my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend)`, which stores
 # the new tokens, attends, and returns `(output, kv_cache)`. `batch` is a `RaggedBatch`. Anything is
 # allowed that is right: `rpa.ragged_paged_attention` with other blocks, a kernel of yours, several
-# kernels. `backend` is `"tpu"` when your entry is counted or compiled, and the interpreter when it
-# is checked: pass it on to rung 8, or give a kernel of your own
-# `interpret=False if backend == "tpu" else backend`. The cache of the caller stays:
-# `donate=False`.
+# kernels. An entry may look at the values of the batch (they are NumPy, as a server has them); what
+# it reads of the cache outside of a kernel counts, and gets a star. `backend` is `"tpu"` when your
+# entry is counted or compiled, and the interpreter when it is checked: pass it on to rung 8, or
+# give a kernel of your own `interpret=False if backend == "tpu" else backend`. The cache of the
+# caller stays: `donate=False`.
 #
 # What to try, from an hour's work to a paper:
 #
 # - The chunk is cut into query blocks of 128, and each of them reads the whole sequence. Larger
 #   ones read less often, and need VMEM, of which rung 8 will tell you how much is there.
 # - The shared prompt is read eight times. Exercise 12.4 is half of what it takes to read it once.
-# - Give the entry a `chip`, and the compiler says what your blocks do to the schedule.
+# - Give the entry a `chip`, and the compiler says what your blocks do to the schedule. Then the
+#   table goes by predicted time, with a row of rung 8: fewer bytes may be slower.
 #
 # **Teaches:** the largest query block that fits is not a detail; and what is still there to be
 # found.

@@ -248,5 +248,12 @@ read_again = 7 * 1024 * 4096  # bytes of the shared prompt, by all that read it 
 assert read_again > rows["kernel"]["challenge_bytes"] / 4
 
 # %% [markdown]
-# **Before you go:** the exercises of this chapter are in `exercises/12_comparison.ipynb`. After
+# **Before you go:** do [the exercises of this chapter](../exercises/12_comparison.ipynb). After
 # them there is no chapter left, only the kernel, and it is yours.
+#
+# **Read more:**
+#
+# - [FlashInfer](https://arxiv.org/abs/2501.01005), Ye et al. 2025: ragged paged attention on
+#   GPUs, its schedule and its options.
+# - [Cascade inference](https://flashinfer.ai/2024/02/02/cascade-inference.html): a shared prompt
+#   read once, by the merge of exercise 12.4.

@@ -11,7 +11,15 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from course.source import HINTS, Cell, ExerciseSource, Source, with_solution, without_solution
+from course.source import (
+    COURSE,
+    HINTS,
+    Cell,
+    ExerciseSource,
+    Source,
+    with_solution,
+    without_solution,
+)
 from rpa._repository import REPOSITORY, REVISION
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +30,7 @@ TIMEOUT_S = 300
 PUBLISHED = f"git+{REPOSITORY}@{REVISION}" if REPOSITORY else ""
 
 SETUP = f"""\
+# @title Find or install rpa
 # Finds rpa: the clone around this notebook, or where it is installed, or the address in RPA_SOURCE.
 # Installs only what is missing: the jax and libtpu of Colab and Kaggle stay as they are.
 import importlib.util, os, pathlib, subprocess, sys
@@ -58,6 +67,14 @@ import rpa
 
 rpa.doctor(brief=True)
 """
+
+FOLDED = {
+    "jupyter": {"source_hidden": True},
+    "cellView": "form",
+    "_kg_hide-input": True,
+    "tags": ["hide-input"],
+}
+"""Metadata of a cell whose code is folded away: JupyterLab, Colab, Kaggle, and pages made of it."""
 
 FORMATTER_NOTE = "  # fmt: skip"
 """A note to the formatter of the sources; no reader of a notebook needs it."""
@@ -98,7 +115,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env={**os.environ, "RPA_PROGRESS": "off"})  # nobody learns in a build
+    nobody_learns = {"RPA_PROGRESS": "off", "RPA_YOURS": "off"}
+    client.execute(env={**os.environ, **nobody_learns})
     notebook.metadata = _metadata()
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -184,14 +202,45 @@ def _fold(hints: list[Cell]) -> str:
 
 
 def _notebook(folder: str, stem: str, cells: list[Cell]) -> nbformat.NotebookNode:
-    title = Cell("markdown", f"{cells[0].text}\n\n{badges(folder, stem)}".strip())
+    head = (cells[0].text, badges(folder, stem), neighbours(folder, stem))
+    title = Cell("markdown", "\n\n".join(part for part in head if part))
     notebook = new_notebook(metadata=_metadata())
     taken = set()
     for cell in [title, Cell("code", SETUP), *cells[1:]]:
         new = new_markdown_cell if cell.kind == "markdown" else new_code_cell
         text = cell.text.strip("\n").replace(FORMATTER_NOTE, "")
         notebook.cells.append(new(text, id=_cell_id(cell, taken)))
+    notebook.cells[1].metadata.update(FOLDED)
     return notebook
+
+
+def neighbours(folder: str, stem: str) -> str:
+    """Markdown that leads on: the other notebooks of this chapter, the chapters before and after.
+
+    GitHub and JupyterLab follow relative links. Colab and Kaggle do not, so a published notebook
+    has a second line for them.
+
+    >>> print(neighbours("solutions", "01_dense"))
+    Chapter 1: [lesson](../notebooks/01_dense.ipynb) · [exercises](../exercises/01_dense.ipynb) · \
+solutions | [chapter 0](../solutions/00_start.ipynb) · [chapter 2](../solutions/02_paging.ipynb)
+    """
+    lines = [_links(folder, stem, "..")]
+    if REPOSITORY is not None:
+        page = f"{REPOSITORY}/blob/{REVISION}"
+        lines.append(f"From Colab or Kaggle: {_links(folder, stem, page)}")
+    return "\n\n".join(lines)
+
+
+def _links(folder: str, stem: str, root: str) -> str:
+    kinds = {"notebooks": "lesson", "exercises": "exercises", "solutions": "solutions"}
+    here = [
+        kind if other == folder else f"[{kind}]({root}/{other}/{stem}.ipynb)"
+        for other, kind in kinds.items()
+    ]
+    stems = sorted(path.stem[2:].removesuffix("_lesson") for path in COURSE.glob("ch*_lesson.py"))
+    before, after = [s for s in stems if s < stem][-1:], [s for s in stems if s > stem][:1]
+    around = [f"[chapter {int(s[:2])}]({root}/{folder}/{s}.ipynb)" for s in before + after]
+    return f"Chapter {int(stem[:2])}: {' · '.join(here)} | {' · '.join(around)}"
 
 
 def badges(folder: str, stem: str) -> str:

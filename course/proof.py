@@ -11,7 +11,15 @@ import linecache
 import sys
 
 import rpa.check
-from course.source import ExerciseSource, Source, find_sources, with_solution, without_solution
+from course.source import (
+    ExerciseSource,
+    Source,
+    find_exercise,
+    find_sources,
+    with_solution,
+    without_solution,
+    wrong_answer,
+)
 
 
 def says(source: Source, exercise: ExerciseSource, answer: str) -> str:
@@ -20,11 +28,11 @@ def says(source: Source, exercise: ExerciseSource, answer: str) -> str:
     All other exercises of the chapter stay stubs, so an exercise that needs another one's answer
     is found.
     """
-    namespace = _namespace(source, exercise)
+    namespace = namespace_of(source, exercise)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            _run_up_to_answer(exercise, answer, namespace)
+            run_up_to_answer(exercise, answer, namespace)
             _execute(exercise.tagged("check")[0].text, "check", namespace)
     except (AssertionError, NotImplementedError) as refused:
         return str(refused)
@@ -40,7 +48,7 @@ def mentions(said: str, fragment: str) -> bool:
     return " ".join(fragment.split()) in " ".join(said.split())
 
 
-def _namespace(source: Source, exercise: ExerciseSource) -> dict:
+def namespace_of(source: Source, exercise: ExerciseSource) -> dict:
     namespace = {"__name__": source.path.stem, "rpa": rpa}
     for cell in source.opening:
         if cell.kind == "code":
@@ -51,7 +59,7 @@ def _namespace(source: Source, exercise: ExerciseSource) -> dict:
     return namespace
 
 
-def _run_up_to_answer(exercise: ExerciseSource, answer: str, namespace: dict) -> None:
+def run_up_to_answer(exercise: ExerciseSource, answer: str, namespace: dict) -> None:
     """The exercise's own cells up to the one that the answer takes the place of."""
     for cell in exercise.cells:
         if cell.tag == "exercise":
@@ -71,10 +79,10 @@ def _execute(code: str, title: str, namespace: dict) -> None:
 def answers(exercise: ExerciseSource) -> list[tuple[str, str, str]]:
     """All answers that an exercise ships with: title, code, and what the check must say to it."""
     wrong = [
-        (f"wrong answer {position}", cell.text, cell.refused)
+        (f"wrong answer {position}", wrong_answer(exercise, cell), cell.refused)
         for position, cell in enumerate(exercise.tagged("wrong"), start=1)
     ]
-    stub = f"Exercise {exercise.number}: write {exercise.name}"
+    stub = f"Exercise {exercise.number}: write "  # of several functions, the first one checked
     return [
         ("solution", with_solution(exercise), "✓"),
         ("stub", without_solution(exercise), stub),
@@ -85,16 +93,14 @@ def answers(exercise: ExerciseSource) -> list[tuple[str, str, str]]:
 def main(numbers: list[str]) -> int:
     """Print what the checks say; the exit code is 1 where a check says something unexpected."""
     surprises = 0
-    for source in find_sources([int(number.split(".")[0]) for number in numbers]):
-        for exercise in source.exercises:
-            if numbers and exercise.number not in numbers:
-                continue
-            for title, code, expected in answers(exercise):
-                said = says(source, exercise, code)
-                surprise = not mentions(said, expected)
-                surprises += surprise
-                note = f"  <-- expected {expected!r}" if surprise else ""
-                print(f"--- {exercise.number} {title}{note}\n{said}\n")
+    chosen = [find_exercise(number) for number in numbers]
+    for source, exercise in chosen or [(s, e) for s in find_sources() for e in s.exercises]:
+        for title, code, expected in answers(exercise):
+            said = says(source, exercise, code)
+            surprise = not mentions(said, expected)
+            surprises += surprise
+            note = f"  <-- expected {expected!r}" if surprise else ""
+            print(f"--- {exercise.number} {title}{note}\n{said}\n")
     return 1 if surprises else 0
 
 

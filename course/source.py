@@ -9,6 +9,8 @@ import jupytext
 
 COURSE = Path(__file__).parent
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+INSTEAD, WRITE = "# instead of\n", "# write\n"
+"""A wrong answer may be written as the solution with some of its lines replaced."""
 TAGS = ("hint", "exercise", "check", "explanation", "wrong")
 HINTS = ("the idea", "the API", "nearly the code")
 FEWEST_WRONG_ANSWERS = 2
@@ -90,6 +92,14 @@ def find_sources(chapters: Sequence[int] = ()) -> list[Source]:
     return [read_source(path) for path in chosen]
 
 
+def find_exercise(number: str) -> tuple[Source, ExerciseSource]:
+    """The source of one exercise, and the exercise in it; other sources are not read."""
+    (path,) = COURSE.glob(f"ch{int(number.split('.')[0]):02d}_*_exercises.py")
+    source = read_source(path)
+    (exercise,) = [e for e in source.exercises if e.number == number]
+    return source, exercise
+
+
 def read_source(path: Path) -> Source:
     """Read and validate one source.
 
@@ -117,7 +127,9 @@ def without_solution(exercise: ExerciseSource) -> str:
     def stub(found: re.Match) -> str:
         indent, lines = found["indent"], count_lines(found["body"])
         count = "about 1 line" if lines == 1 else f"about {lines} lines"
-        message = f"Exercise {exercise.number}: write {exercise.name} ({count})"
+        # A cell may hold several functions: the one that this solution stands in.
+        name = (defined_names(exercise.answer[: found.start()]) or [exercise.name])[-1]
+        message = f"Exercise {exercise.number}: write {name} ({count})"
         return f'{indent}raise NotImplementedError("{message}")'
 
     return _solution_pattern().sub(stub, exercise.answer)
@@ -126,6 +138,30 @@ def without_solution(exercise: ExerciseSource) -> str:
 def with_solution(exercise: ExerciseSource) -> str:
     """The exercise cell with its solution, without the lines that mark it."""
     return _solution_pattern().sub(lambda found: found["body"].rstrip("\n"), exercise.answer)
+
+
+def wrong_answer(exercise: ExerciseSource, cell: Cell) -> str:
+    """The code of a wrong answer: the cell itself, or the solution with some lines replaced.
+
+    Raises:
+        SourceError: lines that are to be replaced do not stand in the solution, or more than once.
+    """
+    if not cell.text.startswith(INSTEAD):
+        return cell.text
+    code = f"{with_solution(exercise)}\n"
+    for change in f"{cell.text}\n".split(INSTEAD)[1:]:
+        old, new = (_uncommented(part) for part in change.split(WRITE))
+        if code.count(old) != 1:
+            raise SourceError(
+                f"a wrong answer replaces lines that the solution has {code.count(old)} times, "
+                f"expected once:\n{old}"
+            )
+        code = code.replace(old, new)
+    return code
+
+
+def _uncommented(part: str) -> str:
+    return "".join(f"{line[2:]}\n" for line in part.strip("\n").splitlines())
 
 
 def count_lines(code: str) -> int:
@@ -243,5 +279,10 @@ def _problems_of_wrong_answers(exercise: ExerciseSource) -> Iterator[str]:
     for cell in wrong:
         if not cell.refused:
             yield 'a wrong answer needs refused="...", a part of the message that refuses it'
-        if exercise.name not in defined_names(cell.text):
-            yield f"a wrong answer must define {exercise.name}, it has {defined_names(cell.text)}"
+        try:
+            code = wrong_answer(exercise, cell)
+        except (SourceError, ValueError) as error:
+            yield str(error)
+            continue
+        if exercise.name not in defined_names(code):
+            yield f"a wrong answer must define {exercise.name}, it has {defined_names(code)}"

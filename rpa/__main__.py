@@ -4,9 +4,11 @@ A command is a module with two functions: `add_arguments(parser)` and `main(args
 the exit code.
 """
 
-import argparse
 import importlib
 import sys
+
+from rpa import __version__
+from rpa.cli.outcome import Parser, in_words
 
 COMMANDS = {
     "doctor": ("rpa.doctor", "say what this machine has, what will run how, and what is wrong"),
@@ -17,13 +19,19 @@ COMMANDS = {
 
 
 def main(argv=None):
-    """Run one command and return its exit code.
+    """Run one command and return its exit code, see `rpa.cli.outcome`.
 
     Args:
         argv: the arguments after `python -m rpa`; the process's own when left out.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m rpa", description=__doc__.splitlines()[0])
+    return run(sys.argv[1:] if argv is None else list(argv))
+
+
+@in_words
+def run(argv: list[str]) -> int:
+    """Run one command; what it raises is turned into words."""
+    parser = Parser(prog="python -m rpa", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"rpa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text)

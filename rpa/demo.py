@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from rpa.cli.options import output_folder
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
@@ -425,6 +426,10 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
         )
         for row in counted
     ]
+    bars += [
+        (bars[0][0], name, round(needed_bytes / 1e3), round(num_bytes / 1e3))
+        for name, num_bytes in kv_bytes_of_kernels(scene).items()
+    ]
     bars += [("query rows computed", row.rung, needed_rows, row.query_rows) for row in counted]
     pictures = {
         "pages.png": pool_map(scene.pool, names),
@@ -436,13 +441,37 @@ def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     return [picture.save(folder / name) for name, picture in pictures.items()]
 
 
+def kv_bytes_of_kernels(scene: Scene) -> dict[str, int]:
+    """Bytes of K and V that each rung for any batch reads, counted from its own copies."""
+    from functools import partial
+
+    from rpa import plain
+    from rpa.lab.copies import traffic
+    from rpa.shapes import AttentionShape
+
+    layer = scene.layers[0]
+    heads = layer.queries.shape[1], layer.keys.shape[1], layer.queries.shape[2]
+    dtype = str(layer.kv_cache.dtype)
+    shape = AttentionShape(*heads, page_size=PAGE_SIZE, dtype=dtype, kv_dtype=dtype)
+    counted = {}
+    for name, rung in {
+        "7 plain": partial(plain.attention, interpret=False),
+        "8 kernel": "kernel",
+    }.items():
+        kinds = traffic.count(rung, layer.batch, shape).kinds
+        counted[name] = sum(
+            kinds[kind].num_bytes for kind in (traffic.KV_READ, traffic.NEW_KV) if kind in kinds
+        )
+    return counted
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m rpa demo`."""
     parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for the pictures and rows.json"
+        "--out", type=output_folder, default="out", help="folder for the pictures and rows.json"
     )
 
 

@@ -78,7 +78,8 @@ def masked_softmax(scores, mask, sinks=None):
     row_sum = weights.sum(axis=-1, keepdims=True)  # [..., q_len, 1]
     if sinks is not None:
         row_sum = row_sum + jnp.exp(sinks[..., None, None] - row_max)
-    return weights / jnp.where(row_sum > 0, row_sum, 1.0)
+    # Not `row_sum > 0`: a NaN, of a score or a sink, has to stay visible.
+    return weights / jnp.where(row_sum == 0, 1.0, row_sum)
 
 
 def scores_of(q, k, sm_scale, soft_cap=None):

@@ -33,10 +33,70 @@ def params(*, dma_execution_mode="on_wait", detect_races=False):
 
 
 def choose_interpret(interpret):
-    """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere."""
-    if interpret is not None:
-        return interpret
-    return False if jax.default_backend() == "tpu" else params()
+    """What `pallas_call` gets as `interpret`: None compiles on a TPU and interprets elsewhere.
+
+    Tracing for a TPU that is not here (`rpa.lab`) counts as on a TPU. Where it interprets, an
+    earlier call that failed is forgotten, see `forget_failure`.
+    """
+    if interpret is None:
+        traced_for = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        on_tpu = "tpu" in (jax.default_backend(), getattr(traced_for, "platform", None))
+        interpret = False if _compiling or on_tpu else params()
+    if interpret:
+        forget_failure()
+    return interpret
+
+
+_one_at_a_time = threading.RLock()
+
+
+def run_alone(call):
+    """`call()`, which interprets kernels, while no other thread does; returns when they have run.
+
+    The interpreter has one memory for the whole process, and no lock around it. A call that fails
+    raises here, and leaves nothing behind in which the next one would fail.
+
+    >>> run_alone(lambda: 1 + 1)
+    2
+    """
+    with _one_at_a_time:
+        forget_failure()
+        try:
+            # Inside a caller's jit nothing runs yet, and a tracer is ready at once.
+            return jax.block_until_ready(call())
+        except BaseException:  # the Stop button, too
+            reset()
+            raise
+
+
+def forget_failure():
+    """Reset the interpreter if an earlier kernel failed in it; otherwise wait for that kernel.
+
+    JAX keeps the order of host callbacks by a token that every call takes from the one before. The
+    token of a failed call raises that call's error again in each later one.
+    """
+    try:
+        dispatch.runtime_tokens.block_until_ready()
+    except Exception:
+        reset()
+
+
+_compiling = []
+
+
+@contextlib.contextmanager
+def compiled():
+    """Let `choose_interpret(None)` compile in the body: the lab asks for what a chip would run.
+
+    >>> with compiled():
+    ...     choose_interpret(None)
+    False
+    """
+    _compiling.append(True)
+    try:
+        yield
+    finally:
+        _compiling.pop()
 
 
 def reset():
@@ -271,7 +331,8 @@ def kernel_arguments(*, jaxpr, grid_mapping, input_output_aliases, **_):
         role, space = ("scalar", "smem") if i < 0 else (role, space_name(space))
         alias = aliases.get(i - num_inputs) if role == "output" else None
         dtype = getattr(var.aval, "dtype", None)
-        name = name or f"args[{place}]"
+        # Of a record of references, what its field is called.
+        name = (name or f"args[{place}]").rpartition(".")[2]
         arguments.append(KernelArgument(name, role, space, shape, block_shape, dtype, alias))
     return arguments
 

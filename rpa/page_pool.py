@@ -4,7 +4,10 @@ A book kept on the host: it needs no jax and never touches the cache. A server a
 before it stores tokens; `rpa.paging` is where the tokens then go.
 """
 
+import contextlib
+import operator
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +23,27 @@ def cdiv(a, b):
     return (a + b - 1) // b
 
 
+NO_PAGE = -1
+"""What pads every page table that is made here: no page, so a row that is too short is refused."""
+
+
 class PageCopy(NamedTuple):
     """One page whose content must be copied on the device before new tokens are stored."""
 
     source: int
     target: int
+
+
+def whole_number(name: str, value) -> int:
+    """A number of tokens, pages or steps as an int; ValueError for what counts nothing.
+
+    >>> whole_number("num_tokens", np.int64(3))
+    3
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number.") from None
 
 
 class OutOfPages(ValueError):
@@ -63,6 +82,8 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int, page_size: int):
+        num_pages = whole_number("num_pages", num_pages)
+        page_size = whole_number("page_size", page_size)
         if num_pages < 1 or page_size < 1:
             raise ValueError(
                 f"num_pages and page_size must be at least 1, but are {num_pages} and {page_size}."
@@ -109,6 +130,7 @@ class PagePool:
             OutOfPages: if the free pages do not suffice; nothing was changed.
         """
         sequence = self._known(name)
+        num_tokens = whole_number("num_tokens", num_tokens)
         if num_tokens < 0:
             raise ValueError(
                 f"num_tokens must not be negative, but is {num_tokens}: a sequence only grows. To "
@@ -140,7 +162,9 @@ class PagePool:
             ValueError: if there is no parent, the child exists, or the parent has fewer tokens.
         """
         source = self._known(parent)
-        num_tokens = source.kv_len if num_tokens is None else num_tokens
+        if num_tokens is None:
+            num_tokens = source.kv_len
+        num_tokens = whole_number("num_tokens", num_tokens)
         if child in self._sequences:
             raise ValueError(f"Sequence {child!r} exists already: fork into a new name.")
         if not 0 <= num_tokens <= source.kv_len:
@@ -165,13 +189,34 @@ class PagePool:
                 self._free.append(page)
         del self._sequences[name]
 
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Rule 4 for several requests: if the body raises, everything in the pool is as before.
+
+        >>> pool = PagePool(num_pages=2, page_size=4)
+        >>> with contextlib.suppress(OutOfPages), pool.all_or_nothing():
+        ...     pool.allocate("a", 4)
+        ...     pool.allocate("b", 8)
+        []
+        >>> pool.names, pool.num_free
+        ([], 2)
+        """
+        free, references = list(self._free), Counter(self._references)
+        sequences = {n: _Sequence(list(s.pages), s.kv_len) for n, s in self._sequences.items()}
+        try:
+            yield
+        except BaseException:
+            self._free, self._references, self._sequences = free, references, sequences
+            raise
+
     def page_table(self, names, pages_per_seq: int) -> np.ndarray:
-        """The page table of some sequences, i32[len(names), pages_per_seq]; padding is page 0.
+        """The page table of some sequences, i32[len(names), pages_per_seq]; padding is NO_PAGE.
 
         Raises:
             ValueError: if a sequence has more pages than the table is wide.
         """
-        table = np.zeros((len(names), pages_per_seq), np.int32)
+        pages_per_seq = whole_number("pages_per_seq", pages_per_seq)
+        table = np.full((len(names), pages_per_seq), NO_PAGE, np.int32)
         for row, name in zip(table, names, strict=True):
             pages = self._known(name).pages
             if len(pages) > pages_per_seq:
@@ -211,6 +256,3 @@ class PagePool:
         page = self._free.pop()
         self._references[page] += 1
         return page
-
-
-# --- Attention through a page table -----------------------------------------------------------

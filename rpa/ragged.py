@@ -17,8 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa import dense
+from rpa.page_pool import NO_PAGE
 from rpa.paging import cdiv, paged_attention, store_kv, unpack_kv
-from rpa.validation import check_arguments, check_values
+from rpa.validation import (
+    as_length,
+    as_window,
+    check_arguments,
+    check_flags,
+    check_padding,
+    check_values,
+)
 
 Q_BLOCK = 64
 """Query tokens that the reference takes at a time, except in the decode range: one."""
@@ -88,8 +96,8 @@ class RaggedBatch:
         >>> order, batch.cu_q_lens, batch.distribution
         (array([1, 0]), array([0, 1, 4], dtype=int32), array([1, 1, 2], dtype=int32))
         >>> batch.page_indices.reshape(2, -1)
-        array([[2, 3, 4],
-               [0, 1, 0]], dtype=int32)
+        array([[ 2,  3,  4],
+               [ 0,  1, -1]], dtype=int32)
         """
         num_seqs = len(q_lens)
         if not num_seqs == len(kv_lens) == len(page_table):
@@ -107,7 +115,7 @@ class RaggedBatch:
         # A stable sort: within a kind the sequences stay in the order in which they came.
         order = np.argsort(np.where(decode, 0, np.where(chunk, 1, 2)), kind="stable")
 
-        table = np.zeros((max_num_seqs, pages_per_seq), np.int32)
+        table = np.full((max_num_seqs, pages_per_seq), NO_PAGE, np.int32)
         for row, s in zip(table, order, strict=False):
             row[: len(page_table[s])] = page_table[s]
         padded_q_lens = np.zeros(max_num_seqs, np.int32)
@@ -193,7 +201,7 @@ tokens, 8 in all: widen the page table.
             num_tokens=num_tokens,
             num_pages=num_pages,
             page_size=page_size,
-            chunk_prefill_size=chunk_prefill_size,
+            chunk_prefill_size=as_length(chunk_prefill_size),
             update_kv_cache=update_kv_cache,
         )
 
@@ -209,12 +217,15 @@ def should_validate(batch: RaggedBatch, validate: bool | None) -> bool:
 
     None checks what can be read for free: NumPy arrays always, JAX arrays only where the device is
     the host itself (a read from a TPU stalls it), tracers never, since they have no values yet.
-    True forces the check (and under jit raises, in words); False skips it.
+    True forces the check (and under jit raises, in words), and reads the cached keys, too: what
+    pads their head_dim must be finite (`rpa.validation.check_padding`). False skips it.
 
     >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[0]])
     >>> should_validate(batch, None), should_validate(batch, False)
     (True, False)
     """
+    if validate is not None:
+        check_flags(validate=validate)
     arrays = jax.tree.leaves(batch)
     traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
     if validate and traced:
@@ -259,6 +270,7 @@ def check_call(
     ValueError: page_indices of sequence 0, page 0 is 4, but kv_cache has 2 pages: it must be \
 between 0 and 1. Take the pages of a sequence from a pool of this size (rpa.PagePool).
     """
+    check_flags(update_kv_cache=update_kv_cache)
     check_arguments(queries, keys, values, kv_cache, batch, **options)
     if should_validate(batch, validate):
         batch.validate(
@@ -268,6 +280,8 @@ between 0 and 1. Take the pages of a sequence from a pool of this size (rpa.Page
             chunk_prefill_size=options.get("chunk_prefill_size"),
             update_kv_cache=update_kv_cache,
         )
+    if validate:
+        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=update_kv_cache)
 
 
 def ref_ragged_paged_attention(
@@ -337,6 +351,9 @@ def ref_ragged_paged_attention(
     Raises:
         ValueError: for arguments that do not fit together, in words, before anything is computed.
 
+    It can be mapped with `jax.vmap` and differentiated forwards (`jax.jvp`); not backwards: how
+    often its loops run is read from the batch. Train with `rpa.dense.attention`.
+
     >>> batch, _ = RaggedBatch.from_lengths([1, 3], [9, 3], [[0, 1], [2]])
     >>> q, kv = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64))
     >>> cache = jnp.zeros((4, 8, 4, 1, 128))
@@ -378,7 +395,7 @@ def ref_ragged_paged_attention(
         update_kv_cache=update_kv_cache,
         sm_scale=sm_scale,
         # A static argument: a NumPy or JAX number cannot be one, or would compile anew.
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        sliding_window=as_window(sliding_window),
         soft_cap=soft_cap,
         out_dtype=jnp.dtype(queries.dtype if out_dtype is None else out_dtype),
         q_scale=q_scale,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa.paging import LANES, cdiv, get_kv_cache_shape, packing_of
+from rpa.paging import LANES, cdiv, get_kv_cache_shape, lanes_are_shared, packing_of
 
 
 def check_arguments(
@@ -57,6 +57,7 @@ def check_arguments(
     _check_tokens(queries, keys, values)
     _check_cache(queries, keys, values, kv_cache)
     _check_metadata_shapes(batch)
+    check_flags(use_causal_mask=use_causal_mask, skip_kv_mask=skip_kv_mask)
     if use_causal_mask and skip_kv_mask:
         raise ValueError(
             "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "
@@ -82,6 +83,55 @@ def check_arguments(
                 f"attention_sink has shape {attention_sink.shape}, but must be "
                 f"({queries.shape[1]},): one number for each query head."
             )
+        if not jnp.issubdtype(attention_sink.dtype, jnp.floating):
+            raise ValueError(
+                f"attention_sink has dtype {attention_sink.dtype}, but must be floating point: "
+                "cast it to float32."
+            )
+
+
+def check_flags(**flags):
+    """Refuse options that are not True or False.
+
+    A traced one, above all: what they choose is compiled, or decided on the host.
+
+    >>> check_flags(donate=True, debug_mode=np.bool_(False))
+    >>> check_flags(donate="no")
+    Traceback (most recent call last):
+        ...
+    ValueError: donate is 'no', but must be True or False.
+    """
+    for name, value in flags.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"{name} is a traced value, but must be True or False: it decides what is "
+                "compiled. Pass it through static_argnames, or call one function for each value."
+            )
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} is {value!r}, but must be True or False.")
+
+
+NO_LIMIT = 2**31 - 1
+"""A window or a chunk of so many tokens holds every sequence: positions are int32."""
+
+
+def as_length(value):
+    """A checked number of tokens as a Python int, or None; NO_LIMIT and more are NO_LIMIT.
+
+    >>> as_length(np.int64(7)), as_length(None), as_length(2**40) == NO_LIMIT
+    (7, None, True)
+    """
+    return None if value is None else min(int(value), NO_LIMIT)
+
+
+def as_window(value):
+    """A checked sliding window as a Python int; None where it hides nothing.
+
+    >>> as_window(4), as_window(2**31)
+    (4, None)
+    """
+    window = as_length(value)
+    return None if window == NO_LIMIT else window
 
 
 def _check_is_array(name, array):
@@ -90,6 +140,19 @@ def _check_is_array(name, array):
             f"{name} is of type {type(array).__name__}, but must be a NumPy or JAX array: convert "
             "it with np.asarray, and give it the dtype that the documentation names."
         )
+    is_there = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    if is_there and array.is_deleted():
+        raise ValueError(f"{name} has been deleted: {_WHO_DELETED.get(name, _A_DONATION)}")
+
+
+_A_DONATION = "it was donated to a jitted function. Make it anew, or do not donate it there."
+_WHO_DELETED = {
+    "kv_cache": (
+        "an earlier call has updated it in place, and returned the new one. Go on with the cache "
+        "that the call returns (output, kv_cache = ...), or pass donate=False there, which works "
+        "on a copy."
+    )
+}
 
 
 def _check_tokens(queries, keys, values):
@@ -204,23 +267,50 @@ def _check_metadata_shapes(batch):
 
 
 def _is_number(value):
-    """Whether a value is one number: Python's, NumPy's, or an array without dimensions."""
-    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
+    """Whether a value is one real number: Python's, NumPy's, or an array without dimensions."""
+    if isinstance(value, (int, float)):
+        return True
+    if getattr(value, "shape", None) != () or not hasattr(value, "dtype"):
+        return False
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def _known(value):
+    """The value of a number where it is known for free, else None.
+
+    A traced one has none yet, and reading one from a TPU stalls it.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and any(d.platform != "cpu" for d in value.devices()):
+        return None
+    return value
+
+
+def _is_finite_float32(value):
+    # An int may be too large for any float, a float for float32, which all scales become.
+    return abs(value) <= float(np.finfo(np.float32).max)  # False for NaN
 
 
 def _check_number(name, value):
     if not _is_number(value):
         given = f"has shape {value.shape}" if hasattr(value, "shape") else f"is {value!r}"
+        if getattr(value, "shape", None) == ():
+            given = f"has dtype {value.dtype}"
         raise ValueError(f"{name} {given}, but must be one number, for all heads: pass a float.")
-    if isinstance(value, (int, float, np.number)) and not np.isfinite(value):
-        raise ValueError(f"{name} is {value}, but must be finite: look where it was computed.")
+    known = _known(value)
+    if known is not None and not _is_finite_float32(known):
+        raise ValueError(
+            f"{name} is {value}, but must be finite in float32: look where it was computed."
+        )
 
 
 def _check_scale(name, value, meaning):
     """A positive number, or None; a traced one has no value yet."""
     if value is None:
         return
-    if isinstance(value, (int, float, np.number)) and not (value > 0 and np.isfinite(value)):
+    known = _known(value) if _is_number(value) else None
+    if known is not None and not (known > 0 and _is_finite_float32(known)):
         raise ValueError(f"{name} must be positive and finite, but is {value} ({meaning}).")
     _check_number(name, value)
 
@@ -246,10 +336,10 @@ def _check_out_dtype(out_dtype):
         is_floating = out_dtype is None or jnp.issubdtype(jnp.dtype(out_dtype), jnp.floating)
     except TypeError:  # a name that no dtype has
         is_floating = False
-    if not is_floating:
+    if not is_floating or (out_dtype is not None and jnp.dtype(out_dtype).itemsize > 4):
         raise ValueError(
-            f"out_dtype is {out_dtype!r}, but must be a floating-point dtype, such as jnp.bfloat16 "
-            "or 'float32'; None is the dtype of queries."
+            f"out_dtype is {out_dtype!r}, but must be a floating-point dtype of at most 32 bits, "
+            "such as jnp.bfloat16 or 'float32'; None is the dtype of queries."
         )
 
 
@@ -307,6 +397,48 @@ tokens too, so it must be at least 2.
         first_written = (kv_lens - q_lens) // page_size
         written = live & (column[None, :] >= first_written[:, None]) & (q_lens > 0)[:, None]
         _check_ownership(table, live, written, num_pages)
+
+
+def check_padding(kv_cache, batch, num_kv_heads, head_dim, *, update_kv_cache=True):
+    """Refuse a cache whose cached keys are not finite in the lanes that pad head_dim.
+
+    A kernel multiplies whole rows of lanes: zeros of the query times what pads the key, and 0 * NaN
+    is NaN. Whatever rpa stores is padded with zeros; another program's cache may not be. Reads the
+    live pages of the batch. (What pads values, and padding heads, may hold anything.)
+
+    Args:
+        kv_cache, batch: see `rpa.ragged.ref_ragged_paged_attention`; the values of the batch are
+            valid.
+        num_kv_heads, head_dim: the true ones.
+        update_kv_cache: whether the new tokens are still to be written.
+
+    Raises:
+        ValueError: naming a sequence, a page and a token in it.
+    """
+    page_size, lanes = kv_cache.shape[1], kv_cache.shape[-1]
+    if head_dim == lanes or lanes_are_shared(kv_cache.shape, num_kv_heads, head_dim):
+        return
+    kv_lens, page_indices, cu_q_lens, distribution = (
+        np.asarray(array)
+        for array in (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    )
+    k = int(distribution[2])
+    cached = kv_lens[:k] - (np.diff(cu_q_lens)[:k] if update_kv_cache else 0)  # [k]
+    table = page_indices.reshape(len(kv_lens), -1)[:k]
+    seqs, columns = np.nonzero(np.arange(table.shape[1]) < cdiv(cached, page_size)[:, None])
+    # [live pages, page_size, heads and their padding, lanes]
+    pages = np.asarray(kv_cache[table[seqs, columns]]).reshape(len(seqs), page_size, -1, lanes)
+    padding = pages[:, :, : 2 * num_kv_heads : 2, head_dim:].astype(np.float32)
+    positions = columns[:, None] * page_size + np.arange(page_size)  # [live pages, page_size]
+    wrong = ~np.isfinite(padding).all(axis=(2, 3)) & (positions < cached[seqs][:, None])
+    _refuse(
+        wrong,
+        lambda n, slot: (
+            f"kv_cache has keys that are not finite in lanes {head_dim} to {lanes - 1}, which pad "
+            f"head_dim: first in token {slot} of page {table[seqs[n], columns[n]]} (sequence "
+            f"{seqs[n]}). They must be zeros, or any finite numbers: 0 * NaN is NaN."
+        ),
+    )
 
 
 def _check_distribution(distribution, max_num_seqs):

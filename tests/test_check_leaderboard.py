@@ -3,6 +3,7 @@
 import importlib
 import platform
 
+import jax.numpy as jnp
 import pytest
 
 import rpa
@@ -75,7 +76,9 @@ def test_where_there_is_no_schedule_no_time_is_told(chip, why, capsys):
 def test_an_entry_is_compiled_and_its_kernels_are_timed(file, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "check_exercise", lambda exercise, function: None)
     leaderboard.enter(my_attention, "larger query blocks", chip="TPU v5e")
-    (entry,) = leaderboard.read()
+    rung_8, entry = leaderboard.read()
+    assert rung_8["name"] == leaderboard.RUNG_8 and rung_8["time_us"] > 0
+    assert rung_8["num_bytes"] > entry["num_bytes"]
     known = chips.chip("v5e")
     assert entry["chip"] == "v5e" and not entry["in_jax_bytes"]
     # Waits only add to its bundles, and its bytes need their time.
@@ -94,3 +97,29 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
         donate=False,
         m_block_sizes=(512, 512, 128, 512),
     )
+
+
+def whole_cache_in_jax(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
+    scores = jnp.einsum("thd,psrld->ths", queries[:, :, :128], kv_cache)
+    return queries * scores.sum(), kv_cache
+
+
+def test_a_read_of_the_whole_cache_in_plain_jax_is_counted_and_starred():
+    entry = leaderboard.count(whole_cache_in_jax)
+    assert entry["in_jax_bytes"] >= leaderboard.cache_bytes()
+    assert entry["num_bytes"] >= leaderboard.cache_bytes()
+    assert " *" not in leaderboard.table([]) and "*" in leaderboard.table([{"name": "x"} | entry])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (in_plain_jax, "the least is"),
+        (lambda *a, **o: a[0][int(a[0].sum()) :], "cannot be counted"),
+    ],
+)
+def test_what_cannot_be_counted_is_not_entered(entry, words, file, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "check_exercise", lambda exercise, function: None)
+    leaderboard.enter(entry, "mine")
+    assert words in capsys.readouterr().out
+    assert not file.exists()

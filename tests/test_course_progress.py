@@ -131,14 +131,14 @@ def test_plain_python_keeps_nothing_unless_told(tmp_path):
 
 def test_a_notebook_keeps_it_in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("RPA_PROGRESS", raising=False)
-    monkeypatch.setattr(module, "_in_notebook", lambda: True)
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
     monkeypatch.chdir(tmp_path)
     rpa.check("0.1", right)
     assert kept(tmp_path / ".progress.json") == {"0.1": {"attempts": 1, "solved": True}}
 
 
 def test_off_keeps_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_in_notebook", lambda: True)
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
     monkeypatch.setenv("RPA_PROGRESS", "off")
     monkeypatch.chdir(tmp_path)
     rpa.check("0.1", right)

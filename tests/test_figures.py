@@ -15,7 +15,7 @@ from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
 from rpa.figures import comparison as race_pictures
-from rpa.figures import dense, fused, kernel, optimise, paging, production, ragged, tiled
+from rpa.figures import dense, fused, kernel, optimise, overview, paging, production, ragged, tiled
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.lab.bench.comparison import recorded
@@ -93,7 +93,7 @@ EXAMPLES = {
         ["A decode", "(idle)", "B chunk"],
     ),
     "before_after": lambda: optimise.before_after(
-        {step: recorded_step("v5e", step) for step in ("odd stride", "two sequences a turn")}
+        {step: recorded_step("v5e", step) for step in ("odd stride", "two sequences together")}
     ),
     "steps_against_hbm": lambda: optimise.steps_against_hbm(
         {chip: {"as written": 9000, "with a trick": 2200} for chip in ("v5e", "tpu7x")},
@@ -112,6 +112,7 @@ EXAMPLES = {
     "error_by_length": lambda: production.error_by_length(
         [1024, 2048], {"bfloat16": [0.001, 0.5], "float32": [1e-7, 0]}, [("rounding", 0.002)]
     ),
+    "ragged_paged": overview.example,
     "online_softmax": lambda: tiled.online_softmax([1, 3, 2, 5], [(2, 3.0, 1.1), (4, 5.0, 1.2)]),
     "tiles": lambda: tiled.tiles({"8 heads of 64": (8, 64), "a row of 200": (1, 200)}),
     "journey": lambda: tiled.journey("tpu7x"),

@@ -97,8 +97,9 @@ def test_default_blocks_are_legal(case, page_size):
         assert blocks.check_block_sizes("default", b, problem) == sizes
         plan = Plan(problem, case, sizes, interpret=False, is_last=True)
         # A chunk holds all entries of a block, wherever in a tile of 128 words they begin.
-        assert plan.table_chunk_words >= plan.pages_per_block + 127
-        assert plan.table_words >= plan.table_chunk_words and plan.table_words % 128 == 0
+        table = plan.table
+        assert table.chunk_words >= table.whole_pages + 127
+        assert table.table_words >= table.chunk_words and table.table_words % 128 == 0
 
 
 def test_shrinking_keeps_blocks_legal_and_ends():
@@ -122,18 +123,19 @@ def test_copies_run_as_far_ahead_as_vmem_allows():
     sizes = BlockSizes(1, 1024, 1, 512)
     plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False, max_q_len=1)
     needed = [
-        sum(blocks.vmem_bytes(replace(plan, turns_ahead=turns)).values()) for turns in (1, 2, 3)
+        sum(blocks.vmem_bytes(replace(plan, iterations_ahead=ahead)).values())
+        for ahead in (1, 2, 3)
     ]
     assert needed == sorted(needed)
-    for limit, turns in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
-        assert blocks.plan_ahead(plan, limit).turns_ahead == turns
+    for limit, ahead in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
+        assert blocks.plan_ahead(plan, limit).iterations_ahead == ahead
 
 
 def test_decode_stacks_heads_until_the_rows_are_full():
     """(num_q_heads, num_kv_heads): KV heads in one dot."""
     expected = {(32, 8): 4, (8, 1): 1, (9, 3): 3, (12, 2): 2, (32, 32): 4, (64, 8): 2}
-    for heads, heads_per_dot in expected.items():
+    for heads, heads_per_group in expected.items():
         problem = make_problem(heads, 128)
         sizes = BlockSizes(1, 128, 1, 128)
         plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False)
-        assert plan.heads_per_dot == heads_per_dot
+        assert plan.tricks.heads_per_group == heads_per_group

@@ -18,7 +18,7 @@ LENGTHS = [(1, 17), (20, 31), (9, 9)]
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_output_with_and_without_a_spare_half(chip):
+def test_output_with_and_without_an_idle_half(chip):
     sinks = np.linspace(-1, 2, 4, dtype=np.float32)
     options = {"attention_sink": sinks, "soft_cap": 2.0, "out_dtype": jnp.float32}
     check_lengths(SHAPE, LENGTHS, ON_WAIT, chip=chip, **(BLOCKS | options))
@@ -35,12 +35,12 @@ def test_output_with_and_without_a_spare_half(chip):
         ("v6e", 1, 128, "bfloat16", False),
     ],
 )
-def test_who_has_a_spare_half(chip, bq, head_dim, dtype, expected):
+def test_which_plans_have_an_idle_half(chip, bq, head_dim, dtype, expected):
     problem = make_problem((8, 2), head_dim, q=dtype, kv=dtype)
     case = Case.DECODE if bq == 1 else Case.MIXED
     blocks, mxu_size = BlockSizes(bq, 16, bq, 16), chips.chip(chip).mxu_size
     plan = Plan(problem, case, blocks, interpret=False, is_last=True, mxu_size=mxu_size)
-    assert plan.has_spare_mxu == expected
+    assert plan.tricks.uses_idle_mxu == expected
 
 
 def test_two_parts_keep_sixteen_bits_of_a_scaled_query():

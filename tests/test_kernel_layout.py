@@ -1,7 +1,5 @@
 """The layout code of the chip, which no interpreter runs, on a NumPy model of the chip's memory."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,15 +30,15 @@ def emulate_packing(array):
     bits = 8 * array.dtype.itemsize
     places = array.view(f"u{array.dtype.itemsize}").astype(np.uint32)
     words = np.zeros((*places.shape[:-2], 1, places.shape[-1]), np.uint32)
-    for place in range(places.shape[-2]):
-        words[..., 0, :] |= places[..., place, :] << np.uint32(place * bits)
+    for index in range(places.shape[-2]):
+        words[..., 0, :] |= places[..., index, :] << np.uint32(index * bits)
     return words
 
 
 def undo_packing(words, dtype, packing):
     """What `emulate_packing` was made from."""
     bits = 32 // packing
-    places = [(words >> np.uint32(place * bits)) for place in range(packing)]
+    places = [(words >> np.uint32(index * bits)) for index in range(packing)]
     narrow = np.concatenate(places, axis=-2).astype(f"u{bits // 8}")
     return narrow.view(np.dtype(dtype))
 
@@ -110,8 +108,8 @@ def random_values(shape, dtype, seed=0):
 
 def query_buffer(plan):
     """A q buffer with random queries in slot 1, and the queries [tokens, kv, group, lanes]."""
-    p, tokens = plan.problem, plan.buffer_tokens
-    heads = random_values((tokens, p.num_kv_heads, p.padded_group, p.lanes), p.q_dtype)
+    p, tokens = plan.problem, plan.tiles.buffer_tokens
+    heads = random_values((tokens, p.num_kv_heads, p.padded_q_per_kv, p.lanes), p.q_dtype)
     packing = packing_of(p.q_dtype)
     shape = (tokens, p.head_words(p.q_dtype), packing, p.lanes)
     buffer = np.zeros((2, *shape), p.q_dtype)
@@ -119,17 +117,17 @@ def query_buffer(plan):
     return buffer, heads.astype(np.float32)
 
 
-def row_owners(plan, piece, dot):
+def row_owners(plan, q_sub, group):
     """(token, kv head, head of the group) of each row of a tile, from the rule in `layout`."""
     p, rows = plan.problem, []
-    words = p.padded_group // p.row_packing
-    for place in range(p.row_packing):
-        for h in range(plan.heads_per_dot):
+    words = p.padded_q_per_kv // p.row_packing
+    for index in range(p.row_packing):
+        for h in range(plan.tiles.heads_per_group):
             for word in range(words):
-                for t in range(plan.piece_rows):
-                    head = dot * plan.heads_per_dot + h
-                    group_head = word * p.row_packing + place
-                    rows.append((piece * plan.blocks.bq_c + t, head, group_head))
+                for t in range(plan.tiles.q_sub_rows):
+                    head = group * plan.tiles.heads_per_group + h
+                    group_head = word * p.row_packing + index
+                    rows.append((q_sub * plan.blocks.bq_c + t, head, group_head))
     return rows
 
 
@@ -141,19 +139,19 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
     plan = make_plan(HEADS[name], head_dim=240, q=q, out=out, blocks=blocks)
     p = plan.problem
     buffer, heads = query_buffer(plan)
-    chip = replace(plan, interpret=False)
-    o_shape = (2, plan.buffer_tokens, p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
+    words = (p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
+    o_shape = (2, plan.tiles.buffer_tokens, *words)
     o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
-    for piece in range(plan.num_q_pieces):
-        for dot in range(plan.num_dots):
-            tile = layout.load_q_tile(plan, WordRows(plan, ValueRef(buffer)), 1, piece, dot)
-            expected = np.stack([heads[owner] for owner in row_owners(plan, piece, dot)])
+    for q_sub in range(plan.tiles.num_q_subs):
+        for group in range(plan.tiles.num_groups):
+            tile = layout.load_q_tile(plan.tiles, WordRows(ValueRef(buffer), True), 1, q_sub, group)
+            expected = np.stack([heads[owner] for owner in row_owners(plan, q_sub, group)])
             np.testing.assert_array_equal(tile, expected)
-            np.testing.assert_array_equal(
-                layout.load_q_tile(chip, WordRows(chip, ChipRef(buffer)), 1, piece, dot), expected
-            )
-            layout.store_o_tile(plan, WordRows(plan, o_value), 1, piece, dot, tile)
-            layout.store_o_tile(chip, WordRows(chip, o_chip), 1, piece, dot, tile)
+            by_words = WordRows(ChipRef(buffer), False)
+            tile_by_words = layout.load_q_tile(plan.tiles, by_words, 1, q_sub, group)
+            np.testing.assert_array_equal(tile_by_words, expected)
+            layout.store_o_tile(plan.tiles, WordRows(o_value, True), 1, q_sub, group, tile)
+            layout.store_o_tile(plan.tiles, WordRows(o_chip, False), 1, q_sub, group, tile)
     for stored in (o_value.array, o_chip.values()):
         assert not stored[0].any(), "the other slot was written"
         stored_heads = stored[1].reshape(heads.shape).astype(np.float32)
@@ -164,7 +162,7 @@ def kv_buffer(plan, k, v):
     """A KV buffer with keys and values in slot 1, and NaN wherever no token is copied."""
     p = plan.problem
     nan = jnp.dtype(p.kv_dtype).type(np.nan)
-    shape = (2, len(k), plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
+    shape = (2, len(k), p.kv_words | 1, packing_of(p.kv_dtype), p.lanes)
     buffer = np.full(shape, nan, p.kv_dtype)
     packed = pack_kv(jnp.asarray(k), jnp.asarray(v), share_lanes=p.shares_lanes)
     buffer[1, :, : p.kv_words] = np.asarray(packed)
@@ -179,17 +177,17 @@ def test_keys_and_values(name, dtype, blocks):
     p, tokens = plan.problem, blocks.bkv
     k, v = (random_values((tokens, p.num_kv_heads, p.head_dim), dtype, seed) for seed in (1, 2))
     buffer = kv_buffer(plan, k, v)
-    chip = replace(plan, interpret=False)
+    count = plan.tiles.heads_per_group
     for num_valid in (None, 5):
         kept = slice(8, 16 if num_valid is None else 8 + num_valid)
-        for dot in range(plan.num_dots):
-            args = (1, 8, dot, num_valid)
-            by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
-            by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
+        for group in range(plan.tiles.num_groups):
+            args = (1, 8, group, num_valid)
+            by_value = layout.load_kv(plan.tiles, WordRows(ValueRef(buffer), True), *args)
+            by_words = layout.load_kv(plan.tiles, WordRows(ChipRef(buffer), False), *args)
             for loaded, from_words, given in zip(by_value, by_words, (k, v), strict=True):
                 np.testing.assert_array_equal(loaded, from_words)
-                expected = np.zeros((8, plan.heads_per_dot, p.lanes), np.float32)
-                heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
+                expected = np.zeros((8, count, p.lanes), np.float32)
+                heads = slice(group * count, (group + 1) * count)
                 expected[: kept.stop - 8, :, : p.head_dim] = given[kept, heads]
                 got = np.asarray(loaded).astype(np.float32)
                 np.testing.assert_array_equal(got, expected.reshape(8, -1))
@@ -213,15 +211,15 @@ def test_keys_and_values_that_share_lanes(name, dtype, blocks):
     p, tokens = plan.problem, blocks.bkv
     k, v = (random_values((tokens, p.num_kv_heads, 64), dtype, seed) for seed in (1, 2))
     buffer = kv_buffer(plan, k, v)
-    chip = replace(plan, interpret=False)
+    count = plan.tiles.heads_per_group
     for num_valid in (None, 5):
         kept = 8 if num_valid is None else num_valid
-        for dot in range(plan.num_dots):
-            args = (1, 8, dot, num_valid)
-            by_value = layout.load_kv(plan, WordRows(plan, ValueRef(buffer)), *args)
-            by_words = layout.load_kv(chip, WordRows(chip, ChipRef(buffer)), *args)
-            heads = slice(dot * plan.heads_per_dot, (dot + 1) * plan.heads_per_dot)
-            expected = np.zeros((8, plan.heads_per_dot, 128), np.float32)
+        for group in range(plan.tiles.num_groups):
+            args = (1, 8, group, num_valid)
+            by_value = layout.load_kv(plan.tiles, WordRows(ValueRef(buffer), True), *args)
+            by_words = layout.load_kv(plan.tiles, WordRows(ChipRef(buffer), False), *args)
+            heads = slice(group * count, (group + 1) * count)
+            expected = np.zeros((8, count, 128), np.float32)
             both = np.concatenate([k, v], axis=2)[8 : 8 + kept, heads]
             expected[:kept] = both.astype(np.float32)
             for loaded in (*by_value, *by_words):
@@ -234,24 +232,24 @@ def test_block_diagonal_heads(name):
     """Each row meets only its own KV head, and only its own columns come out."""
     plan = make_plan(HEADS[name], blocks=DECODE)
     owners = row_owners(plan, 0, 0)
-    tile = random_values((plan.tile_rows, plan.problem.lanes), "float32")
-    spread = np.asarray(layout.spread_heads(plan, jnp.asarray(tile)))
-    blocks = spread.reshape(plan.tile_rows, plan.heads_per_dot, -1)
+    tile = random_values((plan.tiles.rows, plan.problem.lanes), "float32")
+    spread = np.asarray(layout.spread_heads(plan.tiles, jnp.asarray(tile)))
+    blocks = spread.reshape(plan.tiles.rows, plan.tiles.heads_per_group, -1)
     for row, (_, head, _) in enumerate(owners):
-        for h in range(plan.heads_per_dot):
+        for h in range(plan.tiles.heads_per_group):
             np.testing.assert_array_equal(blocks[row, h], tile[row] if h == head else 0)
     noise = np.where(spread == 0, 7.0, spread)
-    np.testing.assert_array_equal(layout.gather_heads(plan, jnp.asarray(noise)), tile)
+    np.testing.assert_array_equal(layout.gather_heads(plan.tiles, jnp.asarray(noise)), tile)
 
 
 @pytest.mark.parametrize("blocks", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_sinks_stand_in_the_order_of_rows(blocks):
     plan = make_plan((9, 3), blocks=blocks)
     sinks = np.arange(1.0, 10.0, dtype=np.float32)
-    tiles = np.asarray(layout.sink_tiles(plan, jnp.asarray(sinks)))
-    for dot in range(plan.num_dots):
-        rows = np.repeat(tiles[dot, :, 0], plan.piece_rows)
-        for value, (_, head, group_head) in zip(rows, row_owners(plan, 0, dot), strict=True):
+    tiles = np.asarray(layout.sink_tiles(plan.tiles, jnp.asarray(sinks)))
+    for group in range(plan.tiles.num_groups):
+        rows = np.repeat(tiles[group, :, 0], plan.tiles.q_sub_rows)
+        for value, (_, head, group_head) in zip(rows, row_owners(plan, 0, group), strict=True):
             padding = group_head >= 3
             assert value == (0 if padding else sinks[3 * head + group_head])
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.core
 
 
 def marked(row, num_pages, whole_pages):
-    """`mark_runs` of one row, as one would say it."""
+    """`mark_contiguous` of one row, as one would say it."""
     result = list(row)
     for first in range(0, len(row), whole_pages):
         used = row[first : min(first + whole_pages, max(num_pages, first + 1))]
@@ -41,7 +41,7 @@ def test_marks(whole_pages):
         num_pages.append(int(rng.integers(0, 8)))
         row[num_pages[-1] :] = rng.integers(0, 2**31 - 1, 8).tolist()
         rows.append(row[:7])
-    got = np.asarray(page_table.mark_runs(jnp.array(rows), jnp.array(num_pages), whole_pages))
+    got = np.asarray(page_table.mark_contiguous(jnp.array(rows), jnp.array(num_pages), whole_pages))
     expected = [marked(*pair, whole_pages) for pair in zip(rows, num_pages, strict=True)]
     np.testing.assert_array_equal(got, expected)
     assert (got < 0).any() and (whole_pages == 1 or (got[:, 0] >= 0).any())

@@ -1,4 +1,4 @@
-"""Keys that go through the MXU instead of into it: which, and that the scores are the same."""
+"""Swapped operands: which keys are streamed, and that the scores are the same."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.core
 def test_every_key_has_its_score(num_keys, mxu_size):
     parts = mxu.parts(num_keys, mxu_size)
     assert [key for first, end, _ in parts for key in range(first, end)] == list(range(num_keys))
-    turns_some = num_keys >= (512 if mxu_size == 128 else 256)  # a quarter or a half, in 128s
-    assert any(is_turned for *_, is_turned in parts) == turns_some
+    swaps_some = num_keys >= (512 if mxu_size == 128 else 256)  # a quarter or a half, in 128s
+    assert any(is_swapped for *_, is_swapped in parts) == swaps_some
     rng = np.random.default_rng(num_keys)
     q, k = (rng.integers(-8, 9, (n, 16)).astype(np.float32) for n in (4, num_keys))
     scores = mxu.product(jnp.asarray(q), jnp.asarray(k), mxu_size, lambda a, b: a @ b.T)
@@ -30,7 +30,7 @@ def test_every_key_has_its_score(num_keys, mxu_size):
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_output_where_keys_are_turned(chip):
+def test_output_where_operands_are_swapped(chip):
     shape = Shape(4, 4, 128, page_size=64, pages_per_seq=17, dtype="bfloat16")
     lengths = [(1, 1), (1, 300), (1, 512), (1, 1030)]
     check_lengths(shape, lengths, ON_WAIT, chip=chip, d_block_sizes=(1, 1024, 1, 512))
@@ -43,11 +43,11 @@ def test_output_where_keys_are_turned(chip):
         ((32, 8), 128, "float32", False),
         ((4, 2), 256, "bfloat16", True),
         ((9, 3), 64, "bfloat16", True),
-        ((16, 2), 128, "bfloat16", False),  # two heads fill the rows of a dot
+        ((16, 2), 128, "bfloat16", False),  # two heads fill the rows of a product
         ((8, 1), 128, "bfloat16", False),
     ],
 )
-def test_whose_keys_are_turned(heads, head_dim, dtype, expected):
+def test_which_products_swap_operands(heads, head_dim, dtype, expected):
     problem = make_problem(heads, head_dim, q=dtype, kv=dtype)
     plan = Plan(
         *(problem, Case.DECODE, BlockSizes(1, 1024, 1, 512)),
@@ -55,10 +55,10 @@ def test_whose_keys_are_turned(heads, head_dim, dtype, expected):
         is_last=True,
         max_q_len=1,
     )
-    assert plan.turns_keys == expected
+    assert plan.tricks.swaps_operands == expected
 
 
-def test_only_a_decode_turns_keys():
+def test_only_a_decode_swaps_operands():
     blocks = BlockSizes(8, 1024, 8, 512)
     plan = Plan(make_problem((32, 8), 128), Case.MIXED, blocks, interpret=False, is_last=True)
-    assert not plan.turns_keys
+    assert not plan.tricks.swaps_operands

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa.kernel import loop, softmax
 from rpa.kernel.cases import Case
+from rpa.kernel.mixed import Tiled
 from rpa.kernel.plan import BlockSizes, Plan
 from tests import mutants
 from tests.batches import Shape
@@ -38,24 +38,22 @@ def test_query_blocks_of_few_tokens(mode):
     check_few_tokens(mode)
 
 
-TILE, FOR_EACH_PIECE, PARTS_OF_TILE = softmax.Tile, loop._for_each_piece, loop._parts_of_tile
+TILE, NUM_Q_SUBS, PARTS_OF_TILE = Tiled._tile, Tiled._num_q_subs, Tiled._parts_of_tile
 WRONG_TILES = {
     "all small tiles in one place": (
-        softmax,
-        "Tile",
-        lambda plan, refs, piece, *rest: TILE(
-            plan, refs, 0 * piece if plan.has_small_tiles else piece, *rest
+        Tiled,
+        "_tile",
+        lambda self, q_sub, *rest: TILE(
+            self, 0 * q_sub if self.plan.has_small_tiles else q_sub, *rest
         ),
     ),
     "one small tile, however many tokens": (
-        loop,
-        "_for_each_piece",
-        lambda plan, block: (
-            loop._repeat(1) if plan.has_small_tiles else FOR_EACH_PIECE(plan, block)
-        ),
+        Tiled,
+        "_num_q_subs",
+        lambda self, item: 1 if self.plan.has_small_tiles else NUM_Q_SUBS(self, item),
     ),
     "one half of the last tile left out": (
-        loop,
+        Tiled,
         "_parts_of_tile",
         lambda *args: PARTS_OF_TILE(*args)[:1],
     ),
@@ -84,7 +82,7 @@ def test_how_large_a_small_tile_is(num_heads, bq_c, tokens):
     assert small.blocks == BlockSizes(256, 1024, tokens, 512)
     # Those of a query block that is cut fit in the memory of one large tile.
     most = -(-(bq_c // 4) // tokens)
-    assert most * small.tile_rows <= plan.tile_rows
+    assert most * small.tiles.rows <= plan.tiles.rows
     assert small.in_small_tiles is None
 
 
@@ -93,11 +91,11 @@ def test_who_has_no_small_tiles():
 
 
 @pytest.mark.parametrize(
-    ("group", "dtype", "parts"),
+    ("q_per_kv", "dtype", "parts"),
     [(4, "bfloat16", 2), (1, "bfloat16", 2), (1, "float32", 1), (3, "float32", 1)],
 )
-def test_the_last_tile_is_cut_where_its_mask_begins_anew(group, dtype, parts):
-    plan = make_plan((2 * group, 2), 128, dtype)
+def test_the_last_tile_is_cut_where_its_mask_begins_anew(q_per_kv, dtype, parts):
+    plan = make_plan((2 * q_per_kv, 2), 128, dtype)
 
     class Ref(SimpleNamespace):
         """A ref that only tells which rows are looked at."""
@@ -106,12 +104,13 @@ def test_the_last_tile_is_cut_where_its_mask_begins_anew(group, dtype, parts):
         def at(self):
             return self
 
-        def __getitem__(self, place):
-            return place
+        def __getitem__(self, index):
+            return index
 
-    refs = Ref(q_tiles=Ref(), m=Ref(), acc=Ref(), l=Ref())
-    first, last = (loop._parts_of_tile(plan, refs, 0, dot) for dot in (0, 1))
+    refs = Ref(q_tiles=Ref(), row_max=Ref(), acc=Ref(), row_sum=Ref(), scalars=None)
+    tiled = Tiled(plan, refs, q_rows=None, o_rows=None, kv_rows=None)
+    first, last = (tiled._parts_of_tile(0, group) for group in (0, 1))
     assert len(first) == 1 and len(last) == parts
     rows = [part.q[2] for part in last]
-    assert sum(each.size for each in rows) == plan.tile_rows
+    assert sum(each.size for each in rows) == plan.tiles.rows
     assert [each.start for each in rows] == [i * rows[0].size for i in range(len(rows))]

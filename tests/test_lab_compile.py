@@ -197,7 +197,7 @@ def test_command_line(empty_cache, capsys):
     assert main(command) == 0
     assert "v5e    compiled in" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
-    (result,) = json.loads(capsys.readouterr().out)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["from_cache"] and result["function"] == "rpa.streamed:paged_decode"
 
 

@@ -290,8 +290,8 @@ def test_the_command_prints_a_table_or_json(capsys):
 
 
 def test_the_command_says_why_a_rung_cannot_and_what_a_batch_looks_like(capsys):
-    assert main(["lab", "traffic", "--kernel", "streamed", "--batch", "1x8/64"]) == 1
-    assert "streamed: not applicable: sequence 0 has q_len 8" in capsys.readouterr().out
+    assert main(["lab", "traffic", "--kernel", "streamed", "--batch", "1x8/64"]) == 2
+    assert "streamed: not applicable: sequence 0 has q_len 8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["lab", "traffic", "--batch", "8x64/32"])
     assert "is no COUNTxQ_LEN/KV_LEN" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_the_command_sweeps_writes_and_judges(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "predict", predict)
     asked = ["--chip", "v6e", "--model", "llama-3-8b", "--case", "decode"]
     assert main(["lab", "tune", *asked, "--json"]) == 1
-    (told,) = json.loads(capsys.readouterr().out)
+    (told,) = json.loads(capsys.readouterr().out)["verdicts"]
     assert told["best"]["at peak"]["blocks"] == list(best) and told["of_best"]["at peak"] == 1.5
     refused = [t for t in tune.read()[PLACE.key].values() if "refused" in t]
     assert refused and "not understood" in refused[0]["refused"]

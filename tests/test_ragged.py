@@ -268,7 +268,7 @@ def test_from_lengths_orders_decode_then_chunks_then_mixed():
     assert order.tolist() == [1, 3, 2, 4, 0, 5]
     assert batch.distribution.tolist() == [2, 4, 6]
     assert batch.cu_q_lens.tolist() == [0, 1, 1, 5, 9, 12, 19, 19, 19]
-    assert batch.page_indices.tolist() == [1, 3, 2, 4, 0, 5, 0, 0]
+    assert batch.page_indices.tolist() == [1, 3, 2, 4, 0, 5, -1, -1]
 
 
 def test_a_batch_is_a_pytree():

@@ -15,7 +15,8 @@ import pytest
 from rpa import chips, interpreter
 from rpa.kernel import blocks, ragged_paged_attention, traversal
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import TABLE_TILE_WORDS, Plan
+from rpa.kernel.page_table import TABLE_TILE_WORDS
+from rpa.kernel.plan import Plan
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
 from tests.kernel_plans import make_problem
@@ -57,8 +58,8 @@ def test_03_a_negative_distribution_reads_nothing_before_the_arrays():
     plan = SimpleNamespace(max_q_len=1, problem=SimpleNamespace(max_num_seqs=2))
     lengths = SimpleNamespace(kv_lens=jnp.array([3, 5]), cu_q_lens=jnp.array([0, 1, 2]))
     for first, end in [(0, -1), (-2, -1), (-2, 2)]:
-        step = traversal.first_step(plan, lengths, jnp.int32(first), jnp.int32(end))
-        assert step.seq.index == 0, "an index that is not below `end` ends the walk"
+        cursor = traversal.start(plan, lengths, jnp.int32(first), jnp.int32(end))
+        assert cursor.seq.index == 0, "an index that is not below `end` ends the traversal"
 
 
 def test_03_wrong_distribution_harms_nobody_else():
@@ -202,7 +203,7 @@ def test_14_page_table_needs_no_room_in_smem():
         problem = make_problem((32, 8), 128, page_size=16, pages_per_seq=pages_per_seq)
         sizes = blocks.default_block_sizes(problem, Case.DECODE, 1)
         plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=True)
-        words.append(plan.table_chunk_words)
+        words.append(plan.table.chunk_words)
     assert words[0] == words[1] <= 2 * TABLE_TILE_WORDS
 
 

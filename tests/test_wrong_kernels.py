@@ -10,16 +10,9 @@ import pytest
 from jax.experimental import pallas as pl
 
 from rpa import interpreter
-from rpa.kernel import (
-    blocks,
-    layout,
-    loop,
-    page_table,
-    ragged_paged_attention,
-    softmax,
-    transfers,
-    traversal,
-)
+from rpa.kernel import layout, page_table, ragged_paged_attention, traversal, tricks
+from rpa.kernel.mixed import ScoreTile, Tiled
+from rpa.kernel.transfers import Copies
 from tests import mutants
 from tests.batches import Shape, make_case
 from tests.kernel_harness import EAGER, ON_WAIT
@@ -37,7 +30,7 @@ LENGTHS = [
 more decodes than there are buffers for their output, eight if in short supply."""
 
 BLOCKS = {"d_block_sizes": (1, 80, 1, 16), "m_block_sizes": (8, 80, 4, 16)}
-"""So many pages a block that they are issued in two turns."""
+"""So many pages a block that they are issued in two iterations."""
 
 needs_deadlock_errors = pytest.mark.skipif(
     not interpreter.deadlocks_can_raise(), reason="this JAX's interpreter hangs on a missing signal"
@@ -47,7 +40,7 @@ needs_deadlock_errors = pytest.mark.skipif(
 @contextlib.contextmanager
 def in_short_supply():
     """Few buffers, so that they are waited for in a small batch; normally it takes 16 decodes."""
-    with mock.patch.object(blocks, "DECODE_TURNS_AHEAD", 1):
+    with mock.patch.object(tricks, "DECODE_ITERATIONS_AHEAD", 1):
         yield
 
 
@@ -76,44 +69,39 @@ def changed(function, **changes):
     return wrong
 
 
-PAGE_COPY, STORE_IN_PAGE = transfers._page_copy, transfers._store_in_page
-AREA_MASK = loop._Area.mask
-ACCUMULATE, LOAD_KV = softmax.accumulate, layout.load_kv
+PAGE_COPY, STORE_IN_PAGE = Copies._page_copy, Copies._store_in_page
+MASK, ACCUMULATE, LOAD_KV = ScoreTile.mask, Tiled.accumulate, layout.load_kv
 WRONG_PARTS = {
     "page index off by one": (
-        transfers,
+        Copies,
         "_page_copy",
-        lambda plan, refs, slot, entry, page, n: PAGE_COPY(plan, refs, slot, entry + 1, page, n),
+        lambda self, slot, index, row, n: PAGE_COPY(self, slot, index + 1, row, n),
     ),
     "page lands one row late": (
-        transfers,
+        Copies,
         "_kv_tokens",
-        lambda plan, refs, slot, first, n: refs.kv_buffer.at[
+        lambda self, slot, first, n: self.refs.kv_buffer.at[
             slot, pl.ds(jnp.minimum(first + 1, 80 - n), n), pl.ds(0, 2)
         ],
     ),
-    "table chunk not aligned back": (
-        transfers,
-        "_chunk_start",
-        lambda plan, entry: 0 * entry + 128,
+    "table chunk not aligned back": (Copies, "_chunk_start", lambda self, entry: 0 * entry + 128),
+    "every block taken for a contiguous one": (
+        page_table,
+        "is_contiguous",
+        lambda entry: entry >= -(2**31),
     ),
-    "every block taken for a run": (page_table, "is_run", lambda entry: entry >= -(2**31)),
-    "mark of a run left on its page": (page_table, "page", lambda entry: entry),
+    "mark of a contiguous block left on its page": (page_table, "page", lambda entry: entry),
     "stale rows behind the last token kept": (
         layout,
         "_keep_first",
         lambda words, num_valid: words,
     ),
     "mask one key late": (
-        loop._Area,
+        ScoreTile,
         "mask",
-        lambda area: jnp.roll(AREA_MASK(area), 1, axis=1).at[:, 0].set(True),
+        lambda scores: jnp.roll(MASK(scores), 1, axis=1).at[:, 0].set(True),
     ),
-    "mask never needed": (
-        loop._Area,
-        "mask",
-        lambda area: jnp.ones_like(AREA_MASK(area)),
-    ),
+    "mask never needed": (ScoreTile, "mask", lambda scores: jnp.ones_like(MASK(scores))),
     "query position off by one": (
         traversal,
         "query_block",
@@ -122,7 +110,7 @@ WRONG_PARTS = {
     "cached prefix ignored by the mask": (
         traversal,
         "query_block",
-        changed(traversal.query_block, position=lambda block: block.position - block.seq.first_new),
+        changed(traversal.query_block, position=lambda block: block.position - block.first_new),
     ),
     "last key of the last block left out": (
         traversal,
@@ -139,25 +127,25 @@ WRONG_PARTS = {
         "sequence",
         changed(traversal.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
     ),
-    "padding rows not written": (transfers, "write_zero_rows", lambda plan, refs, num_used: None),
-    "new tokens not stored": (transfers, "start_stores", lambda plan, refs, block, step: None),
+    "padding rows not written": (Copies, "write_zero_rows", lambda self, num_used: None),
+    "new tokens not stored": (Copies, "start_stores", lambda self, item: None),
     "new tokens stored one row early": (
-        transfers,
+        Copies,
         "_store_in_page",
-        lambda plan, refs, block, step, position, num_tokens: STORE_IN_PAGE(
-            plan, refs, block, step, jnp.maximum(position - 1, 0), num_tokens
+        lambda self, item, position, num_tokens: STORE_IN_PAGE(
+            self, item, jnp.maximum(position - 1, 0), num_tokens
         ),
     ),
     "accumulator not rescaled": (
-        softmax,
+        Tiled,
         "accumulate",
-        lambda plan, p, v, decay, tile: ACCUMULATE(plan, p, v, jnp.ones_like(decay), tile),
+        lambda self, p, v, decay, tile: ACCUMULATE(self, p, v, jnp.ones_like(decay), tile),
     ),
-    "state not reset": (softmax, "start", lambda plan, tile, sinks: None),
+    "state not reset": (Tiled, "reset", lambda self, tile, group: None),
     "reads the other buffer": (
         layout,
         "load_kv",
-        lambda plan, ref, slot, *rest: LOAD_KV(plan, ref, 1 - slot, *rest),
+        lambda tiles, rows, slot, *rest: LOAD_KV(tiles, rows, 1 - slot, *rest),
     ),
 }
 WRONG_WINDOWS = {
@@ -167,17 +155,17 @@ WRONG_WINDOWS = {
         changed(traversal.query_block, kv_start=lambda block: jnp.minimum(block.kv_start + 8, 64)),
     ),
     "window ignored by the mask": (
-        loop._Area,
+        ScoreTile,
         "mask",
-        lambda area: AREA_MASK(area) | AREA_MASK(_shifted_back(area)),
+        lambda scores: MASK(scores) | MASK(_shifted_back(scores)),
     ),
 }
 
 
-def _shifted_back(area):
-    """The same area seen by queries 4 tokens earlier: its window reaches 4 tokens further back."""
-    earlier = copy.copy(area)
-    earlier.q_position = area.q_position - 4
+def _shifted_back(scores):
+    """The same rectangle of queries 4 tokens earlier: its window reaches further back."""
+    earlier = copy.copy(scores)
+    earlier.q_position = scores.q_position - 4
     return earlier
 
 
@@ -198,7 +186,8 @@ def test_a_missing_wait_is_found():
     """The sample of `make test`."""
     wanted = ("drop", "wait", "wait_kv")
     for fault in list_faults():
-        found = (fault.action, fault.site.operation, fault.site.where[0].split()[-1])
+        # The innermost function waits for any copy.
+        found = (fault.action, fault.site.operation, fault.site.where[1].split()[-1])
         if found == wanted:
             assert mutants.verdict(check_on_wait, fault) == "numbers"
             return

@@ -9,6 +9,8 @@ import argparse
 import jax
 from tqdm import tqdm
 
+from rpa.check.chapters import assembly
+from rpa.check.yours import LINE
 from rpa.cli.schedule import to_json as measured_json
 from rpa.lab import compile_versions, programs
 from rpa.lab.schedule import inner_loop
@@ -17,7 +19,7 @@ from rpa.lab.schedule.recorded import compile_step, occupancy_of, recorded_step,
 from rpa.lab.schedule.schedule import schedule_for
 
 CHIPS = ("v5e", "v6e", "tpu7x")
-PICTURED = ("odd stride", "two sequences a turn", "a quarter of the keys turned")
+PICTURED = ("odd stride", "two sequences together", "a quarter of the keys swapped")
 STRIDES = (1, 2, 4, 6, 7, 8, 9, 10, 12, 16, 17, 24, 32)
 MOST_AHEAD = 7
 PAGE_SIZE = 128
@@ -47,20 +49,25 @@ def orders():
     return bundles
 
 
+def assembled():
+    """Bundles a tile of the assembly exercises' solutions, and of the rungs next to them."""
+    return {number: assembly.record(number) for number in tqdm(list(LINE)[1:], desc="assembly")}
+
+
 def turned():
     """Bundles of the last step of the inner loop, by the quarters of the keys that are turned."""
-    shapes, found = inner_loop.shapes("a quarter of the keys turned"), {}
+    shapes, found = inner_loop.shapes("a quarter of the keys swapped"), {}
     for chip in tqdm(CHIPS, desc="turned"):
         for quarters in range(4):
             kwargs = {"quarters": quarters}
-            schedule = schedule_for(chip, inner_loop.attend_turned, *shapes, kwargs=kwargs)
+            schedule = schedule_for(chip, inner_loop.attend_swapped, *shapes, kwargs=kwargs)
             found.setdefault(chip, []).append(schedule.num_bundles)
     return found
 
 
 def even_stride_at_the_end():
     """Bundles of the last step of the inner loop, if a token takes an even number of rows."""
-    step, found = "two sequences a turn", {}
+    step, found = "two sequences together", {}
     for chip in tqdm(CHIPS, desc="even"):
         q, kv = inner_loop.shapes(step)
         kv = jax.ShapeDtypeStruct((*kv.shape[:2], inner_loop.NUM_KV_HEADS, *kv.shape[3:]), kv.dtype)
@@ -122,6 +129,7 @@ SECTIONS = {
     "even_stride_at_the_end": even_stride_at_the_end,
     "kernels": kernels,
     "tiled": tiled,
+    "assembly": assembled,
     "versions": versions,
 }
 

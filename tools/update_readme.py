@@ -55,8 +55,11 @@ def picture() -> str:
 
 
 def save_pictures() -> None:
-    """Write the pictures of README.md into docs/pictures."""
+    """Write the pictures of README.md and of docs/overview.md into docs/pictures."""
+    from rpa.figures import overview
+
     _ladder().save(PICTURES / "ladder.png")
+    overview.example().save(PICTURES / "overview.png")
 
 
 def _ladder():

@@ -8,20 +8,13 @@
 | `matching.py` | finds the known mistake that an answer makes |
 | `compare.py` | whether two outputs agree, and where they first do not |
 | `messages.py` | what the learner reads |
-| `literal.py` | an argument as code, so that the call can be repeated |
-| `places.py` | an index of a ragged batch in words: sequence, token, page |
+| `source_text.py` | an argument as code, so that the call can be repeated |
+| `index_words.py` | an index of a ragged batch in words: sequence, token, page |
 | `runner.py` | where the learner's function runs, and its time limit |
-| `sandbox.py` | runs kernels with DMAs in a process that can be killed, in both interpreter modes |
-| `sandbox_worker.py` | that process |
-| `shipping.py` | sends a learner's function there, by its source |
-| `faults.py` | what a kernel's copies did wrong, in words and with lines |
-| `dma.py` | what exercises about kernels with DMAs share, and what flies when |
-| `launchers.py` | the `pallas_call`s around the kernels that exercises ask for |
 | `progress.py` | keeps what is solved in a file, `rpa.check.progress()` prints it |
-| `leaderboard.py` | scores entries to the challenge of chapter 12, keeps their table |
-| `page_book.py` | the book of pages that exercise 2.4 is about |
-| `write_back.py` | the call around the kernel of exercise 6.5 |
-| `chapterNN.py` | the exercises of one chapter |
+| `sandbox/` | runs kernels with DMAs in a process that can be killed, in both interpreter modes |
+| `yours/` | the learner's own file, which grows from exercise to exercise |
+| `chapters/` | the exercises, a file a chapter: the answer key |
 """
 
 import sys

@@ -1,5 +1,7 @@
 """Run a learner's function through the cases of an exercise and say in words what is wrong."""
 
+import inspect
+import textwrap
 from collections.abc import Callable
 from functools import partial
 
@@ -7,7 +9,16 @@ import jax
 import numpy as np
 
 from rpa.check.compare import Wrong, first_wrong
-from rpa.check.errors import CannotShip, CheckFailed, KernelFault, NotStarted, WrongResult
+from rpa.check.errors import (
+    CannotShip,
+    CheckFailed,
+    KernelFault,
+    NotStarted,
+    SandboxFailed,
+    WrongResult,
+    is_stub,
+    text_of,
+)
 from rpa.check.exercise import Case, Exercise
 from rpa.check.matching import why
 from rpa.check.messages import (
@@ -20,6 +31,7 @@ from rpa.check.messages import (
 from rpa.check.progress import note
 from rpa.check.registry import find_exercise
 from rpa.check.runner import TookTooLong
+from rpa.check.yours import LINE, collect, functions_used
 
 
 def check(number: str, function: Callable) -> None:
@@ -34,6 +46,7 @@ def check(number: str, function: Callable) -> None:
     Raises:
         CheckFailed: at the first case that is wrong; names the known mistake if there is a match.
         NotStarted: the function still is the stub of the exercise.
+        SandboxFailed: the process for kernels is not to be had; no attempt is counted.
         ValueError: there is no such exercise, or `function` cannot be called.
     """
     exercise = find_exercise(number)
@@ -43,15 +56,80 @@ def check(number: str, function: Callable) -> None:
             "itself: write its name without brackets after it"
         )
     try:
-        check_exercise(exercise, function)
-    except CheckFailed:
+        check_pieces(exercise, function)
+        run_cases(exercise, function)
+        said = praise(exercise, function)
+        if exercise.epilogue:
+            said += f"\n{_epilogue(exercise, function)}"
+    except CheckFailed as failed:
         note(number, solved=False)
+        blame_an_earlier_answer(number, function, failed)
         raise
+    print(said)
     note(number, solved=True)
+    if number in LINE and (path := collect(number, function)):
+        print(f"Written to {path.name}.")
+
+
+def check_pieces(exercise: Exercise, function: Callable) -> None:
+    """Check the functions that a whole kernel is made of, as its notebook has them."""
+    namespace = getattr(inspect.unwrap(function), "__globals__", {})
+    for piece in exercise.pieces:
+        if callable(own := namespace.get(piece.name)):
+            run_cases(piece, own)
+
+
+def blame_an_earlier_answer(number: str, function: Callable, failed: CheckFailed) -> None:
+    """Raise another CheckFailed if an earlier function of the learner's own file is what is wrong.
+
+    Args:
+        number: of the exercise that was refused.
+        function: the answer, which uses the earlier functions.
+        failed: why it was refused.
+    """
+    own = functions_used(function)
+    for earlier in [n for n in LINE if n in list(LINE)[: _position(number)]]:
+        exercise = find_exercise(earlier)
+        for part in (*exercise.pieces, exercise):
+            name = part.name or LINE[earlier]
+            if name not in own:
+                continue
+            try:
+                run_cases(part, own[name])
+            except CheckFailed as wrong:
+                raise CheckFailed(
+                    f"✗ Exercise {number} uses your {name} of {earlier}, in my_rpa.py, and that is "
+                    f"not right: mend it first.\n\n{wrong}"
+                ) from failed
+
+
+def _position(number):
+    return list(LINE).index(number) if number in LINE else sum(_key(n) < _key(number) for n in LINE)
+
+
+def _key(number):
+    return [int(part) for part in number.split(".")]
+
+
+def _epilogue(exercise: Exercise, function: Callable) -> str:
+    try:
+        return textwrap.fill(exercise.epilogue(function), 100)
+    except KernelFault as refused:
+        name = getattr(function, "__name__", "your function")
+        raise CheckFailed(
+            f"✗ Exercise {exercise.number}: {name} is not right yet.\n\n"
+            f"{textwrap.fill(str(refused), 100)}"
+        ) from None
 
 
 def check_exercise(exercise: Exercise, function: Callable) -> None:
     """Run the cases in order; print praise, or raise CheckFailed at the first that is wrong."""
+    run_cases(exercise, function)
+    print(praise(exercise, function))
+
+
+def run_cases(exercise: Exercise, function: Callable) -> None:
+    """Run the cases in order; raise CheckFailed at the first that is wrong."""
     for position, case in enumerate(exercise.cases):
         try:
             actual = _run_case(exercise, case, function)
@@ -64,7 +142,6 @@ def check_exercise(exercise: Exercise, function: Callable) -> None:
             cause = why(exercise, position, wrong, actual, later)
             text = explain_difference(exercise, position, wrong, cause)
             raise _refusal(exercise, case, function, text)
-    print(praise(exercise, function))
 
 
 def _run_case(exercise: Exercise, case: Case, function: Callable):
@@ -79,10 +156,11 @@ def _run_case(exercise: Exercise, case: Case, function: Callable):
         raise _refusal(exercise, case, function, str(fault)) from None
     except WrongResult:  # `drive` speaks, not the learner's function
         raise
-    except Exception as error:
-        # Only the stub's own error: JAX, too, raises NotImplementedError for what it cannot do.
-        if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):
-            raise NotStarted(f"not started yet: {error}") from None
+    except (SandboxFailed, KeyboardInterrupt):  # not the learner's mistake: no attempt is counted
+        raise
+    except BaseException as error:  # `sys.exit()` too
+        if is_stub(error):
+            raise NotStarted(f"not started yet: {text_of(error)}") from None
         text = explain_exception(error, function)
         raise _refusal(exercise, case, function, text) from error
     originals = exercise.fresh_arguments(case)
@@ -114,5 +192,7 @@ def _attempt(exercise: Exercise, case: Case, function: Callable):
     try:
         arguments = exercise.fresh_arguments(case)
         return exercise.runner(exercise.drive, function, arguments, exercise.limit_s)
-    except Exception as error:
+    except (SandboxFailed, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         return error

@@ -35,3 +35,33 @@ class KernelFault(Exception):
 
 class CannotShip(ValueError):
     """A function that cannot be sent to the sandbox; the text says what to do."""
+
+
+class SandboxFailed(RuntimeError):
+    """The process in which kernels are checked is not to be had; never the learner's mistake."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).splitlines()
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, also where it cannot even say that.
+
+    >>> text_of(ValueError("no"))
+    'no'
+    """
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(str() of it raises {type(second).__name__})"
+
+
+def is_stub(error: BaseException) -> bool:
+    """Whether an exercise raises this because it was not begun.
+
+    JAX raises NotImplementedError, too, for what it cannot do.
+
+    >>> is_stub(NotImplementedError("Exercise 1.2: ...")), is_stub(NotImplementedError("no"))
+    (True, False)
+    """
+    return isinstance(error, NotImplementedError) and text_of(error).startswith("Exercise ")

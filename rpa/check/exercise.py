@@ -54,6 +54,10 @@ class Exercise:
         runner: where the learner's function runs, `runner(drive, function, arguments, limit_s)`.
             The default is this process; code that can hang for ever needs a process of its own.
         limit_s: seconds that one case may take.
+        name: of the function, where this exercise is a piece of another one.
+        pieces: exercises about functions that the learner's function uses: they are checked first,
+            in this order, with what its notebook has under their names.
+        epilogue: (function) -> a line that follows the praise; a `KernelFault` of it refuses.
         faults: words for what the runner itself finds wrong, besides wrong numbers; the tables of
             exercises list them. `rpa.check.sandbox.faults` has those of the sandbox.
 
@@ -76,6 +80,9 @@ class Exercise:
     drive: Callable = call
     runner: Callable = in_process
     limit_s: float = 30.0
+    name: str = ""
+    pieces: tuple["Exercise", ...] = ()
+    epilogue: Callable[[Callable], str] | None = None
     faults: tuple[str, ...] = ()
     cases: list[Case] = field(default_factory=list, init=False)
     mistakes: list[Mistake] = field(default_factory=list, init=False)

@@ -1,11 +1,13 @@
 """What a check says: the case, the first wrong number, the mistake by name; or a line of praise."""
 
 import linecache
+import re
 import textwrap
 import traceback
 from collections.abc import Callable
 
 from rpa.check.compare import Wrong, show
+from rpa.check.errors import text_of
 from rpa.check.exercise import Case, Exercise
 from rpa.check.source_text import literal, module_of
 
@@ -62,16 +64,61 @@ def explain_changed_argument(name: str) -> str:
     )
 
 
-def explain_exception(error: Exception, function: Callable) -> str:
+def explain_exception(error: BaseException, function: Callable) -> str:
     """The exception, and the line of the learner's own code that it came from."""
     code = getattr(function, "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if code and frame.filename == code.co_filename]
-    text = f"Your function raises {type(error).__name__}: {error}"
+    text = f"Your function raises {type(error).__name__}: {text_of(error)}"
+    line = linecache.getline(own[-1].filename, own[-1].lineno).strip() if own else ""
+    if meaning := meaning_of(error, line):
+        text = f"{textwrap.fill(meaning, 100)}\n{text.splitlines()[0]}"
     if own:
-        line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
         text += f"\n  line {own[-1].lineno}, in {own[-1].name}" + (f":  {line}" if line else "")
     return text
+
+
+MEANINGS = (
+    (
+        # JAX asks a slice whether its ends are true, so the line tells more than the error.
+        r"Slice entries must be static integers|slice indices must be integers|"
+        r"array slice indices must have static start/stop/step|"
+        r"Tracer(?s:.*)\n.*[\[,]\s*\w*\s*:\s*[A-Za-z_(]",
+        "Your function cuts by a size that is known at run time only. In an index that is "
+        "`pl.ds(start, size)`; `start:stop` needs Python numbers.",
+    ),
+    (
+        r"__index__\(\) method was called on traced array|TracerIntegerConversionError",
+        "Your function asks Python for a number that is known at run time only, as `range(n)` "
+        "does. A loop of that many turns is `@pl.loop(0, n)` or `jax.lax.fori_loop`; a size in an "
+        "index is `pl.ds(start, size)`.",
+    ),
+    (
+        r"TracerBoolConversionError|truth value of a traced array|Attempted boolean conversion of",
+        "Your function asks Python whether a traced value is true, as `if` and `and` do. In a "
+        "kernel that is `@pl.when(condition)`, and for values `jnp.where`.",
+    ),
+    (
+        r"Only interpret mode is supported on CPU backend",
+        "Your pallas_call is to be compiled, and there is no TPU here. Give it "
+        "`interpret=choose_interpret(None)`: it interprets where there is none.",
+    ),
+)
+"""What JAX says of an error, as a pattern, and what it means for a learner."""
+
+
+def meaning_of(error: Exception, line: str = "") -> str | None:
+    """An error of JAX in the words of the course, or None where its own words do.
+
+    Args:
+        error: what was raised.
+        line: the learner's own line that it came from.
+
+    >>> meaning_of(ValueError("Only interpret mode is supported on CPU backend."))[:38]
+    'Your pallas_call is to be compiled, an'
+    """
+    said = f"{type(error).__name__}: {error}\n{line}"
+    return next((words for pattern, words in MEANINGS if re.search(pattern, said)), None)
 
 
 def praise(exercise: Exercise, function: Callable) -> str:

@@ -29,7 +29,7 @@ def progress_path() -> Path | None:
     given = os.environ.get(VARIABLE)
     if given:
         return None if given == "off" else Path(given).expanduser()
-    return Path.cwd() / FILE_NAME if _in_notebook() else None
+    return Path.cwd() / FILE_NAME if in_notebook() else None
 
 
 def note(number: str, solved: bool) -> None:
@@ -51,7 +51,7 @@ def note(number: str, solved: bool) -> None:
         return
     kept[number] = {"attempts": before["attempts"] + 1, "solved": solved}
     try:
-        _write(path, kept)
+        write_aside(path, json.dumps(kept, indent=1, sort_keys=True))
     except OSError as error:
         _say_once(path, f"cannot be written ({error.strerror or error})")
 
@@ -123,12 +123,12 @@ def _read(path: Path | None) -> dict | None:
         return None
 
 
-def _write(path: Path, kept: dict) -> None:
+def write_aside(path: Path, text: str) -> None:
     """Write aside and rename: a notebook that is stopped in between leaves the old file whole."""
     file, aside = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
         with os.fdopen(file, "w", encoding="utf-8") as stream:
-            json.dump(kept, stream, indent=1, sort_keys=True)
+            stream.write(text)
         os.replace(aside, path)
     except OSError:
         Path(aside).unlink(missing_ok=True)
@@ -144,7 +144,7 @@ def _say_once(path: Path, trouble: str) -> None:
         )
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether an IPython kernel (a notebook) is running this code."""
     try:
         from IPython import get_ipython

@@ -38,7 +38,9 @@ def exercises_of_chapter(chapter: int) -> dict[str, Exercise]:
     if importlib.util.find_spec(name) is None:
         return {}
     module = importlib.import_module(name)
-    return collect(chapter, [v for v in vars(module).values() if isinstance(v, Exercise)])
+    return collect(
+        chapter, [v for v in vars(module).values() if isinstance(v, Exercise) and not v.name]
+    )
 
 
 def all_exercises() -> dict[str, Exercise]:

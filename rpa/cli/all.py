@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--table", choices=list(TABLES), action="append", help="default: all")
     add_options(parser, "chip", chip=SEVERAL_CHIPS | {"choices": list(Scope().chips)})
     parser.add_argument("--quick", action="store_true", help="under 10 minutes: a part of it")
-    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
-    add_options(parser, "json")
+    add_options(parser, "workers", "json")
 
 
 def main(args) -> int:

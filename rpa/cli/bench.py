@@ -12,13 +12,12 @@ import jax
 from tqdm import tqdm
 
 from rpa import chips
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, whole
 from rpa.cli.predict import ends
 from rpa.lab.bench import on_device
 from rpa.lab.bench.measured import SCHEMA
 from rpa.lab.compile.compiler import compile_versions
 from rpa.ladder import LADDER
-from rpa.shapes import MODELS
 
 OPTIONS = ("model", "dtype", "kv_dtype", "page_size", "num_seqs", "kv_len")
 
@@ -38,12 +37,14 @@ PREDICTION = (
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the bench."""
     for name in OPTIONS:
-        kind = type(getattr(on_device.DEFAULTS["tpu"], name))
         defaults = on_device.DEFAULTS.items()
         each = ", ".join(f"{getattr(w, name)} on a {where}" for where, w in defaults)
-        choices = list(MODELS) if name == "model" else None
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, choices=choices, help=f"default: {each}")
+        changed = {"default": None, "help": f"default: {each}"}
+        if name in ("num_seqs", "kv_len"):
+            option = f"--{name.replace('_', '-')}"
+            parser.add_argument(option, type=whole(1, 2**20), **changed)
+        else:
+            add_options(parser, name, **{name: changed})
     parser.add_argument("--case", choices=on_device.CASES, action="append", help="default: all")
     parser.add_argument("--peer", choices=list(on_device.PEERS), action="append", default=[])
     parser.add_argument(

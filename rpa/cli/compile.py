@@ -3,14 +3,15 @@
 import argparse
 import dataclasses
 import json
+import sys
 
 from rpa import chips
 from rpa.cli import compile_time
-from rpa.cli.options import SEVERAL_CHIPS, add_options
+from rpa.cli.options import DEFAULT, SEVERAL_CHIPS, add_options, kernel_of, whole
 from rpa.lab import peers
 from rpa.lab.compile.compiler import CompileResult, compile_for
-from rpa.lab.programs import PROGRAMS, Workload
-from rpa.shapes import MODELS
+from rpa.lab.compile.functions import is_own
+from rpa.lab.programs import PROGRAMS, Workload, own
 
 KERNELS = PROGRAMS | peers.PROGRAMS
 FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
@@ -21,23 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     add_options(parser, "chip", chip=SEVERAL_CHIPS)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--kernel", choices=list(KERNELS), help="rung, or peer")
+    names = f"{','.join(KERNELS)},FILE.py:FUNCTION"
+    help_text = "rung, peer, or your own with the ladder's signature"
+    what.add_argument("--kernel", type=kernel_of(KERNELS), metavar=names, help=help_text)
     what.add_argument("--against", choices=["v3"], help="time rung 8 beside this peer, 5 models")
     default = Workload()
     add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):
-        if option.name == "share_lanes":  # a flag: it has no value
-            continue
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=type(getattr(default, option.name)),
-            default=getattr(default, option.name),
-            choices=list(MODELS) if option.name == "model" else None,
-            help="default: %(default)s",
-        )
+        if option.name in ("model", "dtype", "kv_dtype", "page_size"):
+            changed = {option.name: {"default": getattr(default, option.name)}}
+            add_options(parser, option.name, **changed)
+        elif option.name != "share_lanes":
+            parser.add_argument(
+                f"--{option.name.replace('_', '-')}",
+                type=whole(1, 2**20),
+                default=getattr(default, option.name),
+                help=DEFAULT,
+            )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=whole(1, 1000),
         default=1,
         help="with --against: compile so often, the fastest counts",
     )
@@ -50,7 +54,12 @@ def main(args) -> int:
     if args.against:
         return compile_time.main(args)
     options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
-    program = KERNELS[args.kernel](Workload(**options))
+    try:
+        sizes = Workload(**options)
+        program = own(args.kernel, sizes) if is_own(args.kernel) else KERNELS[args.kernel](sizes)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     results = [
         compile_for(
             chip,
@@ -63,7 +72,7 @@ def main(args) -> int:
         for chip in args.chip or chips.CHIPS
     ]
     if args.json:
-        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+        print(json.dumps({"results": [dataclasses.asdict(r) for r in results]}, indent=2))
     else:
         for result in results:
             print(describe(result))

@@ -9,8 +9,10 @@ import importlib
 
 EXPERIMENTS = {
     "all": "print every table of the lab: what is claimed about rung 8's speed",
+    "chip": "execute what the compiler makes of kernels, without a TPU",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
+    "steps": "say what each optimisation of rung 8 is worth on three chips",
     "predict": "say how long a batch takes on a chip that is not here",
     "gain": "what a user gains over v3 and batched, both well configured",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",

@@ -1,10 +1,104 @@
 """Options that several experiments have, in one place, so that they are spelled alike."""
 
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
 from rpa import chips
 from rpa.lab.batches import PAGES, parse_batch
+from rpa.lab.compile.functions import is_own
 from rpa.shapes import MODELS
 
 DEFAULT = "default: %(default)s"
+
+Q_DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+def whole(lowest: int, highest: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number in a range.
+
+    >>> whole(1)("16")
+    16
+    """
+
+    def number(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {lowest:,} to {highest:,}"
+            )
+        return value
+
+    return number
+
+
+def real(lowest: float, highest: float) -> Callable[[str], float]:
+    """The type of an option that is a number in a range; NaN is in none.
+
+    >>> real(0, 1)("0.9")
+    0.9
+    """
+
+    def number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number from {lowest:g} to {highest:g}"
+            )
+        return value
+
+    return number
+
+
+def picture_file(text: str) -> Path:
+    """The type of an option that names a picture to write: tried before the work, not after it."""
+    path = Path(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not end in {', '.join(PICTURES)}, the pictures that can be drawn"
+        )
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
+    _try_to_write(path.parent)
+    return path
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def output_folder(text: str) -> Path:
+    """The type of an option that names a folder for results: made, and tried, before the work."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made a folder: {error}") from None
+    _try_to_write(path)
+    return path
+
+
+def _try_to_write(folder):
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"nothing can be written into {str(folder)!r}: {error}"
+        ) from None
+
 
 COMMON = {
     "chip": {"choices": list(chips.CHIPS), "help": DEFAULT},
@@ -14,20 +108,38 @@ COMMON = {
         "default": "128x1/4096",
         "help": f"sequences as COUNTxQ_LEN/KV_LEN, several with commas; {DEFAULT}",
     },
-    "page_size": {"type": int, "default": 128, "help": DEFAULT},
+    "page_size": {"type": whole(1, 2**16), "default": 128, "help": DEFAULT},
     "pages": {"choices": PAGES, "default": "shuffled", "help": f"of a sequence; {DEFAULT}"},
     "share_lanes": {
         "action": "store_true",
         "help": "K and V share the lanes of the cache; with head_dim 64",
     },
-    "dtype": {"default": "bfloat16", "help": f"of queries; {DEFAULT}"},
-    "kv_dtype": {"default": "bfloat16", "help": f"of the cache; {DEFAULT}"},
-    "picture": {"metavar": "FILE.png", "help": "also draw it"},
-    "json": {"action": "store_true", "help": "print JSON"},
+    "dtype": {"choices": Q_DTYPES, "default": "bfloat16", "help": f"of queries; {DEFAULT}"},
+    "kv_dtype": {"choices": KV_DTYPES, "default": "bfloat16", "help": f"of the cache; {DEFAULT}"},
+    "picture": {"type": picture_file, "metavar": "FILE.png", "help": "also draw it"},
+    "json": {"action": "store_true", "help": "print one JSON object and nothing else"},
+    "workers": {"type": whole(1, 256), "default": 2, "help": DEFAULT},
 }
 """What `argparse` is told of each, unless an experiment wants it otherwise."""
 
 SEVERAL_CHIPS = {"action": "append", "help": "may be given several times; default: all"}
+
+
+def kernel_of(names):
+    """What `argparse` makes of a kernel: one of these names, or one's own, "file.py:function".
+
+    >>> kernel_of(["rpa", "v3"])("my_rpa.py:ragged_attention")
+    'my_rpa.py:ragged_attention'
+    """
+
+    def parse(text):
+        if text in names or is_own(text):
+            return text
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no kernel: expected {', '.join(names)}, or your own as file.py:function"
+        )
+
+    return parse
 
 
 def add_options(parser, *names, **changes):

@@ -3,35 +3,41 @@
 import argparse
 import dataclasses
 import json
-import sys
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, kernel_of, real
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.bench import measured, published
 from rpa.lab.bench.timed_runs import CHIP, timed_runs
-from rpa.lab.peers import absence
+from rpa.lab.peers import PeerAbsent, absence
 from rpa.lab.predict.batch import Prediction, predict_batch
 from rpa.lab.predict.calibration import Fit, fit, rms, times_of
-from rpa.lab.schedule.cases import KERNELS
-from rpa.lab.schedule.execution import CannotRun
-from rpa.lab.schedule.schedule import NoSchedule
+from rpa.lab.schedule.cases import KERNELS, label
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
     add_options(parser, "chip", chip={"default": "v5e"})
-    parser.add_argument("--kernel", choices=list(KERNELS), default="rpa", help="default: rpa")
+    parser.add_argument(
+        "--kernel",
+        type=kernel_of(KERNELS),
+        metavar=f"{','.join(KERNELS)},FILE.py:FUNCTION",
+        default="rpa",
+        help="default: rpa",
+    )
     add_options(parser, "model", "batch", "page_size", "pages", "dtype", "kv_dtype", "json")
     parser.add_argument(
-        "--hbm-efficiency", type=float, default=1.0, help="part of HBM's peak; default: %(default)s"
+        "--hbm-efficiency",
+        type=real(0.01, 1),
+        default=1.0,
+        help="part of HBM's peak; default: %(default)s",
     )
     parser.add_argument(
-        "--latency-us", type=float, default=0.0, help="of a copy; default: %(default)s"
+        "--latency-us", type=real(0, 1e6), default=0.0, help="of a copy; default: %(default)s"
     )
     parser.add_argument(
         "--published", action="store_true", help="compare with published timings of the peers"
@@ -47,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def main(args) -> int:
-    """Run the experiment; the exit code is 1 if there is no prediction."""
+    """Run the experiment and return its exit code.
+
+    Raises:
+        NoSchedule, CannotRun, PeerAbsent: in words.
+    """
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        if args.measured:
-            return _measured(args)
-        if args.calibrate or args.published:
-            return _calibrate(args) if args.calibrate else _published(args)
-        return _predict(args)
-    except (NoSchedule, CannotRun) as error:
-        print(error, file=sys.stderr)
-        return 1
+    if args.measured:
+        return _measured(args)
+    if args.calibrate or args.published:
+        return _calibrate(args) if args.calibrate else _published(args)
+    return _predict(args)
 
 
 def _predict(args) -> int:
@@ -107,11 +113,10 @@ def _measured(args) -> int:
     return 0
 
 
-def _is_a_peer_absent() -> bool:
+def _require_peers():
     reasons = [reason for peer in ("v3", "batched") if (reason := absence(peer)) is not None]
-    for reason in reasons:
-        print(reason, file=sys.stderr)
-    return bool(reasons)
+    if reasons:
+        raise PeerAbsent("\n".join(reasons))
 
 
 def describe_fit(found: Fit, sources) -> str:
@@ -149,8 +154,7 @@ def describe_fit(found: Fit, sources) -> str:
 
 
 def _published(args) -> int:
-    if _is_a_peer_absent():
-        return 1
+    _require_peers()
     rows = []
     with tqdm(total=len(published.TIMINGS), leave=False, disable=None) as bar:
         for row in published.compare(**_assumptions(args)):
@@ -158,7 +162,7 @@ def _published(args) -> int:
             bar.update()
     if args.json:
         found = [dataclasses.asdict(t) | {"predicted": to_json(p)} for t, p in rows]
-        print(json.dumps(found))
+        print(json.dumps({"timings": found}))
     else:
         print(table(rows))
     return 0
@@ -186,7 +190,7 @@ def describe(p: Prediction) -> str:
     lines = [] if p.calibrated_us is None else [calibrated(p)]
     return "\n".join(
         [
-            f"{p.kernel} on {p.chip}: at peak {p.time_us:,.1f} us (predicted, not measured)",
+            f"{label(p.kernel)} on {p.chip}: at peak {p.time_us:,.1f} us (predicted, not measured)",
             *lines,
             f"  {p.bundles:,} cycles issue, {p.stalled_cycles:,.0f} wait for copies",
             f"  {p.hbm_bytes:,} bytes of HBM, {p.hbm_time_us:,.1f} us at its peak: "

@@ -28,7 +28,7 @@ def main(args) -> int:
     found = [each for name in names for each in floors(lengths_of(args.batch), name, **options)]
     if args.picture:
         _draw(found, args)
-    print(json.dumps([to_json(each) for each in found]) if args.json else table(found))
+    print(json.dumps({"floors": [to_json(each) for each in found]}) if args.json else table(found))
     return 0
 
 

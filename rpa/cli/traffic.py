@@ -3,23 +3,33 @@
 import argparse
 
 from rpa import chips
-from rpa.cli.options import add_options
+from rpa.cli.options import add_options, kernel_of
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.copies.traffic import RUNGS, count
-from rpa.lab.peers import PeerAbsent
 from rpa.shapes import AttentionShape
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    parser.add_argument("--kernel", choices=list(RUNGS), default="kernel", help="a rung, or a peer")
+    parser.add_argument(
+        "--kernel",
+        type=kernel_of(RUNGS),
+        metavar=f"{','.join(RUNGS)},FILE.py:FUNCTION",
+        default="kernel",
+        help="a rung, a peer, or your own with the ladder's signature; default: %(default)s",
+    )
     names = ("model", "batch", "page_size", "pages", "share_lanes", "dtype", "kv_dtype")
     add_options(parser, *names, "chip", "json", chip={"help": "whose HBM time to say too"})
 
 
 def main(args) -> int:
-    """Run the experiment; the exit code is 1 if the rung cannot take the batch."""
+    """Run the experiment and return its exit code.
+
+    Raises:
+        ValueError: the rung cannot take the batch.
+        PeerAbsent: in words.
+    """
     layer = AttentionShape.of(
         args.model,
         page_size=args.page_size,
@@ -28,13 +38,12 @@ def main(args) -> int:
         share_lanes=args.share_lanes,
     )
     options = {"chip": args.chip} if args.kernel in ("kernel", "v3") and args.chip else {}
-    try:
-        with waiting(f"running the transfers of {args.kernel}"):
-            batch = make_batch(lengths_of(args.batch), args.page_size, args.pages)
+    with waiting(f"running the transfers of {args.kernel}"):
+        batch = make_batch(lengths_of(args.batch), args.page_size, args.pages)
+        try:
             traffic = count(args.kernel, batch, layer, **options)
-    except (ValueError, PeerAbsent) as error:
-        print(f"{args.kernel}: not applicable: {error}")
-        return 1
+        except ValueError as error:
+            raise ValueError(f"{args.kernel}: not applicable: {error}") from None
     if args.json:
         print(traffic.to_json())
         return 0

@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                 model=several | {"choices": tune.MODELS})  # fmt: skip
     parser.add_argument("--case", choices=tune.CASES, **several)
     parser.add_argument("--check", action="store_true", help="judge by the last sweep, no new one")
-    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
-    add_options(parser, "json")
+    add_options(parser, "workers", "json")
 
 
 def main(args) -> int:
@@ -35,7 +34,9 @@ def main(args) -> int:
         if not args.json:
             print(f"Swept in {Clock.now() - start}.")
     verdicts = tune.check()
-    print(json.dumps([to_json(v) for v in verdicts]) if args.json else table(verdicts))
+    print(
+        json.dumps({"verdicts": [to_json(v) for v in verdicts]}) if args.json else table(verdicts)
+    )
     return int(not all(verdict.passed for verdict in verdicts))
 
 

@@ -6,7 +6,7 @@
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from rpa.figures.style import COLORS, CYCLE, alt, new_figure, style
 
@@ -180,6 +180,10 @@ def growing_cache(named_ms, kv_lens, machine):
         for (label, steps_ms), marker in zip(named_ms.items(), "os^D", strict=False):
             axes.plot(kv_lens, steps_ms, marker=marker, label=label)
         axes.set_yscale("log")
+        times_ms = np.concatenate([np.asarray(steps) for steps in named_ms.values()])
+        axes.set_ylim(times_ms.min() / 1.6, times_ms.max() * 1.6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="tokens in the cache (kv_len)", ylabel="time of one decode step (ms)")

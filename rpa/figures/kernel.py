@@ -11,10 +11,10 @@ BOXES = {  # name: (left, bottom, width, height, text)
     "queries": (0.3, 1.8, 2.3, 0.8, "queries"),
     "output": (0.3, 0.5, 2.3, 0.8, "output"),
     "chunk": (4.6, 6.3, 2.6, 0.8, "entries of the\nKV blocks"),
-    "kv": (4.6, 3.9, 2.6, 1.3, "KV blocks\nof some turns"),
+    "kv": (4.6, 3.9, 2.6, 1.3, "KV blocks\nof some iterations"),
     "q": (4.6, 1.8, 2.6, 0.8, "query blocks"),
     "o": (4.6, 0.5, 2.6, 0.8, "output blocks"),
-    "walk": (8.9, 6.3, 2.8, 0.8, "walk: which step is next?\nbelt: which are under way?"),
+    "traversal": (8.9, 6.3, 2.8, 0.8, "traversal: what is next?\npipeline: what is in flight?"),
     "tile": (8.9, 3.4, 2.8, 1.8, "one tile:\nQ K$^T$, mask if needed,\nexp, P V"),
     "state": (8.9, 1.4, 2.8, 1.1, "softmax state\nof the query block"),
 }
@@ -25,22 +25,25 @@ MEMORIES = {  # title: (left, bottom, width, height)
 }
 ARROWS = [  # from, to, when
     ("table", "chunk", "looked up"),
-    ("cache", "kv", "fetched, some turns later"),
-    ("new", "kv", "fetched, some turns later"),
-    ("queries", "q", "fetched, some turns later"),
-    ("new", "cache", "stored beside it"),
-    ("kv", "tile", "computed, some turns later"),
-    ("q", "tile", "computed, some turns later"),
-    ("tile", "state", "computed, some turns later"),
+    ("cache", "kv", "fetched, some iterations later"),
+    ("new", "kv", "fetched, some iterations later"),
+    ("queries", "q", "fetched, some iterations later"),
+    ("kv", "cache", "stored meanwhile"),
+    ("kv", "tile", "computed, some iterations later"),
+    ("q", "tile", "computed, some iterations later"),
+    ("tile", "state", "computed, some iterations later"),
     ("state", "o", "at the end of a query block"),
     ("o", "output", "at the end of a query block"),
-    ("walk", "chunk", "looked up"),
+    ("traversal", "chunk", "looked up"),
 ]
+NUDGED = {("cache", "kv"): (0.3, 0.35), ("kv", "cache"): (0.05, -0.15), ("new", "kv"): (0, -0.4)}
+"""How much higher an arrow starts and ends than in the middle of its boxes: apart from others."""
+
 WHEN = {
     "looked up": COLORS["purple"],
-    "fetched, some turns later": COLORS["blue"],
-    "computed, some turns later": COLORS["orange"],
-    "stored beside it": COLORS["red"],
+    "fetched, some iterations later": COLORS["blue"],
+    "computed, some iterations later": COLORS["orange"],
+    "stored meanwhile": COLORS["red"],
     "at the end of a query block": COLORS["green"],
 }
 """What an arrow's colour means, in the order of the legend."""
@@ -71,7 +74,8 @@ def diagram():
             axes.add_patch(box)
             axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center")
         for source, target, when in ARROWS:
-            _draw_arrow(axes, BOXES[source], BOXES[target], WHEN[when])
+            nudge = NUDGED.get((source, target), (0, 0))
+            _draw_arrow(axes, BOXES[source], BOXES[target], WHEN[when], nudge)
         axes.set(xlim=(0, 12.1), ylim=(0, 8.2))
         axes.axis("off")
         handles = [Patch(color=color, label=when) for when, color in WHEN.items()]
@@ -79,19 +83,22 @@ def diagram():
     return alt(
         fig,
         "The kernel in one picture. In HBM: page table, KV cache, new K and V, queries, output. In "
-        "SMEM: the table entries of the KV blocks, the walk that says which step is next, and the "
-        "belt of those under way. In VMEM: KV blocks of some turns, query and output blocks, and "
-        "the softmax state of the query block. A step is looked up: its table entries are asked "
-        "for. Some turns later it is fetched: pages, new K and V and queries; new K and V are "
-        "stored in the cache beside that. Some turns later one tile after the other is computed. "
-        "At the end of a query block the output leaves.",
+        "SMEM: the table entries of the KV blocks, the traversal that says which work item is "
+        "next, and the ring of those in flight. In VMEM: KV blocks of some iterations, query and "
+        "output blocks, and the softmax state of the query block. A work item is looked up: its "
+        "table entries are requested. Some iterations later it is fetched: pages, new K and V and "
+        "queries; new K and V are stored in the cache out of the KV blocks meanwhile (only a "
+        "decode stores its one token from HBM to HBM). Some iterations later one tile after the "
+        "other is computed. At the end of a "
+        "query block the output leaves.",
     )
 
 
-def _draw_arrow(axes, source, target, color):
-    """From the nearer sides of two boxes."""
+def _draw_arrow(axes, source, target, color, nudge):
+    """From the nearer sides of two boxes, in the middle of them or `nudge` higher."""
     (x0, y0, w0, h0, _), (x1, y1, w1, h1, _) = source, target
-    middle0, middle1 = (x0 + w0 / 2, y0 + h0 / 2), (x1 + w1 / 2, y1 + h1 / 2)
+    middle0 = (x0 + w0 / 2, y0 + h0 / 2 + nudge[0])
+    middle1 = (x1 + w1 / 2, y1 + h1 / 2 + nudge[1])
     if x0 + w0 <= x1:
         start, end = (x0 + w0, middle0[1]), (x1, middle1[1])
     elif x1 + w1 <= x0:

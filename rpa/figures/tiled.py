@@ -20,7 +20,9 @@ BLOCK_COLORS = {"#": COLORS["blue"], "+": COLORS["sky"], ".": COLORS["light"]}
 
 
 def online_softmax(scores, states, *, title="The online softmax, block after block"):
-    """Draw the scores of one row, cut into blocks, and what is known after each block.
+    """Draw the scores of one row, cut into blocks, and the sum that is kept after each block.
+
+    When the maximum grows, what was summed up before shrinks: its old size is drawn as an outline.
 
     Args:
         scores: f32[kv_len] of one query.
@@ -31,28 +33,59 @@ def online_softmax(scores, states, *, title="The online softmax, block after blo
     'The scores of one query as bars, cut into 2 blocks'
     """
     scores = np.asarray(scores, float)
-    starts = [0, *(end for end, _, _ in states)][:-1]
     with style():
-        fig = new_figure(9.0, 3.9)
-        axes = fig.subplots()
-        for (end, row_max, row_sum), start in zip(states, starts, strict=True):
+        fig = new_figure(9.6, 3.9)
+        above, kept = fig.subplots(1, 2, width_ratios=[3, 2])
+        start = 0
+        for end, row_max, _ in states:
             new = row_max > (scores[:start].max() if start else -np.inf)
-            axes.bar(range(start, end), scores[start:end], width=0.8, color=COLORS["sky"])
-            axes.plot([start - 0.45, end - 0.55], [row_max] * 2, color=COLORS["red"])
+            above.bar(range(start, end), scores[start:end], width=0.8, color=COLORS["sky"])
+            above.plot([start - 0.45, end - 0.55], [row_max] * 2, color=COLORS["red"])
             words = f"max {row_max:g}" + (" (new)" if new and start else "")
-            words += f"\nsum {row_sum:.3f}"
-            axes.text((start + end - 1) / 2, row_max + 0.15, words, ha="center", va="bottom")
+            above.text((start + end - 1) / 2, row_max + 0.15, words, ha="center", va="bottom")
             if start:
-                axes.axvline(start - 0.5, color=COLORS["black"], linestyle="--", linewidth=1.2)
-        axes.set(xlabel="key", ylabel="score", xticks=range(len(scores)))
-        axes.set_ylim(min(0.0, scores.min()), scores.max() * 1.35)
-        axes.set_title(title)
+                above.axvline(start - 0.5, color=COLORS["black"], linestyle="--", linewidth=1.2)
+            start = end
+        above.set(xlabel="key", ylabel="score", xticks=range(len(scores)))
+        above.set_ylim(min(0.0, scores.min()), scores.max() * 1.25)
+        above.set_title(title)
+        shrunk = _draw_kept(kept, states)
     steps = "; ".join(f"after key {e - 1}: max {m:g}, sum {s:.3f}" for e, m, s in states)
     return alt(
         fig,
         f"The scores of one query as bars, cut into {len(states)} blocks, with the running maximum "
-        f"as a line and the running sum beside it. {steps}.",
+        "as a line. Next to them the running sum after each block: what was kept, shrunk by the "
+        f"growth of the maximum, and on top of it the new weights. {steps}. {shrunk}".strip(),
     )
+
+
+def _draw_kept(axes, states):
+    """The running sum after each block, old and new part; returns what shrank, in words."""
+    words, old_max, old_sum = [], None, 0.0
+    for i, (_, row_max, row_sum) in enumerate(states):
+        kept = 0.0 if old_max is None else old_sum * float(np.exp(old_max - row_max))
+        axes.bar(i, kept, width=0.6, color=COLORS["blue"])
+        axes.bar(i, row_sum - kept, bottom=kept, width=0.6, color=COLORS["sky"])
+        axes.text(i, row_sum + 0.02, f"sum {row_sum:.3f}", ha="center", va="bottom")
+        if kept < old_sum:
+            axes.bar(i, old_sum, width=0.6, fill=False, edgecolor="black", ls="--", lw=1.2)
+            factor = f"x {kept / old_sum:.3f}"
+            axes.annotate(factor, (i, kept), (i + 0.34, kept), va="bottom", color=COLORS["blue"])
+            words.append(f"Before block {i} is added, {old_sum:.3f} shrinks to {kept:.3f}.")
+        old_max, old_sum = row_max, row_sum
+    names = [f"after block {i}" for i in range(len(states))]
+    axes.set_xticks(range(len(states)), names)
+    axes.set_xlim(-0.6, len(states) - 0.1)
+    axes.set_ylim(0, 1.25 * max(row_sum for _, _, row_sum in states))
+    axes.set_title("What is kept: the sum", fontsize=11)
+    axes.grid(axis="x", visible=False)
+    handles = [
+        Patch(facecolor="white", edgecolor="black", ls="--", label="the sum before"),
+        Patch(facecolor=COLORS["blue"], label="kept of it"),
+        Patch(facecolor=COLORS["sky"], label="new weights"),
+    ]
+    axes.figure.legend(handles=handles, loc="outside lower right", ncols=3)
+    return " ".join(words)
 
 
 def tiles(shapes, tile_rows=8, lanes=128):

@@ -1,15 +1,22 @@
-"""Rung 7: the complete kernel, in rooms.
+"""Rung 8: the complete kernel, optimized, in the order in which to read it.
 
-`api` is the public function. `cases` says which kernel computes which sequences, `plan` what is
-static about one of them, `blocks` how large its blocks are, `launch` how it is called, `table` what
-it is told about neighbouring pages. Inside it, `loop` is the loop nest (`decode` the one of
-decode), `belt` how far copies run ahead, `tiles` brings queries in and results out, `walk` is the
-order of the blocks, `transfers` every copy, `layout` how values lie in memory, `softmax` the
-arithmetic of one tile, `mxu` what an MXU does for it that would be idle otherwise.
+| file | question it answers |
+|---|---|
+| `api` | What may be passed, what is refused, and which kernels does a call run? |
+| `cases`, `problem`, `plan` | Which sequences does a kernel compute, and in which tiles? |
+| `tricks` | What makes it fast, when, and by how much? |
+| `blocks` | How large are the blocks, and do they fit in VMEM? |
+| `launch`, `refs` | Which arrays go in and out, and where do they lie? |
+| `loop` | What does one iteration do? The kernel on one screen |
+| `traversal`, `pipeline` | Which work item is next, and how far ahead of it do copies run? |
+| `transfers`, `page_table` | Which copy starts when, and what waits for it? |
+| `mixed`, `decode` | In which order is a work item computed? |
+| `softmax`, `mxu` | What is computed on one tile? |
+| `layout` | How do values lie in memory, on the chip and in the interpreter? |
 
-What it does otherwise than the production kernel, and why, is in docs/kernel.md.
+docs/kernel.md lists where it differs from the production kernel, and why.
 """
 
-from rpa.kernel.api import ragged_paged_attention
+from rpa.kernel.api import compiler_options, prepare, ragged_paged_attention
 
-__all__ = ["ragged_paged_attention"]
+__all__ = ["compiler_options", "prepare", "ragged_paged_attention"]

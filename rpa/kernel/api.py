@@ -1,5 +1,9 @@
 """The public function: a drop-in for the production kernel (tpu-inference, version 3)."""
 
+import contextlib
+import contextvars
+import functools
+import inspect
 from functools import partial
 
 import jax
@@ -8,12 +12,14 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import chips, interpreter
+from rpa.forward_only import forward_only
 from rpa.kernel import blocks, launch
 from rpa.kernel.cases import cases_of
-from rpa.kernel.plan import Plan, Problem
+from rpa.kernel.plan import Plan
+from rpa.kernel.problem import Problem
 from rpa.paging import lanes_are_shared
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
-from rpa.validation import check_arguments
+from rpa.validation import as_length, as_window, check_arguments, check_flags, check_padding
 
 Q_DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -55,7 +61,7 @@ def ragged_paged_attention(
     donate=True,
     chip=None,
 ):
-    """Ragged paged attention, rung 7: any mix of decode and prefill in one pass over the KV cache.
+    """Ragged paged attention, rung 8: any mix of decode and prefill in one pass over the KV cache.
 
     First the keys and values of the new tokens are stored in the cache, then every token attends
     to its own sequence. Same arguments, layouts and results as tpu-inference v3; where that one is
@@ -69,7 +75,8 @@ def ragged_paged_attention(
         kv_cache: [num_pages, page_size, ceil(2 * num_kv_heads / packing), packing,
             align(head_dim, 128)], float32, bfloat16, float8_e4m3fn or float8_e5m2; with head_dim 64
             also the shape of half the size that `rpa.get_kv_cache_shape` has for
-            `share_lanes=True`.
+            `share_lanes=True`. Where head_dim is padded to 128 lanes, the padding of cached keys
+            must be finite: zeros in whatever rpa stores; validate=True checks it.
         kv_lens, page_indices, cu_q_lens, distribution: int32, see `rpa.RaggedBatch`.
         use_causal_mask: False lets a token see all of its sequence; the window still applies.
         update_kv_cache: False ignores keys and values and reads all from the cache, which stays
@@ -111,6 +118,12 @@ def ragged_paged_attention(
     Raises:
         ValueError: for arguments that do not fit together, or blocks that do not fit in VMEM, in
             words, before anything is computed: the cache is as it was, also with donate=True.
+        NotImplementedError: under `jax.grad`, `jax.jvp` or `jax.vmap`, which backend "reference"
+            takes except for reverse differentiation.
+
+    Scores (scaled, soft-capped) must lie above -1e30: a key with less is seen as if it were masked.
+    In the interpreter, calls of several threads run one after the other; inside a caller's jit that
+    is the caller's task.
 
     >>> batch, _ = RaggedBatch.from_lengths([1, 3], [9, 3], [[0, 1], [2]])
     >>> q, kv = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64))
@@ -123,6 +136,13 @@ def ragged_paged_attention(
     """
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
     tokens = (queries, keys, values, kv_cache)
+    check_flags(
+        update_kv_cache=update_kv_cache,
+        debug_mode=debug_mode,
+        disable_bounds_checks=disable_bounds_checks,
+        disable_semaphore_checks=disable_semaphore_checks,
+        donate=donate,
+    )
     semantics = {
         "use_causal_mask": use_causal_mask,
         "skip_kv_mask": skip_kv_mask,
@@ -136,59 +156,152 @@ def ragged_paged_attention(
         "attention_sink": attention_sink,
     }
     check_arguments(*tokens, batch, **semantics, sm_scale=sm_scale, out_dtype=out_dtype)
+    chunk_prefill_size = as_length(chunk_prefill_size)
     backend, interpret_params = _choose_backend(backend)
     if backend == "reference":
         semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}
+        metadata = (kv_lens, page_indices, cu_q_lens, distribution)
         return ref_ragged_paged_attention(
-            *tokens,
-            *(kv_lens, page_indices, cu_q_lens, distribution),
-            **semantics,
-            sm_scale=sm_scale,
-            validate=validate,
+            *(*tokens, *metadata), **semantics, sm_scale=sm_scale, validate=validate
         )
-    problem = _make_problem(
-        *(queries, keys, kv_cache, batch),
-        out_dtype=jnp.dtype(queries.dtype if out_dtype is None else out_dtype),
-        causal=use_causal_mask,
-        update_kv_cache=update_kv_cache,
-        sliding_window=None if sliding_window is None else int(sliding_window),
-        has_soft_cap=soft_cap is not None,
-        has_q_scale=q_scale is not None,
-        has_sinks=attention_sink is not None,
-        debug_mode=debug_mode,
-    )
+    out_dtype = _check_dtypes(queries, kv_cache, out_dtype)
     if should_validate(batch, validate):
-        _validate(batch, problem, chunk_prefill_size)
-    if problem.num_tokens == 0:  # nothing to store, and no DMA of nothing
-        return jnp.zeros(queries.shape, problem.out_dtype), kv_cache
-    chip = chips.chip(chip) if chip is not None else chips.current()
-    vmem_limit_bytes = _vmem_limit(vmem_limit_bytes, chip)
-    block_sizes = {"d": d_block_sizes, "p": p_block_sizes, "m": m_block_sizes}
-    interpret = backend == "interpret"
-    machine = {"interpret": interpret}
-    if chip is not None:
-        machine |= {
-            "mxu_size": chip.mxu_size,
-            "native_float8": chip.peak("float8_e4m3fn") > chip.peak(),
-        }
-    plans = _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine)
-    run = _run_in_place if donate else _run_on_copy
-    return run(
-        *(queries, keys, values, kv_cache, batch),
-        tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale))),
-        attention_sink,
+        batch.validate(
+            num_tokens=len(queries),
+            num_pages=kv_cache.shape[0],
+            page_size=kv_cache.shape[1],
+            chunk_prefill_size=chunk_prefill_size,
+            update_kv_cache=update_kv_cache,
+        )
+    if validate:
+        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=update_kv_cache)
+    if len(queries) == 0:  # nothing to store, and no DMA of nothing
+        return jnp.zeros(queries.shape, out_dtype), kv_cache
+    plans = prepare(
+        *(*tokens, kv_lens, page_indices, cu_q_lens, distribution),
+        **semantics,
+        update_kv_cache=update_kv_cache,
+        out_dtype=out_dtype,
+        d_block_sizes=d_block_sizes,
+        p_block_sizes=p_block_sizes,
+        m_block_sizes=m_block_sizes,
+        vmem_limit_bytes=vmem_limit_bytes,
+        debug_mode=debug_mode,
+        backend=backend,
+        chip=chip,
+    )
+    scales = tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale)))
+    options = launch.Options(
+        interpret_params=interpret_params,
+        vmem_limit_bytes=_vmem_limit(vmem_limit_bytes, _chip(chip)),
+        disable_bounds_checks=disable_bounds_checks,
+        disable_semaphore_checks=disable_semaphore_checks,
+    )
+    arrays = (*tokens, batch, scales, attention_sink)
+    call = partial(
+        _compiled(donate, _compiler_options.get()),
+        *forward_only("ragged_paged_attention", arrays),
         plans=plans,
-        options=launch.Options(
-            interpret_params, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks
-        ),
+        options=options,
+    )
+    return interpreter.run_alone(call) if backend == "interpret" else call()
+
+
+def prepare(*arrays, **options) -> tuple[Plan, ...]:
+    """The kernels that a call runs, each as a resolved `Plan`; nothing is computed or compiled.
+
+    Args:
+        *arrays, **options: those of `ragged_paged_attention`; of the arrays only shapes and dtypes
+            are used.
+
+    Raises:
+        ValueError: for dtypes that the kernel does not take, or blocks that do not fit in VMEM.
+
+    >>> shape = jax.ShapeDtypeStruct
+    >>> q, kv = shape((64, 32, 128), "bfloat16"), shape((64, 8, 128), "bfloat16")
+    >>> cache = shape((4096, 128, 8, 2, 128), "bfloat16")
+    >>> metadata = [shape((n,), "int32") for n in (64, 64 * 64, 65, 3)]
+    >>> plans = prepare(q, kv, kv, cache, *metadata, chip="v6e")
+    >>> [(plan.case.label, *plan.blocks) for plan in plans]
+    [('decode', 1, 1024, 1, 512), ('mixed', 64, 2048, 64, 512)]
+    """
+    bound = inspect.signature(ragged_paged_attention).bind(*arrays, **options)
+    bound.apply_defaults()
+    given, problem = bound.arguments, _problem(**bound.arguments)
+    chip = _chip(given["chip"])
+    interpret = _choose_backend(given["backend"])[0] == "interpret"
+    limit = _vmem_limit(given["vmem_limit_bytes"], chip)
+    plans, cases = [], cases_of(given["chunk_prefill_size"])
+    for case, max_q_len in cases:
+        is_last = case is cases[-1][0]
+        make_plan = partial(_make_plan, problem, case, max_q_len, is_last, interpret, chip)
+        name = f"{case.label[0]}_block_sizes"
+        if given[name] is None:
+            sizes = blocks.default_block_sizes(problem, case, max_q_len)
+            plans.append(blocks.shrink_to_fit(make_plan, sizes, limit))
+        else:
+            sizes = blocks.check_block_sizes(name, given[name], problem)
+            plans.append(blocks.plan_ahead(make_plan(sizes), limit))
+            blocks.check_fits(name, plans[-1], limit)
+    return tuple(plans)
+
+
+def _problem(
+    *, queries, keys, kv_cache, kv_lens, page_indices, sliding_window, out_dtype, **options
+):
+    return Problem(
+        num_tokens=queries.shape[0],
+        num_q_heads=queries.shape[1],
+        num_kv_heads=keys.shape[1],
+        head_dim=queries.shape[2],
+        num_pages=kv_cache.shape[0],
+        page_size=kv_cache.shape[1],
+        max_num_seqs=kv_lens.shape[0],
+        pages_per_seq=page_indices.shape[0] // kv_lens.shape[0],
+        q_dtype=np.dtype(queries.dtype),
+        kv_dtype=np.dtype(kv_cache.dtype),
+        out_dtype=_check_dtypes(queries, kv_cache, out_dtype),
+        causal=options["use_causal_mask"],
+        update_kv_cache=options["update_kv_cache"],
+        sliding_window=as_window(sliding_window),
+        has_soft_cap=options["soft_cap"] is not None,
+        has_q_scale=options["q_scale"] is not None,
+        has_sinks=options["attention_sink"] is not None,
+        shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
+        debug_mode=options["debug_mode"],
     )
 
 
-STATIC = ("plans", "options")
-_run_in_place = partial(jax.jit, static_argnames=STATIC, donate_argnames="kv_cache")(
-    launch.run_plans
-)
-_run_on_copy = partial(jax.jit, static_argnames=STATIC)(launch.run_plans)
+@contextlib.contextmanager
+def compiler_options(**options):
+    """Compile the calls in the body with these options of `jax.jit`.
+
+    Args:
+        **options: `compiler_options` of `jax.jit`, {name: value}; none for the defaults.
+
+    >>> with compiler_options(xla_backend_optimization_level=0):
+    ...     _compiler_options.get()
+    (('xla_backend_optimization_level', 0),)
+    """
+    token = _compiler_options.set(tuple(options.items()))
+    try:
+        yield
+    finally:
+        _compiler_options.reset(token)
+
+
+_compiler_options = contextvars.ContextVar("compiler_options", default=())
+
+
+@functools.cache  # a `jax.jit` remembers what it has compiled
+def _compiled(donate, options):
+    """`launch.call_plans`, with or without the cache donated."""
+    return jax.jit(
+        launch.call_plans,
+        static_argnames=("plans", "options"),
+        donate_argnames="kv_cache" if donate else (),
+        compiler_options=dict(options) or None,
+    )
 
 
 def _choose_backend(backend):
@@ -205,31 +318,20 @@ def _choose_backend(backend):
     return backend, interpreter.params() if backend == "interpret" else None
 
 
-def _make_problem(queries, keys, kv_cache, batch, **options):
+def _check_dtypes(queries, kv_cache, out_dtype):
+    """The dtype of the output, where all dtypes are ones that the kernel takes."""
+    out_dtype = np.dtype(queries.dtype if out_dtype is None else out_dtype)
     for name, dtype, allowed in [
         ("queries", queries.dtype, Q_DTYPES),
         ("kv_cache", kv_cache.dtype, KV_DTYPES),
-        ("out_dtype", options["out_dtype"], Q_DTYPES),
+        ("out_dtype", out_dtype, Q_DTYPES),
     ]:
-        if jnp.dtype(dtype).name not in allowed:
+        if np.dtype(dtype).name not in allowed:
             raise ValueError(
-                f"{name} has dtype {jnp.dtype(dtype).name}, but must be one of "
+                f"{name} has dtype {np.dtype(dtype).name}, but must be one of "
                 f"{', '.join(allowed)}: cast it, or use backend='reference'."
             )
-    return Problem(
-        num_tokens=queries.shape[0],
-        num_q_heads=queries.shape[1],
-        num_kv_heads=keys.shape[1],
-        head_dim=queries.shape[2],
-        num_pages=kv_cache.shape[0],
-        page_size=kv_cache.shape[1],
-        shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
-        max_num_seqs=batch.max_num_seqs,
-        pages_per_seq=batch.pages_per_seq,
-        q_dtype=np.dtype(queries.dtype),
-        kv_dtype=np.dtype(kv_cache.dtype),
-        **options,
-    )
+    return out_dtype
 
 
 def _as_float32(scale):
@@ -239,7 +341,8 @@ def _as_float32(scale):
 
 def _vmem_limit(vmem_limit_bytes, chip):
     if vmem_limit_bytes is not None:
-        if not isinstance(vmem_limit_bytes, (int, float, np.number)) or vmem_limit_bytes <= 0:
+        is_number = isinstance(vmem_limit_bytes, (int, float, np.number))
+        if not (is_number and 0 < vmem_limit_bytes < float("inf")):  # False for NaN
             raise ValueError(
                 f"vmem_limit_bytes is {vmem_limit_bytes!r}, but must be positive, a number "
                 "of bytes; None is all of the chip's VMEM."
@@ -251,36 +354,14 @@ def _vmem_limit(vmem_limit_bytes, chip):
     return chip.vmem_bytes
 
 
-def _validate(batch, problem, chunk_prefill_size):
-    batch.validate(
-        num_tokens=problem.num_tokens,
-        num_pages=problem.num_pages,
-        page_size=problem.page_size,
-        chunk_prefill_size=chunk_prefill_size,
-        update_kv_cache=problem.update_kv_cache,
-    )
+def _chip(name):
+    """The chip of that name; None is the attached one, if it is a TPU."""
+    return chips.chip(name) if name is not None else chips.current()
 
 
-def _make_plans(problem, chunk_prefill_size, block_sizes, vmem_limit_bytes, machine):
-    """A Plan for each kernel of the call, with given block sizes checked and others chosen."""
-    cases = cases_of(chunk_prefill_size)
-    plans = []
-    for index, (case, max_q_len) in enumerate(cases):
-        is_last = index == len(cases) - 1
-        make_plan = partial(_make_plan, problem, case, max_q_len, is_last, machine)
-        letter = case.label[0]
-        sizes = block_sizes[letter]
-        if sizes is None:
-            sizes = blocks.default_block_sizes(problem, case, max_q_len)
-            plans.append(blocks.shrink_to_fit(make_plan, sizes, vmem_limit_bytes))
-        else:
-            name = f"{letter}_block_sizes"
-            sizes = blocks.check_block_sizes(name, sizes, problem)
-            plan = blocks.plan_ahead(make_plan(sizes), vmem_limit_bytes)
-            blocks.check_fits(name, plan, vmem_limit_bytes)
-            plans.append(plan)
-    return tuple(plans)
-
-
-def _make_plan(problem, case, max_q_len, is_last, machine, sizes):
-    return Plan(problem, case, sizes, is_last=is_last, max_q_len=max_q_len, **machine)
+def _make_plan(problem, case, max_q_len, is_last, interpret, chip, sizes):
+    machine = {}
+    if chip is not None:
+        machine["mxu_size"] = chip.mxu_size
+        machine["native_float8"] = chip.peak("float8_e4m3fn") > chip.peak()
+    return Plan(problem, case, sizes, interpret, is_last, max_q_len, **machine)

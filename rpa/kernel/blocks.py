@@ -1,7 +1,7 @@
 """Block sizes: what fits in VMEM, sensible defaults for a chip, and errors that say what to shrink.
 
-A larger KV block means fewer waits and fewer turns of the loops; a larger query block reads the KV
-cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
+A larger KV block means fewer waits and fewer iterations of the loops; a larger query block reads
+the KV cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
 """
 
 from dataclasses import replace
@@ -9,80 +9,50 @@ from dataclasses import replace
 import numpy as np
 
 from rpa.chips import SUBLANES
+from rpa.kernel import refs, tricks
 from rpa.kernel.cases import Case
-from rpa.kernel.plan import CHAINS_AHEAD, BlockSizes, Plan, align
-from rpa.paging import LANES, cdiv, packing_of
+from rpa.kernel.plan import BlockSizes, Plan
+from rpa.kernel.problem import align
+from rpa.paging import LANES, cdiv
 
 KV_BLOCK_BYTES = 4 * 2**20
 """KV fetched together by default: a few microseconds of HBM, so that a copy's latency is hidden.
 
-Not more: two blocks of unequal length are computed together in decode, and the shorter one waits.
+Not more: decode computes two blocks of unequal length together, and the shorter one waits.
 """
 
 SCORE_ROWS, SCORE_COLUMNS = 512, 512
 """Largest tile of scores by default: what of it does not fit in registers goes through VMEM."""
 
 SCORE_ROWS_OF_ONE = 2048
-"""Rows of the tile where one KV head is alone: no other has products beside its softmax. Of two
-heads each has half as many."""
+"""Rows of the tile where one KV head is alone: no other head has products next to its softmax.
+With two heads each has half as many."""
 
 DECODE_COLUMNS, PRODUCTS = 512, 4
-"""Keys a product takes in decode; and the most products in a row of keys, of any block."""
-
-DECODE_TURNS_AHEAD, TURNS_AHEAD = 3, 2
-"""Turns whose copies are on their way, see `belt`: with three, a TPU7x decodes short sequences as
-fast as it reads them. A turn of the other kernels computes longer."""
+"""Keys per product in decode; and the most products that the keys of any block take."""
 
 COMPILER_BYTES = 4 * 2**20
 """VMEM left to the compiler besides the values of one tile: spilled registers, its own buffers."""
-
-
-def vmem_buffers(plan: Plan):
-    """The kernel's buffers in VMEM, {name: (shape, dtype)}; what is in them says `loop._Refs`."""
-    p = plan.problem
-    num_states = plan.num_slots if plan.is_decode else plan.num_q_pieces
-    tiles = (num_states, plan.num_dots, plan.tile_rows)
-    q_packing, o_packing = packing_of(p.q_dtype), packing_of(p.out_dtype)
-    kv = (plan.num_slots, plan.blocks.bkv, plan.kv_buffer_words, packing_of(p.kv_dtype), p.lanes)
-    q = (plan.num_slots, plan.buffer_tokens, p.head_words(p.q_dtype), q_packing, p.lanes)
-    o = (plan.num_slots, plan.buffer_tokens, p.head_words(p.out_dtype), o_packing, p.lanes)
-    # With a spare half of the MXU: two parts of the queries, and row sums beside the accumulator.
-    q_lanes = plan.tile_lanes * (2 if plan.has_spare_mxu else 1)
-    acc_lanes = plan.tile_lanes + (LANES if plan.has_spare_mxu else 0)
-    buffers = {
-        "kv_buffer": (kv, p.kv_dtype),
-        "q_buffer": (q, p.q_dtype),
-        "o_buffer": (o, p.out_dtype),
-        "m": ((*tiles, LANES), np.dtype(np.float32)),
-        "acc": ((*tiles, acc_lanes), np.dtype(np.float32)),
-    }
-    # A decode lays its queries out for each block anew, and has its masks in registers.
-    if not plan.is_decode:
-        buffers["q_tiles"] = ((*tiles, q_lanes), p.compute_dtype)
-        buffers["limits"] = ((plan.mask_rows, plan.blocks.bkv_c), np.dtype(np.float32))
-    if not plan.has_spare_mxu:
-        buffers["l"] = ((*tiles, LANES), np.dtype(np.float32))
-    return buffers
 
 
 def vmem_bytes(plan: Plan):
     """VMEM that a plan needs, {what: bytes}: its buffers, and the compiler's share, estimated."""
     sizes = {
         name: int(np.prod(shape)) * np.dtype(dtype).itemsize
-        for name, (shape, dtype) in vmem_buffers(plan).items()
+        for name, (shape, dtype) in refs.vmem_buffers(plan).items()
     }
     return sizes | {"compiler": _bytes_of_values(plan) + COMPILER_BYTES}
 
 
 def _bytes_of_values(plan):
     """Scores, weights, K and V of the tiles that are in work at once, most of them spilled."""
-    columns, lanes = plan.blocks.bkv_c, plan.tile_lanes
+    t = plan.tiles
     if plan.is_decode:
-        chains = plan.steps_per_turn * plan.products_in_a_row * plan.num_dots
-        k_and_v = 2 * columns * lanes * plan.problem.compute_dtype.itemsize
-        return min(CHAINS_AHEAD + 1, chains) * (8 * plan.tile_rows * columns + k_and_v)
+        products = plan.tricks.items_per_iteration * plan.tricks.products_unrolled * t.num_groups
+        k_and_v = 2 * t.kv_sub * t.lanes * t.compute_dtype.itemsize
+        return min(plan.tricks.qk_ahead + 1, products) * (8 * t.rows * t.kv_sub + k_and_v)
     # The tile in work and the one that waits.
-    return 4 * (4 * plan.tile_rows * columns + 4 * columns * lanes)
+    return 4 * (4 * t.rows * t.kv_sub + 4 * t.kv_sub * t.lanes)
 
 
 def check_block_sizes(name, sizes, problem):
@@ -144,7 +114,7 @@ def default_block_sizes(problem, case, max_q_len):
     rows, tokens = SCORE_ROWS, LANES
     if p.num_kv_heads <= 2:
         rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
-    bq = min(_down(rows // p.padded_group, SUBLANES), tokens, align(most_q, SUBLANES))
+    bq = min(_down(rows // p.padded_q_per_kv, SUBLANES), tokens, align(most_q, SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
     return BlockSizes(bq, min(align(most, bkv_c), PRODUCTS * bkv_c), bq, bkv_c)
 
@@ -154,17 +124,18 @@ def _down(x, multiple):
 
 
 def plan_ahead(plan: Plan, vmem_limit_bytes) -> Plan:
-    """A plan with as many turns ahead as fit, at least one.
+    """A plan with as many iterations ahead as fit, at least one.
 
     Args:
         plan: with its blocks; how far it runs ahead does not matter.
         vmem_limit_bytes: VMEM that the plan may take; one turn ahead it may take more.
     """
-    for turns in range(DECODE_TURNS_AHEAD if plan.is_decode else TURNS_AHEAD, 1, -1):
-        ahead = replace(plan, turns_ahead=turns)
+    most = tricks.DECODE_ITERATIONS_AHEAD if plan.is_decode else tricks.ITERATIONS_AHEAD
+    for iterations in range(most, 1, -1):
+        ahead = replace(plan, iterations_ahead=iterations)
         if _fits(ahead, vmem_limit_bytes):
             return ahead
-    return replace(plan, turns_ahead=1)
+    return replace(plan, iterations_ahead=1)
 
 
 def _fits(plan, vmem_limit_bytes):
@@ -197,14 +168,14 @@ def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
 def _smaller(plan):
     b, page_size = plan.blocks, plan.problem.page_size
     if b.bkv > b.bkv_c and b.bkv // 2 % b.bkv_c == 0:
-        return BlockSizes(b.bq, b.bkv // 2, b.bq_c, b.bkv_c)
+        return b._replace(bkv=b.bkv // 2)
     if b.bkv > b.bkv_c:
-        return BlockSizes(b.bq, b.bkv_c, b.bq_c, b.bkv_c)
+        return b._replace(bkv=b.bkv_c)
     if b.bkv_c > LANES and b.bkv_c % 2 == 0 and b.bkv_c // 2 % page_size == 0:
-        return BlockSizes(b.bq, b.bkv_c // 2, b.bq_c, b.bkv_c // 2)
+        return b._replace(bkv=b.bkv_c // 2, bkv_c=b.bkv_c // 2)
     if b.bq > SUBLANES:
         bq = align(cdiv(b.bq, 2), SUBLANES)
-        return BlockSizes(bq, b.bkv, bq, b.bkv_c)
+        return b._replace(bq=bq, bq_c=bq)
     return None
 
 
@@ -223,7 +194,6 @@ def check_fits(name, plan, vmem_limit_bytes):
     total = sum(sizes.values())
     if total <= vmem_limit_bytes:
         return
-    b = plan.blocks
     kv_bytes = sizes["kv_buffer"]
     q_bytes = total - kv_bytes - sizes["compiler"]
     largest, what = max((kv_bytes, "bkv"), (q_bytes, "bq"), (sizes["compiler"], "bkv_c and bq_c"))
@@ -232,7 +202,7 @@ def check_fits(name, plan, vmem_limit_bytes):
     )
     raise ValueError(
         f"{name} of the {plan.case.label} kernel, (bq, bkv, bq_c, bkv_c) = "
-        f"{(b.bq, b.bkv, b.bq_c, b.bkv_c)}, need {total / 2**20:.1f} MiB of VMEM, but "
+        f"{tuple(plan.blocks)}, need {total / 2**20:.1f} MiB of VMEM, but "
         f"{vmem_limit_bytes / 2**20:.1f} MiB are there: shrink {what}, which takes "
         f"{largest / 2**20:.1f} MiB. (MiB: {listed}.)"
     )

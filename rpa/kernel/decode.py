@@ -1,183 +1,166 @@
 """Decode: two or four KV blocks at a time, because one leaves the chip waiting for itself.
 
-A query token gives one chain of dependent work a dot: product, maximum, exponential, product. With
-few rows it takes some 700 cycles however few the keys are, and most units idle in it. So a turn
-takes two steps, mostly of two sequences, and their chains overlap; four, where two do not fill the
-time because a window makes the blocks short, or all heads fit in one dot (`Plan.steps_per_turn`).
+A query token gives one series of dependent work per head group: product, maximum, exponential,
+product. With few rows it takes some 700 cycles however few the keys are, and most units idle in it.
+So an iteration takes two work items, mostly of two sequences, and they overlap; four, where two do
+not fill the time because a window makes the blocks short, or all heads fit in one group.
 
-They may as well be blocks of one sequence. So every chain starts from nothing, and only its
-result is merged with what the sequence has summed up before:
+They may as well be blocks of one sequence. So every product starts from nothing ("QK-softmax"), and
+only its result is merged with what the sequence has summed up before ("PV-merge"):
 
     m' = max(m, m_block);  l' = 2^(m - m') l + 2^(m_block - m') l_block;  the same for acc
 
-A product takes bkv_c keys, and some products are computed in a row (Plan.products_in_a_row). Where
-all blocks have enough keys for all of them, they need no mask. The end of the longest block takes
-only the products that it needs, so that a short sequence costs less than a long one. The partner
-decides what is computed together, never what is merged: a sequence's result is the same in any
-company.
+A product takes bkv_c keys, and several are unrolled. Where all blocks have enough keys for all of
+them, they need no mask. The end of the longest block takes only the products that it needs, so that
+a short sequence costs less than a long one. Its partner decides what is computed together, never
+what is merged: results do not depend on which sequences share an iteration.
 """
 
 from functools import reduce
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa.kernel import layout, softmax, tiles, transfers, traversal
-from rpa.kernel.plan import CHAINS_AHEAD
+from rpa.kernel import layout, softmax
 from rpa.paging import LANES
 
 
-class _Work(NamedTuple):
-    """One of the steps of a turn."""
+class Decode:
+    """What a decode kernel computes."""
 
-    step: traversal.Step
-    block: traversal.QueryBlock
-    num_tokens: Any  # in the KV block; 0 if there is no such step
-    is_last: Any  # whether the block is its sequence's last
+    def __init__(self, plan, refs, copies):
+        self.refs, self.copies, self.tiles, self.tricks = refs, copies, plan.tiles, plan.tricks
+        self.has_sinks, self.debug_mode = plan.problem.has_sinks, plan.problem.debug_mode
+        self.q_rows = layout.WordRows(refs.q_buffer, plan.interpret)
+        self.o_rows = layout.WordRows(refs.o_buffer, plan.interpret)
+        self.kv_rows = layout.WordRows(refs.kv_buffer, plan.interpret)
+        self.softmax = softmax.Softmax(plan, refs.scalars)
 
+    def __call__(self, items):
+        """Attention of one query token each to the KV blocks of the items of an iteration."""
+        for item in items:
+            self._wait(item)
+        self._attend(items)
+        ends = [item.exists & (item.is_last != 0) for item in items]
 
-def compute(plan, refs, steps, end):
-    """Attention of one query token each to the KV blocks of the steps of a turn."""
-    works = [_work(plan, step, end) for step in steps]
-    for work in works:
-        _wait(plan, refs, work)
-    _attend(plan, refs, works)
+        @pl.when(reduce(jnp.logical_or, ends))
+        def _():
+            self._finish(items, ends)
 
-    @pl.when(reduce(jnp.logical_or, [work.is_last for work in works]))
-    def _():
-        _finish(plan, refs, works)
+    def _wait(self, item):
+        @pl.when(item.exists & (item.is_first != 0))
+        def _():
+            if self.debug_mode:
+                pl.debug_print("rpa: queries from row {}, position {}", item.row, item.position)
+            self.copies.wait_queries(item)
 
+        @pl.when(item.exists)
+        def _():
+            self.copies.wait_kv(item)
 
-def _work(plan, step, end):
-    block = traversal.query_block(plan, step.seq, step.q_index)
-    exists = step.seq.index < end
-    num_tokens = traversal.kv_block_tokens(plan, block, step.kv_index)
-    is_last = step.kv_index + 1 == traversal.num_kv_blocks(plan, block)
-    return _Work(step, block, jnp.where(exists, num_tokens, 0), exists & is_last)
+    def _attend(self, items):
+        """Cut the blocks into sub-blocks, and compute each for all items together."""
+        counts = [item.num_tokens for item in items]
+        most, least = reduce(jnp.maximum, counts), reduce(jnp.minimum, counts)
+        columns, unrolled = self.tiles.kv_sub, self.tricks.products_unrolled
+        whole = columns * unrolled
 
+        def attend_sub_block(token):
+            left = most - token
+            if not self.tricks.masks_always:
+                is_whole = least - token >= whole
+                left = jnp.where(is_whole, 0, left)
 
-def _wait(plan, refs, work):
-    step = work.step
+                @pl.when(is_whole)
+                def _():
+                    self._attend_sub_block(items, token, unrolled, is_masked=False)
 
-    @pl.when((step.kv_index == 0) & (work.num_tokens > 0))
-    def _():
-        if plan.problem.debug_mode:
-            pl.debug_print("rpa: sequence {}, queries from row {}", step.seq.index, work.block.row)
-        transfers.wait_queries(refs, work.block, step.q_slot)
+            count = 1
+            while count <= unrolled:  # 1, 2, 4: as much as is left, or all
+                fits = (left <= count * columns) | (count == unrolled)
 
-    @pl.when(work.num_tokens > 0)
-    def _():
-        transfers.wait_kv(plan, refs, step.kv_slot, work.num_tokens)
+                @pl.when((left > count // 2 * columns) & fits)
+                def _(count=count):
+                    self._attend_sub_block(items, token, count, is_masked=True)
 
+                count *= 2
 
-def _attend(plan, refs, works):
-    """Cut the blocks into pieces, and compute each for all works together."""
-    counts = [work.num_tokens for work in works]
-    most, least = reduce(jnp.maximum, counts), reduce(jnp.minimum, counts)
-    columns = plan.blocks.bkv_c
-    whole = columns * plan.products_in_a_row
+            return token + whole
 
-    def piece(token):
-        left = most - token
-        if not plan.masks_always:
-            is_whole = least - token >= whole
-            left = jnp.where(is_whole, 0, left)
+        lax.while_loop(lambda token: token < most, attend_sub_block, jnp.int32(0))
 
-            @pl.when(is_whole)
-            def _():
-                _attend_piece(plan, refs, works, token, plan.products_in_a_row, is_masked=False)
+    def _attend_sub_block(self, items, first, num_products, is_masked):
+        """All heads of several consecutive products, each P V issued after a few later Q K^T.
 
-        count = 1
-        while count <= plan.products_in_a_row:  # 1, 2, 4: as much as is left, or all
-            fits = (left <= count * columns) | (count == plan.products_in_a_row)
+        P V has to wait for its softmax, and the MXU, which takes its work in order, would wait with
+        it.
+        """
+        pending = []
+        for product in range(num_products):
+            token = first + product * self.tiles.kv_sub
+            for group in range(self.tiles.num_groups):
+                for item in items:
+                    result = self._qk_softmax(item, token, group, is_masked)
+                    pending.append((item, token, group, *result))
+                    if len(pending) > self.tricks.qk_ahead:
+                        self._pv_merge(*pending.pop(0))
+        for products in pending:
+            self._pv_merge(*products)
 
-            @pl.when((left > count // 2 * columns) & fits)
-            def _(count=count):
-                _attend_piece(plan, refs, works, token, count, is_masked=True)
+    def _qk_softmax(self, item, token, group, is_masked):
+        """Scores and weights of one product, without what the sequence has summed up before.
 
-            count *= 2
+        Returns:
+            m, l: f32[rows, 128], maximum and partial sums; p: f32[rows, bkv_c], weights;
+            v: [bkv_c, lanes] in the compute dtype.
+        """
+        t, mask_limits, num_valid = self.tiles, None, None
+        if is_masked:
+            num_valid = jnp.clip(item.num_tokens - token, 0, t.kv_sub)
+            column = lax.broadcasted_iota(jnp.int32, (t.rows, t.kv_sub), 1)
+            mask_limits = jnp.where(column < num_valid, jnp.inf, -jnp.inf)
+        k, v = layout.load_kv(t, self.kv_rows, item.kv_slot, token, group, num_valid)
+        q = self.softmax.queries(layout.load_q_tile(t, self.q_rows, item.q_slot, 0, group))
+        s = self.softmax.scores(q, k, mask_limits)
+        m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), softmax.LOWEST_MAX)
+        m = jnp.broadcast_to(m, (t.rows, LANES))
+        p = jnp.exp2(s - softmax.widen(m, t.kv_sub))
+        return m, softmax.lane_sums(p), p, v
 
-        return token + whole
+    def _pv_merge(self, item, token, group, m, total, p, v):
+        """Multiply by the values, and merge with what the sequence has summed up before."""
+        index = (item.q_slot, group)
+        refs = self.refs
+        m_ref, l_ref, acc_ref = (ref.at[index] for ref in (refs.row_max, refs.row_sum, refs.acc))
+        is_first = (item.is_first != 0) & (token == 0)
+        sinks = self.refs.sinks[group] if self.has_sinks else None
+        m_start, l_start = self.softmax.nothing_seen(sinks)
+        m_before = jnp.where(is_first, m_start, m_ref[...])
+        l_before = jnp.where(is_first, l_start, l_ref[...])
+        acc_before = jnp.where(is_first, 0.0, acc_ref[...])
+        m_ref[...] = jnp.maximum(m_before, m)
+        # Without a key nothing must change, not even in the last bit: 2^0 is not 1 everywhere.
+        has_keys = item.num_tokens > token
+        decay = jnp.where(has_keys, jnp.exp2(m_before - m_ref[...]), 1.0)
+        factor = jnp.exp2(m - m_ref[...])
+        l_ref[...] = decay * l_before + factor * total
+        pv = self.softmax.weighted_values(p, v)
+        lanes = pv.shape[1]
+        acc_ref[...] = softmax.widen(decay, lanes) * acc_before + softmax.widen(factor, lanes) * pv
 
-    lax.while_loop(lambda token: token < most, piece, jnp.int32(0))
+    def _finish(self, items, ends):
+        """Output of the sequences that end here; of the others it is computed and not sent."""
+        for item in items:
+            self.copies.wait_output(item.q_slot)
+        for group in range(self.tiles.num_groups):
+            for item in items:
+                index = (item.q_slot, group)
+                output = self.softmax.normalise(self.refs.acc[index], self.refs.row_sum[index])
+                layout.store_o_tile(self.tiles, self.o_rows, item.q_slot, 0, group, output)
+        for item, is_end in zip(items, ends, strict=True):
 
-
-def _attend_piece(plan, refs, works, first, num_products, is_masked):
-    """All heads of some products in a row; P V of a chain when some more have started.
-
-    P V has to wait for its softmax, and the MXU, which takes its work in order, would wait with it.
-    """
-    waiting = []
-    for product in range(num_products):
-        token = first + product * plan.blocks.bkv_c
-        for dot in range(plan.num_dots):
-            for work in works:
-                chain = _start_chain(plan, refs, work, token, dot, is_masked)
-                waiting.append((work, token, dot, *chain))
-                if len(waiting) > CHAINS_AHEAD:
-                    _end_chain(plan, refs, *waiting.pop(0))
-    for chain in waiting:
-        _end_chain(plan, refs, *chain)
-
-
-def _start_chain(plan, refs, work, token, dot, is_masked):
-    """Scores and weights of one piece and dot; what the sequence has summed up is not looked at.
-
-    Returns:
-        m, l: f32[tile_rows, 128], maximum and partial sums; p: f32[tile_rows, bkv_c], weights;
-        v: [bkv_c, tile_lanes] in the compute dtype.
-    """
-    columns, limits, num_valid = plan.blocks.bkv_c, None, None
-    if is_masked:
-        num_valid = jnp.clip(work.num_tokens - token, 0, columns)
-        column = lax.broadcasted_iota(jnp.int32, (plan.tile_rows, columns), 1)
-        limits = jnp.where(column < num_valid, jnp.inf, -jnp.inf)
-    k, v = layout.load_kv(plan, refs.kv_rows, work.step.kv_slot, token, dot, num_valid)
-    tile = tiles.load_queries(plan, refs, work.step.q_slot, 0, dot)
-    q = softmax.queries(plan, refs.scalars, tile)
-    s = softmax.scores(plan, refs.scalars, q, k, limits)
-    m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), softmax.LOWEST_MAX)
-    m = jnp.broadcast_to(m, (plan.tile_rows, LANES))
-    p = jnp.exp2(s - softmax.widen(m, columns))
-    return m, softmax.lane_sums(p), p, v
-
-
-def _end_chain(plan, refs, work, token, dot, m, total, p, v):
-    """Multiply by the values, and merge with what the sequence has summed up before."""
-    place = (work.step.q_slot, dot)
-    m_ref, l_ref, acc_ref = refs.m.at[place], refs.l.at[place], refs.acc.at[place]
-    is_first = (work.step.kv_index == 0) & (token == 0)
-    sinks = refs.sinks[dot] if plan.problem.has_sinks else None
-    m_start, l_start = softmax.nothing_seen(plan, sinks)
-    m_before = jnp.where(is_first, m_start, m_ref[...])
-    l_before = jnp.where(is_first, l_start, l_ref[...])
-    acc_before = jnp.where(is_first, 0.0, acc_ref[...])
-    m_ref[...] = jnp.maximum(m_before, m)
-    # Without a key nothing must change, not even in the last bit: 2^0 is not 1 everywhere.
-    has_keys = work.num_tokens > token
-    decay = jnp.where(has_keys, jnp.exp2(m_before - m_ref[...]), 1.0)
-    factor = jnp.exp2(m - m_ref[...])
-    l_ref[...] = decay * l_before + factor * total
-    pv = softmax.weighted_values(plan, p, v)
-    lanes = pv.shape[1]
-    acc_ref[...] = softmax.widen(decay, lanes) * acc_before + softmax.widen(factor, lanes) * pv
-
-
-def _finish(plan, refs, works):
-    """Output of the sequences that end here; of the others it is computed in vain, not sent."""
-    for work in works:
-        transfers.wait_output(plan, refs, work.step.q_slot)
-    for dot in range(plan.num_dots):
-        for work in works:
-            slot = work.step.q_slot
-            acc, row_sums = refs.acc[slot, dot], refs.l[slot, dot]
-            tiles.store_output(plan, refs, slot, 0, dot, acc, row_sums)
-    for work in works:
-
-        @pl.when(work.is_last)
-        def _(work=work):
-            block = work.block
-            transfers.wait_store_of_token(plan, refs, work.step.kv_slot)
-            transfers.start_output(plan, refs, work.step.q_slot, block.row, block.num_rows)
+            @pl.when(is_end)
+            def _(item=item):
+                self.copies.wait_store_of_token(item)
+                self.copies.start_output(item.q_slot, item.row, item.num_rows)

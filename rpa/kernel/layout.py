@@ -1,4 +1,4 @@
-"""How arrays lie in VMEM: the one place that knows bitcasts, strides and packing.
+"""How arrays lie in VMEM: the one file that knows bitcasts, strides and packing.
 
 Buffers have the shape [slots, tokens, words, packing, lanes]. A *word row* is `packing` rows of
 narrow values that share 32-bit words: it is what the hardware loads. Seen as 32-bit words a buffer
@@ -9,10 +9,12 @@ The interpreter knows neither bitcasts nor reshapes of a ref. There the same row
 and packed into words (`_value_words`), so that all code but that of `WordRows`, which alone touches
 a ref, is the same in both worlds.
 
-**Rows of a tile.** A tile is the queries (or the output) of one dot, [tile_rows, lanes]. Row order:
-first the place in the word (0 .. row_packing), then the word row, then the token. So a tile is put
-together from whole strided loads and no value ever moves from one register row to another.
+**Rows of a tile.** A tile is the queries (or the output) of one head group, [rows, head_lanes]. Row
+order: first the index in the word (0 .. row_packing), then the word row, then the token. So a tile
+is put together from whole strided loads, and no value moves from one register row to another.
 """
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,12 +25,12 @@ from rpa.paging import LANES, packing_of
 # --- Words and values ------------------------------------------------------------------------
 
 
-def unpack(words, place, dtype, to_dtype):
-    """Values at one place of 32-bit words.
+def unpack(words, index, dtype, to_dtype):
+    """Values at one index of 32-bit words.
 
     Args:
         words: u32[n, lanes].
-        place: which of the packed values, 0 is the lowest bits.
+        index: which of the packed values, 0 is the lowest bits.
         dtype: what is packed; to_dtype: what is returned.
 
     Returns:
@@ -41,7 +43,7 @@ def unpack(words, place, dtype, to_dtype):
     if packing == 1:
         return lax.bitcast_convert_type(words, dtype).astype(to_dtype)
     bits = 32 // packing
-    narrow = (words >> (place * bits)).astype(jnp.dtype(f"uint{bits}"))
+    narrow = (words >> (index * bits)).astype(jnp.dtype(f"uint{bits}"))
     return lax.bitcast_convert_type(narrow, dtype).astype(to_dtype)
 
 
@@ -49,7 +51,7 @@ def pack(values, dtype):
     """Round float32 values to a dtype and pack them into 32-bit words; undoes `unpack`.
 
     Args:
-        values: one f32[n, lanes] for each place of a word.
+        values: one f32[n, lanes] for each index of a word.
 
     Returns:
         u32[n, lanes].
@@ -61,9 +63,9 @@ def pack(values, dtype):
         return lax.bitcast_convert_type(values[0].astype(dtype), jnp.uint32)
     bits = 32 // len(values)
     words = 0
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         narrow = lax.bitcast_convert_type(value.astype(dtype), jnp.dtype(f"uint{bits}"))
-        words = words | (narrow.astype(jnp.uint32) << (place * bits))
+        words = words | (narrow.astype(jnp.uint32) << (index * bits))
     return words
 
 
@@ -94,12 +96,12 @@ class WordRows:
         dtype: of the values in the words.
     """
 
-    def __init__(self, plan, ref):
+    def __init__(self, ref, interpret):
         """See ref, [slots, tokens, words, packing, lanes], as u32[..., 128] if it is on a chip."""
         slots, self._tokens, self._words, _, lanes = ref.shape
         self.dtype, self._ref, self._folds = ref.dtype, ref, lanes // LANES
         self._matrix = None
-        if not plan.interpret:
+        if not interpret:
             rows = slots * self._tokens * self._words
             by_row = ref.bitcast(jnp.uint32).reshape(rows, lanes)
             self._matrix = by_row.reshape(rows * self._folds, LANES)
@@ -108,85 +110,91 @@ class WordRows:
         """Word row `word` of n tokens, u32[n, lanes]."""
         if self._matrix is None:
             return _value_words(self._ref[slot, pl.ds(token, n), word])
-        return self._load(self._place(slot, token, word), n, self._words)
+        return self._load(self._row(slot, token, word), n, self._words)
 
-    def load_over_words(self, slot, word, n, step):
-        """Word rows word, word + step, ... of token 0, u32[n, lanes]."""
+    def load_over_words(self, slot, word, n, stride):
+        """Word rows word, word + stride, ... of token 0, u32[n, lanes]."""
         if self._matrix is None:
-            return _value_words(self._ref[slot, 0, pl.ds(word, (n - 1) * step + 1)][::step])
-        return self._load(self._place(slot, 0, word), n, step)
+            return _value_words(self._ref[slot, 0, pl.ds(word, (n - 1) * stride + 1)][::stride])
+        return self._load(self._row(slot, 0, word), n, stride)
 
     def store_over_tokens(self, slot, token, word, words):
         """Write u32[n, lanes] to word row `word` of n tokens."""
         if self._matrix is None:
             self._ref[slot, pl.ds(token, len(words)), word] = _word_values(words, self.dtype)
         else:
-            self._store(self._place(slot, token, word), self._words, words)
+            self._store(self._row(slot, token, word), self._words, words)
 
-    def store_over_words(self, slot, word, step, words):
-        """Write u32[n, lanes] to word rows word, word + step, ... of token 0."""
+    def store_over_words(self, slot, word, stride, words):
+        """Write u32[n, lanes] to word rows word, word + stride, ... of token 0."""
         if self._matrix is None:
             for i, row in enumerate(_word_values(words, self.dtype)):
-                self._ref[slot, 0, word + i * step] = row
+                self._ref[slot, 0, word + i * stride] = row
         else:
-            self._store(self._place(slot, 0, word), step, words)
+            self._store(self._row(slot, 0, word), stride, words)
 
-    def _place(self, slot, token, word):
+    def _row(self, slot, token, word):
         return (slot * self._tokens + token) * self._words + word
 
-    def _load(self, first, n, step):
-        """Word rows first, first + step, ...; a row of 256 lanes is two of 128."""
-        strides = self._strides(first, n, step)
+    def _load(self, first, n, stride):
+        """Word rows first, first + stride, ...; a row of 256 lanes is two of 128."""
+        strides = self._strides(first, n, stride)
         return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
 
-    def _store(self, first, step, words):
-        for fold, rows in enumerate(self._strides(first, len(words), step)):
+    def _store(self, first, stride, words):
+        for fold, rows in enumerate(self._strides(first, len(words), stride)):
             self._matrix[rows] = words[:, fold * LANES : (fold + 1) * LANES]
 
-    def _strides(self, first, n, step):
+    def _strides(self, first, n, stride):
         folds = self._folds
-        return [pl.ds(first * folds + fold, n, stride=step * folds) for fold in range(folds)]
+        return [pl.ds(first * folds + fold, n, stride=stride * folds) for fold in range(folds)]
 
 
 # --- Tiles -----------------------------------------------------------------------------------
 
 
-def load_q_tile(plan, rows, slot, piece, dot):
-    """The queries of one dot, f32[tile_rows, lanes].
+def load_q_tile(tiles, rows, slot, q_sub, group):
+    """The queries of one head group, f32[rows, head_lanes].
 
     Args:
-        rows: `WordRows` of the q buffer [num_slots, buffer_tokens, head words, packing, lanes].
-        piece: which bq_c tokens of the block.
-        dot: which heads_per_dot KV heads.
+        tiles: `plan.Tiles`.
+        rows: `WordRows` of the q buffer.
+        slot, q_sub, group: which buffer, which bq_c tokens of the block, which head group.
     """
     packing = packing_of(rows.dtype)
     parts = []
-    for place in range(plan.problem.row_packing):
-        word, inner = divmod(place, packing)
-        for run in _runs(plan, packing, piece, dot):
-            parts.append(unpack(run.load(rows, slot, word), inner, rows.dtype, jnp.float32))
+    for index in range(tiles.row_packing):
+        word, inner = divmod(index, packing)
+        for row_set in _row_sets(tiles, packing, q_sub, group):
+            words = row_set.load(rows, slot, word)
+            parts.append(unpack(words, inner, rows.dtype, jnp.float32))
     return jnp.concatenate(parts, axis=0)
 
 
-def store_o_tile(plan, rows, slot, piece, dot, tile):
-    """Write the output of one dot, f32[tile_rows, lanes], to the o buffer; undoes `load_q_tile`."""
+def store_o_tile(tiles, rows, slot, q_sub, group, tile):
+    """Write the output of one head group, f32[rows, head_lanes], to the o buffer.
+
+    It undoes `load_q_tile`.
+    """
     packing = packing_of(rows.dtype)
-    runs = _runs(plan, packing, piece, dot)
-    run_rows = plan.tile_rows // (plan.problem.row_packing * len(runs))
-    for word in range(plan.problem.row_packing // packing):
-        for r, run in enumerate(runs):
+    row_sets = _row_sets(tiles, packing, q_sub, group)
+    rows_per_set = tiles.rows // (tiles.row_packing * len(row_sets))
+    for word in range(tiles.row_packing // packing):
+        for r, row_set in enumerate(row_sets):
             starts = [
-                ((word * packing + inner) * len(runs) + r) * run_rows for inner in range(packing)
+                ((word * packing + inner) * len(row_sets) + r) * rows_per_set
+                for inner in range(packing)
             ]
-            words = pack([tile[start : start + run_rows] for start in starts], rows.dtype)
-            run.store(rows, slot, word, words)
+            words = pack([tile[start : start + rows_per_set] for start in starts], rows.dtype)
+            row_set.store(rows, slot, word, words)
 
 
-class _TokenRun:
-    """One word row of all tokens of a piece: how a tile of many query tokens is cut."""
+class _TokenRows(NamedTuple):
+    """One word row of all tokens of a sub-block: how a tile of many query tokens is cut."""
 
-    def __init__(self, token, word, n):
-        self.token, self.word, self.n = token, word, n
+    token: Any
+    word: Any
+    n: int
 
     def load(self, rows, slot, offset):
         return rows.load_over_tokens(slot, self.token, self.n, self.word + offset)
@@ -195,102 +203,103 @@ class _TokenRun:
         rows.store_over_tokens(slot, self.token, self.word + offset, words)
 
 
-class _HeadRun:
-    """All word rows of the heads of a dot, of the one token that a decode has."""
+class _HeadRows(NamedTuple):
+    """All word rows of a head group, of the one token that a decode has."""
 
-    def __init__(self, word, n, step):
-        self.word, self.n, self.step = word, n, step
+    word: Any
+    n: int
+    stride: int
 
     def load(self, rows, slot, offset):
-        return rows.load_over_words(slot, self.word + offset, self.n, self.step)
+        return rows.load_over_words(slot, self.word + offset, self.n, self.stride)
 
     def store(self, rows, slot, offset, words):
-        rows.store_over_words(slot, self.word + offset, self.step, words)
+        rows.store_over_words(slot, self.word + offset, self.stride, words)
 
 
-def _runs(plan, packing, piece, dot):
-    """The strided runs of word rows that make up a tile, for one place in the word."""
-    p = plan.problem
-    step = p.row_packing // packing  # word rows that hold row_packing heads
-    per_head = p.padded_group // p.row_packing
-    first = dot * plan.heads_per_dot * per_head
-    if plan.blocks.bq == 1:
-        return [_HeadRun(first * step, plan.heads_per_dot * per_head, step)]
-    token = piece * plan.blocks.bq_c
-    return [_TokenRun(token, (first + i) * step, plan.piece_rows) for i in range(per_head)]
+def _row_sets(tiles, packing, q_sub, group):
+    """The strided sets of word rows that make up a tile, for one index in the word."""
+    stride = tiles.row_packing // packing  # word rows that hold row_packing heads
+    per_head = tiles.q_per_kv // tiles.row_packing
+    first = group * tiles.heads_per_group * per_head
+    if tiles.is_one_token:
+        return [_HeadRows(first * stride, tiles.heads_per_group * per_head, stride)]
+    token = q_sub * tiles.q_sub
+    return [_TokenRows(token, (first + i) * stride, tiles.q_sub_rows) for i in range(per_head)]
 
 
-def rows_of_head(plan, head_in_dot, shape):
-    """Which rows of a decode tile belong to one of the KV heads that share its dot, bool[shape]."""
-    per_head = plan.problem.padded_group // plan.problem.row_packing
-    run_rows = plan.heads_per_dot * per_head
+def rows_of_head(tiles, head_in_group, shape):
+    """Which rows of a decode tile belong to one of the KV heads of its group, bool[shape]."""
+    per_head = tiles.q_per_kv // tiles.row_packing
+    rows_per_set = tiles.heads_per_group * per_head
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
-    for _ in range(plan.problem.row_packing - 1):
-        row = jnp.where(row >= run_rows, row - run_rows, row)
-    return (row >= head_in_dot * per_head) & (row < (head_in_dot + 1) * per_head)
+    for _ in range(tiles.row_packing - 1):
+        row = jnp.where(row >= rows_per_set, row - rows_per_set, row)
+    return (row >= head_in_group * per_head) & (row < (head_in_group + 1) * per_head)
 
 
-def spread_heads(plan, tile):
-    """Block-diagonal queries: [tile_rows, lanes] to [tile_rows, heads_per_dot * lanes].
+def spread_heads(tiles, tile):
+    """Block-diagonal queries: [rows, head_lanes] to [rows, lanes].
 
-    Row r has its values in the columns of its own KV head and zeros elsewhere, so that one dot
+    Row r has its values in the columns of its own KV head and zeros elsewhere, so that one product
     with K of several heads side by side gives every row the scores of its own head.
     """
-    if plan.heads_per_dot == 1:
+    if tiles.heads_per_group == 1:
         return tile
-    parts = [
-        jnp.where(rows_of_head(plan, h, tile.shape), tile, 0.0) for h in range(plan.heads_per_dot)
-    ]
+    heads = range(tiles.heads_per_group)
+    parts = [jnp.where(rows_of_head(tiles, h, tile.shape), tile, 0.0) for h in heads]
     return jnp.concatenate(parts, axis=1)
 
 
-def gather_heads(plan, tile):
-    """The diagonal blocks of [tile_rows, heads_per_dot * lanes]: what `spread_heads` is undone by.
+def gather_heads(tiles, tile):
+    """The diagonal blocks of [rows, lanes], [rows, head_lanes]: undoes `spread_heads`.
 
     The other blocks hold probabilities of one head times V of another: computed, never used.
     """
-    lanes = plan.problem.lanes
+    lanes = tiles.head_lanes
     result = tile[:, :lanes]
-    for h in range(1, plan.heads_per_dot):
+    for h in range(1, tiles.heads_per_group):
         part = tile[:, h * lanes : (h + 1) * lanes]
-        result = jnp.where(rows_of_head(plan, h, part.shape), part, result)
+        result = jnp.where(rows_of_head(tiles, h, part.shape), part, result)
     return result
 
 
-def load_kv(plan, rows, slot, token, dot, num_valid=None):
-    """K and V of one dot, each [bkv_c, heads_per_dot * lanes] in the compute dtype.
+def load_kv(tiles, rows, slot, token, group, num_valid=None):
+    """K and V of one head group, each [bkv_c, lanes] in the compute dtype.
 
     Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
     zero past head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
     `unview_heads` takes the second half. No value moves to another lane.
 
     Args:
-        rows: `WordRows` of the KV buffer [num_slots, bkv, kv_buffer_words, packing, lanes].
-        token: first token in the buffer.
-        num_valid: tokens from there that hold a key; rows after them are zeros. Without it
+        tiles: `plan.Tiles`.
+        rows: `WordRows` of the KV buffer [num_slots, bkv, kv_words | 1, packing, head_lanes].
+        slot, token, group: which buffer, its first token, which head group.
+        num_valid: tokens from there that hold a key; rows behind them are zeros. Without it
             stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
     """
-    first = dot * plan.heads_per_dot
-    combined = range(2 * first, 2 * (first + plan.heads_per_dot))
-    if plan.problem.shares_lanes:
-        combined = range(first, first + plan.heads_per_dot)
-    heads = _load_heads(plan, rows, slot, token, combined, num_valid)
-    if plan.problem.shares_lanes:
-        both = jnp.concatenate(heads, axis=1)
+    first, count = group * tiles.heads_per_group, tiles.heads_per_group
+    if tiles.shares_lanes:
+        both = _load_heads(tiles, rows, slot, token, range(first, first + count), num_valid)
+        both = jnp.concatenate(both, axis=1)
         return both, both
+    combined = range(2 * first, 2 * (first + count))
+    heads = _load_heads(tiles, rows, slot, token, combined, num_valid)
     return jnp.concatenate(heads[::2], axis=1), jnp.concatenate(heads[1::2], axis=1)
 
 
-def _load_heads(plan, rows, slot, token, combined, num_valid):
-    """Combined heads of bkv_c tokens, each [bkv_c, lanes]; those of one word are loaded once."""
-    packing, dtype = packing_of(rows.dtype), plan.problem.compute_dtype
+def _load_heads(tiles, rows, slot, token, combined, num_valid):
+    """Combined heads of bkv_c tokens, each [bkv_c, head_lanes]; those of a word are loaded once."""
+    packing = packing_of(rows.dtype)
     words = {}
     for head in combined:
         word = head // packing
         if word not in words:
-            loaded = rows.load_over_tokens(slot, token, plan.blocks.bkv_c, word)
+            loaded = rows.load_over_tokens(slot, token, tiles.kv_sub, word)
             words[word] = _keep_first(loaded, num_valid)
-    return [unpack(words[h // packing], h % packing, rows.dtype, dtype) for h in combined]
+    return [
+        unpack(words[h // packing], h % packing, rows.dtype, tiles.compute_dtype) for h in combined
+    ]
 
 
 def _keep_first(words, num_valid):
@@ -307,11 +316,11 @@ def _keep_first(words, num_valid):
 def view_heads(problem, array):
     """[num_tokens, num_q_heads, head_dim] as [num_tokens, words, packing, lanes].
 
-    Where neither the group nor head_dim needs padding this is a view: the bytes stay as they are.
+    Where neither q_per_kv nor head_dim needs padding this is a view: the bytes stay as they are.
     """
     p, packing = problem, packing_of(array.dtype)
-    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.group, p.head_dim)
-    padding = ((0, 0), (0, 0), (0, p.padded_group - p.group), (0, p.lanes - p.head_dim))
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.q_per_kv, p.head_dim)
+    padding = ((0, 0), (0, 0), (0, p.padded_q_per_kv - p.q_per_kv), (0, p.lanes - p.head_dim))
     padded = jnp.pad(grouped, padding)
     return padded.reshape(p.num_tokens, p.head_words(array.dtype), packing, p.lanes)
 
@@ -319,18 +328,18 @@ def view_heads(problem, array):
 def unview_heads(problem, array):
     """Undo `view_heads`; where K and V share their lanes, the output is in those of V."""
     p = problem
-    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_group, p.lanes)
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_q_per_kv, p.lanes)
     first = p.head_dim if p.shares_lanes else 0
-    heads = grouped[:, :, : p.group, first : first + p.head_dim]
+    heads = grouped[:, :, : p.q_per_kv, first : first + p.head_dim]
     return heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim)
 
 
-def sink_tiles(plan, attention_sink):
-    """f32[num_q_heads] as f32[num_dots, tile_rows / piece_rows, 128], in the order of tile rows."""
-    p = plan.problem
-    sinks = attention_sink.astype(jnp.float32).reshape(p.num_kv_heads, p.group)
-    sinks = jnp.pad(sinks, ((0, 0), (0, p.padded_group - p.group)))
-    # (dot, head in dot, word row, place) to (dot, place, head in dot, word row)
-    sinks = sinks.reshape(plan.num_dots, plan.heads_per_dot, -1, p.row_packing)
-    rows = jnp.moveaxis(sinks, 3, 1).reshape(plan.num_dots, -1, 1)
+def sink_tiles(tiles, attention_sink):
+    """f32[num_q_heads] as f32[num_groups, rows / q_sub_rows, 128], in the order of tile rows."""
+    num_kv_heads = tiles.num_groups * tiles.heads_per_group
+    sinks = attention_sink.astype(jnp.float32).reshape(num_kv_heads, -1)
+    sinks = jnp.pad(sinks, ((0, 0), (0, tiles.q_per_kv - sinks.shape[1])))
+    # (group, head in group, word row, index) to (group, index, head in group, word row)
+    sinks = sinks.reshape(tiles.num_groups, tiles.heads_per_group, -1, tiles.row_packing)
+    rows = jnp.moveaxis(sinks, 3, 1).reshape(tiles.num_groups, -1, 1)
     return jnp.broadcast_to(rows, (*rows.shape[:2], LANES))

@@ -13,7 +13,7 @@ round,
 So some keys go one way and the others the other way, at the same time. V stays weights: to go
 through it would have to be transposed. K Q^T is [keys, 16], and the XLU turns it back: one register
 of results for 8 keys, however many heads share the product. So it pays where they are many
-(`Plan.turns_keys`).
+(`Plan.swaps_operands`).
 
 The MXU takes its work in the order of the program. If all turned keys of a long product came first,
 MATMUL would work alone, and then MATPUSH; in cells of CELL_TOKENS they overlap.
@@ -22,7 +22,7 @@ MATMUL would work alone, and then MATPUSH; in cells of CELL_TOKENS they overlap.
 
 An MXU of 256 x 256 multiplies a product with a depth or a width of 128 no faster than one of 256.
 At head_dim 128 both products of attention leave half of it idle: Q K^T is 128 deep, P V is 128
-wide. On a 128 x 128 MXU (v5e) nothing is idle, and `Plan.has_spare_mxu` says no.
+wide. On a 128 x 128 MXU (v5e) nothing is idle, and `Plan.uses_idle_mxu` says no.
 
 The vector unit has no time to spare: it touches every score some seven times. So two things that it
 did are given to the idle halves:
@@ -46,7 +46,7 @@ from rpa.paging import LANES
 CELL_TOKENS = 512
 """Keys of which the first part is turned, and the rest is not."""
 
-TURNED_PARTS = {128: 1, 256: 2}
+SWAPPED_QUARTERS = {128: 1, 256: 2}
 """Quarters of a cell that are turned, by the side of the MXU: all take in a key in the same time,
 but a wide one lets twice as many lanes through in a cycle."""
 
@@ -64,7 +64,7 @@ def parts(num_keys, mxu_size):
     cut = []
     for start in range(0, num_keys, CELL_TOKENS):
         end = min(start + CELL_TOKENS, num_keys)
-        turned = (end - start) * TURNED_PARTS[mxu_size] // 4 // LANES * LANES
+        turned = (end - start) * SWAPPED_QUARTERS[mxu_size] // 4 // LANES * LANES
         cut += [(start, start + turned, True), (start + turned, end, False)]
     return [part for part in cut if part[0] < part[1]]
 
@@ -77,9 +77,9 @@ def product(q, k, mxu_size, dot):
         dot: `dot(a, b)` is the float32 product A B^T.
     """
     scores = []
-    for first, end, is_turned in parts(len(k), mxu_size):
+    for first, end, is_swapped in parts(len(k), mxu_size):
         keys = k[first:end]
-        scores.append(dot(keys, q).T if is_turned else dot(q, keys))
+        scores.append(dot(keys, q).T if is_swapped else dot(q, keys))
     return jnp.concatenate(scores, axis=1)
 
 

@@ -1,19 +1,19 @@
-"""The belt: steps on their way from the page table to the products.
+"""The software pipeline: work items between the page table and the products.
 
 A copy from HBM takes a microsecond or two to arrive, however short it is. In that time a TPU7x
-could have read five megabytes; so that much has to be on its way at any moment, or HBM is idle.
-Therefore every step passes three stations, and at each of them a turn of the loop serves the steps
-of another turn:
+could read five megabytes; so that much has to be in flight at any moment, or HBM is idle. Therefore
+every work item passes three stages, and an iteration of the kernel's loop serves each stage with
+the items of another iteration:
 
-    turn i   looks up  turn i: which steps? ask for their page-table entries
-             fetches   turn i - TABLE_TURNS: start the copies of their pages and queries
-             computes  turn i - TABLE_TURNS - turns_ahead: wait for these, compute
+    iteration i   looks up   iteration i: resolve its items, copy their page-table entries
+                  fetches    iteration i - TABLE_ITERATIONS: copy their pages and queries
+                  computes   iteration i - TABLE_ITERATIONS - iterations_ahead: wait, compute
 
-In between, a step is a few words in SMEM. Registers would not do: there are 32 scalar ones, and the
-steps of two turns of a decode fill them. Its page-table entries stay as long as it does.
+In between, a work item is a few words of a ring in SMEM. Registers would not do: there are 32
+scalar ones, and the items of two iterations of a decode fill them.
 
-The belt begins empty, so the first turns only look up and fetch, and no station has code of its own
-for the start. An empty place holds the sequence `end`, for which nobody does anything.
+The ring begins empty, so the first iterations only look up and fetch, and no stage has code of its
+own for the start. An empty entry of the ring holds no tokens, and every stage skips it.
 """
 
 from typing import Any, NamedTuple
@@ -23,88 +23,82 @@ from jax.experimental import pallas as pl
 
 from rpa import compat
 from rpa.kernel import traversal
-from rpa.kernel.plan import TABLE_TURNS
-from rpa.kernel.traversal import STEP_WORDS
+from rpa.kernel.traversal import ITEM_WORDS, WorkItem
+from rpa.kernel.tricks import TABLE_ITERATIONS
 
 
-class Turn(NamedTuple):
-    """Which round of the kernel's loop it is; i32[] scalars."""
+class Iteration(NamedTuple):
+    """Which iteration of the kernel's loop it is; i32[] scalars."""
 
     number: Any
-    slot: Any  # number mod belt_turns: where on the belt its steps are put
-
-    def earlier(self, plan, turns):
-        """The slot of an earlier turn, at most belt_turns - 1 before."""
-        slot = self.slot - turns
-        return jnp.where(slot < 0, slot + plan.belt_turns, slot)
+    index: Any  # number modulo the depth of the pipeline: where in the ring its items are
 
 
-def clear(plan, refs, end):
-    """Empty the belt: no place may say something that nobody put there."""
+class Ring:
+    """The work items in flight, `items_per_iteration` in a row for each of `depth` iterations."""
 
-    @compat.loop_once(0, plan.belt_places)
-    def _(place):
-        for word in range(STEP_WORDS):
-            refs.belt[place * STEP_WORDS + word] = jnp.int32(0) if word else end
+    def __init__(self, plan, ring_ref):
+        self.ref, self.depth, self.num_items = ring_ref, plan.depth, plan.tricks.items_per_iteration
+        known = {"num_rows": plan.max_q_len == 1, "first_new": plan.has_one_query_block}
+        self.stored = [name for name in WorkItem._fields[:-1] if not known.get(name)]
 
+    def clear(self):
+        """Empty the ring: what no iteration has put there must not be read as a work item."""
 
-def put(plan, refs, turn, steps):
-    """Put the steps of a turn on the belt, and return them: now they have a place."""
-    first = _first_place(plan, turn.slot)
-    steps = tuple(step._replace(place=first + i) for i, step in enumerate(steps))
-    for step in steps:
-        for word, value in enumerate([*step.seq, *step[1:-1]]):
-            refs.belt[step.place * STEP_WORDS + word] = value
-    return steps
+        @compat.loop_once(0, self.depth * self.num_items * ITEM_WORDS)
+        def _(word):
+            self.ref[word] = jnp.int32(0)
 
+    def first_iteration(self, has_work):
+        """Iteration 0; where there is no work at all, the iteration after the last."""
+        return Iteration(jnp.where(has_work, 0, self.depth - 1), jnp.int32(0))
 
-def to_fetch(plan, refs, turn, end, body):
-    """Call body(step) for the steps whose copies a turn starts, one after the other.
+    def next_iteration(self, iteration):
+        """The iteration after this one."""
+        return Iteration(iteration.number + 1, traversal.next_slot(iteration.index, self.depth))
 
-    A step is read only when it is its turn, because scalar registers are few; and in a loop,
-    because starting all copies of a step is a tenth of the code of the kernel.
-    """
-    first = _first_place(plan, turn.earlier(plan, TABLE_TURNS))
+    def is_running(self, iteration):
+        """Whether the pipeline fills, or an iteration has anything to compute."""
+        fills = iteration.number < self.depth - 1
+        first = self._first(iteration, self.depth - 1)
+        return fills | (self.ref[first * ITEM_WORDS] > 0)
 
-    @compat.loop_once(0, plan.steps_per_turn)
-    def _(i):
-        @pl.when(refs.belt[(first + i) * STEP_WORDS] < end)
-        def _():
-            body(_take(plan, refs, first + i))
+    def put(self, iteration, items):
+        """Store the work items of an iteration, and return them with their ring indices."""
+        first = self._first(iteration, 0)
+        items = [item._replace(ring_index=first + i) for i, item in enumerate(items)]
+        for item in items:
+            for word, name in enumerate(self.stored):
+                self.ref[item.ring_index * ITEM_WORDS + word] = getattr(item, name)
+        return items
 
+    def for_each_to_fetch(self, iteration, body):
+        """Call body(item) for the work items whose copies an iteration starts.
 
-def to_compute(plan, refs, turn):
-    """The steps that a turn computes; their sequence is `end` where there is none."""
-    first = _first_place(plan, turn.earlier(plan, plan.belt_turns - 1))
-    return tuple(_take(plan, refs, first + i) for i in range(plan.steps_per_turn))
+        In a loop, because starting all copies of an item is a tenth of the code of the kernel; and
+        each is read where it is used, because scalar registers are few.
+        """
+        first = self._first(iteration, TABLE_ITERATIONS)
 
+        @compat.loop_once(0, self.num_items)
+        def _(i):
+            @pl.when(self.ref[(first + i) * ITEM_WORDS] > 0)
+            def _():
+                body(self._get(first + i))
 
-def _take(plan, refs, place):
-    words = [refs.belt[place * STEP_WORDS + word] for word in range(STEP_WORDS)]
-    num_of_seq = len(traversal.Sequence._fields)
-    step = traversal.Step(traversal.Sequence(*words[:num_of_seq]), *words[num_of_seq:], place)
-    if plan.max_q_len == 1:  # known, so that much of what follows is
-        step = step._replace(seq=step.seq._replace(q_len=jnp.int32(1)))
-    return step
+    def to_compute(self, iteration):
+        """The work items that an iteration computes; not all of them need exist."""
+        first = self._first(iteration, self.depth - 1)
+        return tuple(self._get(first + i) for i in range(self.num_items))
 
+    def _first(self, iteration, ago):
+        """Ring index of the first work item of an iteration some iterations ago."""
+        index = iteration.index - ago
+        return jnp.where(index < 0, index + self.depth, index) * self.num_items
 
-def _first_place(plan, slot):
-    """Place of the first step of a turn."""
-    return slot * plan.steps_per_turn
-
-
-def first_turn(plan, step, end):
-    """Turn 0; where there is no step at all, the turn after the last."""
-    return Turn(jnp.where(step.seq.index < end, 0, plan.belt_turns - 1), jnp.int32(0))
-
-
-def next_turn(plan, turn):
-    """The turn after this one."""
-    return Turn(turn.number + 1, traversal.next_slot(turn.slot, plan.belt_turns))
-
-
-def is_on(plan, refs, turn, end):
-    """Whether a turn has anything to do: the belt fills, or there is something to compute."""
-    fills = turn.number < plan.belt_turns - 1
-    first = _first_place(plan, turn.earlier(plan, plan.belt_turns - 1))
-    return fills | (refs.belt[first * STEP_WORDS] < end)
+    def _get(self, ring_index):
+        words = {
+            name: self.ref[ring_index * ITEM_WORDS + word] for word, name in enumerate(self.stored)
+        }
+        known = {"num_rows": 1, "first_new": words["position"]}
+        return WorkItem(**(known | words), ring_index=ring_index)

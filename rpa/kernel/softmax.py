@@ -8,22 +8,23 @@ is rescaled whenever a larger maximum appears:
 
 Powers of two, because that is what the hardware has: log2(e) is folded into the factor that the
 scores are multiplied with anyway. The state is float32 at any length: a bfloat16 sum stops growing
-at 256 equal terms. `l` is kept as 128 partial sums, one a lane, and added up once at the end; or,
+at 256 equal terms. `l` is kept as 128 partial sums, one per lane, and added up once at the end; or,
 where the MXU is half idle, it is a product like the values (see `mxu`).
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from rpa.kernel import mxu
+from rpa.kernel import layout, mxu
 from rpa.paging import LANES, cdiv
 
 LOWEST_MAX = -1e30
 """Where the running maximum starts. Finite, so that (masked - maximum) is -inf and never NaN."""
 
 SCORE_FACTOR, CAP_FACTOR, QUERY_SCALE, VALUE_SCALE = range(4)
-"""Places in `scalars`, f32[4]: the scales, traced so that a new scale needs no compilation.
+"""Indices in `scalars`, f32[4]: the scales, traced so that a new scale needs no compilation.
 
     SCORE_FACTOR   Q K^T is multiplied with it: all scales and log2(e), or all scales / soft_cap
     CAP_FACTOR     tanh is multiplied with it: soft_cap log2(e); 1 without a cap
@@ -39,8 +40,8 @@ def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
     """The factors of the kernel from the scales of the public function, f32[4].
 
     Args:
-        sm_scale, soft_cap, q_scale, k_scale, v_scale: numbers or traced scalars; all but sm_scale
-            may be None, which stands for 1, and for no cap.
+        sm_scale, soft_cap, q_scale, k_scale, v_scale: numbers or traced scalars; all except
+            sm_scale may be None, which stands for 1, and for no cap.
 
     >>> make_scalars(1.0, None, None, None, 2.0)[VALUE_SCALE]
     Array(2., dtype=float32)
@@ -57,146 +58,106 @@ def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
     return jnp.stack([score / cap, cap * log2_e, q_scale, v_scale])
 
 
-def start(plan, tile, sinks):
-    """Set the state of one tile to "no key seen yet".
+class Softmax:
+    """The arithmetic of a plan's tiles; scalars is the ref f32[4]."""
 
-    A sink is a key without a value: the state then starts as if its score had been seen.
+    def __init__(self, plan, scalars):
+        self.tiles, self.scalars, self.mxu_size = plan.tiles, scalars, plan.mxu_size
+        self.has_soft_cap = plan.problem.has_soft_cap
+        self.round_to = plan.problem.kv_dtype if plan.problem.has_q_scale else None
+        self.uses_idle_mxu = plan.tricks.uses_idle_mxu
+        self.swaps_operands = plan.tricks.swaps_operands
 
-    Args:
-        tile: `Tile`.
-        sinks: f32[tile_rows / piece_rows, 128] or None, see `layout.sink_tiles`.
-    """
-    tile.acc[...] = jnp.zeros(tile.acc.shape, jnp.float32)
-    tile.m[...], tile.l[...] = nothing_seen(plan, sinks)
+    def queries(self, tile):
+        """The left side of a tile's scores, [rows, lanes (x 2)] in the compute dtype.
 
+        Args:
+            tile: f32[rows, head_lanes], as of `layout.load_q_tile`.
+        """
+        if self.round_to is not None:
+            largest = float(jnp.finfo(self.round_to).max)
+            tile = jnp.clip(tile / self.scalars[QUERY_SCALE], -largest, largest)
+            tile = tile.astype(self.round_to).astype(jnp.float32)
+        tile = layout.spread_heads(self.tiles, tile)
+        if self.uses_idle_mxu:
+            return mxu.split_queries(tile, self.scalars[SCORE_FACTOR], self.tiles.compute_dtype)
+        return tile.astype(self.tiles.compute_dtype)
 
-def nothing_seen(plan, sinks):
-    """The running maximum and sum before the first key, each f32[tile_rows, 128]; see `start`."""
-    shape = (plan.tile_rows, LANES)
-    if sinks is None:
-        return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
-    rows = (len(sinks), plan.piece_rows, LANES)
-    score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * LOG2_E
-    m = jnp.maximum(score, LOWEST_MAX)
-    lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
-    weight = jnp.exp2(score - m)
-    return m, weight if plan.has_spare_mxu else jnp.where(lane == 0, weight, 0.0)
+    def scores(self, q, k, mask_limits):
+        """Scores of one tile in units of log2, f32[rows, bkv_c].
 
-
-class Tile:
-    """The refs of a tile, or of num_rows of its rows from `first` on.
-
-    q [rows, tile_lanes (x 2)]; m, l f32[rows, 128]; acc f32[rows, tile_lanes], of which the row
-    sums l are the next 128 columns where half of the MXU is spare.
-    """
-
-    def __init__(self, plan, refs, piece, dot, first=0, num_rows=None):
-        if plan.has_small_tiles:  # pieces of the first large tile
-            first = pl.multiple_of(piece * plan.tile_rows + first, num_rows or plan.tile_rows)
-            piece = 0
-        place = (piece, dot, pl.ds(first, num_rows or plan.tile_rows))
-        self.q, self.m, self.acc = (ref.at[place] for ref in (refs.q_tiles, refs.m, refs.acc))
-        if plan.has_spare_mxu:
-            self.l = refs.acc.at[(*place, pl.ds(plan.tile_lanes, LANES))]
+        Args:
+            q: what `queries` returns; k: [bkv_c, lanes] in the compute dtype.
+            mask_limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees
+                a key, else -inf; None if all see all. Rows repeat: rows is a multiple of mask_rows.
+        """
+        if self.uses_idle_mxu:
+            s = self._product(q, mxu.double_keys(k), _LANES)
         else:
-            self.l = refs.l.at[place]
+            dot = partial(self._product, contract=_LANES)
+            s = mxu.product(q, k, self.mxu_size, dot) if self.swaps_operands else dot(q, k)
+            s = s * self.scalars[SCORE_FACTOR]
+        if self.has_soft_cap:
+            s = jnp.tanh(s) * self.scalars[CAP_FACTOR]
+        if mask_limits is None:
+            return s
+        # A load and a minimum, one instruction per register each. A mask would be compared anew
+        # for every head: there are few registers for masks, and none survives to the next head.
+        folded = s.reshape(-1, *mask_limits.shape)
+        return jnp.minimum(folded, mask_limits[...][None]).reshape(s.shape)
+
+    def weighted_values(self, p, v):
+        """P V of one tile, f32[rows, lanes], and next to it their sum if the MXU is half idle."""
+        v = mxu.append_ones(v) if self.uses_idle_mxu else v
+        return self._product(p.astype(self.tiles.compute_dtype), v, _KEYS)
+
+    def _product(self, a, b, contract):
+        """A float32 product; float32 is multiplied as three bfloat16 parts, in all passes."""
+        exact = self.tiles.compute_dtype == jnp.float32
+        precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+        options = {"precision": precision, "preferred_element_type": jnp.float32}
+        return lax.dot_general(a, b, (contract, ((), ())), **options)
+
+    def nothing_seen(self, sinks):
+        """The running maximum and sum before the first key, each f32[rows, 128].
+
+        A sink is a key without a value: the state then starts as if its score had been seen.
+
+        Args:
+            sinks: f32[rows / q_sub_rows, 128] or None, see `layout.sink_tiles`.
+        """
+        shape = (self.tiles.rows, LANES)
+        if sinks is None:
+            return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
+        rows = (len(sinks), self.tiles.q_sub_rows, LANES)
+        score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * LOG2_E
+        m = jnp.maximum(score, LOWEST_MAX)
+        lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
+        weight = jnp.exp2(score - m)
+        return m, weight if self.uses_idle_mxu else jnp.where(lane == 0, weight, 0.0)
+
+    def normalise(self, acc, row_sums):
+        """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
+
+        Args:
+            acc: f32[rows, lanes].
+            row_sums: f32[rows, 128]: 128 parts of each sum; from an idle MXU, the sum 128 times.
+
+        Returns:
+            f32[rows, head_lanes], ready for `layout.store_o_tile`.
+        """
+        acc = layout.gather_heads(self.tiles, acc)
+        if self.uses_idle_mxu:
+            total = widen(row_sums, acc.shape[1])
+        else:
+            total = jnp.sum(row_sums, axis=1, keepdims=True)
+        # Not `total > 0`: a NaN in the data has to stay visible.
+        factor = jnp.where(total == 0, 0.0, self.scalars[VALUE_SCALE] / total)
+        return acc * factor
 
 
-def queries(plan, scalars_ref, tile):
-    """The left side of a tile's scores, in the compute dtype; tile: f32[tile_rows, tile_lanes]."""
-    dtype = plan.problem.compute_dtype
-    if plan.has_spare_mxu:
-        return mxu.split_queries(tile, scalars_ref[SCORE_FACTOR], dtype)
-    return tile.astype(dtype)
-
-
-def scores(plan, scalars_ref, q, k, limits):
-    """Scores of one tile in units of log2, f32[tile_rows, bkv_c].
-
-    Args:
-        q: what `queries` returns; k: [bkv_c, tile_lanes] in the compute dtype.
-        limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees a key,
-            else -inf; None if all see all. Rows repeat: tile_rows is a multiple of mask_rows.
-    """
-    contract_lanes = (((1,), (1,)), ((), ()))
-
-    def dot(a, b):
-        return lax.dot_general(a, b, contract_lanes, precision=precision(plan), **FLOAT32)
-
-    if plan.has_spare_mxu:
-        k = mxu.double_keys(k)
-    s = mxu.product(q, k, plan.mxu_size, dot) if plan.turns_keys else dot(q, k)
-    if not plan.has_spare_mxu:
-        s = s * scalars_ref[SCORE_FACTOR]
-    if plan.problem.has_soft_cap:
-        s = jnp.tanh(s) * scalars_ref[CAP_FACTOR]
-    if limits is None:
-        return s
-    # Loaded and taken the minimum of, one instruction a register. A mask would be compared anew for
-    # every head: there are few registers for masks, and none survives from one head to the next.
-    folded = s.reshape(-1, *limits.shape)
-    return jnp.minimum(folded, limits[...][None]).reshape(s.shape)
-
-
-def update(plan, s, tile):
-    """Take the scores of a `Tile` into the running maximum and sum.
-
-    Args:
-        s: what `scores` returns, f32[rows, bkv_c].
-
-    Returns:
-        p: f32[rows, bkv_c], the weights so far, not normalised.
-        decay: f32[rows, 128], what everything before has to be multiplied with.
-    """
-    m_before = tile.m[...]
-    m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
-    p = jnp.exp2(s - widen(m, s.shape[1]))
-    decay = jnp.exp2(m_before - m)
-    tile.m[...] = m
-    if not plan.has_spare_mxu:
-        tile.l[...] = decay * tile.l[...] + lane_sums(p)
-    return p, decay
-
-
-def accumulate(plan, p, v, decay, tile):
-    """Add the weighted values of a `Tile`: p and decay as of `update`, v [bkv_c, tile_lanes]."""
-    pv = weighted_values(plan, p, v)
-    tile.acc[...] = widen(decay, pv.shape[1]) * tile.acc[...] + pv
-
-
-def weighted_values(plan, p, v):
-    """P V of one tile, f32[tile_rows, tile_lanes], and their sum where the MXU is half idle."""
-    contract_keys = (((1,), (0,)), ((), ()))
-    if plan.has_spare_mxu:
-        v = mxu.append_ones(v)
-    p = p.astype(plan.problem.compute_dtype)
-    return lax.dot_general(p, v, contract_keys, precision=precision(plan), **FLOAT32)
-
-
-def normalise(plan, scalars_ref, acc, row_sums):
-    """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
-
-    Args:
-        acc: f32[tile_rows, lanes].
-        row_sums: f32[tile_rows, 128], the `l` of a `Tile`.
-    """
-    if plan.has_spare_mxu:  # all lanes alike
-        total = widen(row_sums, acc.shape[1])
-    else:
-        total = jnp.sum(row_sums, axis=1, keepdims=True)
-    # Not `total > 0`: a NaN in the data has to stay visible.
-    factor = jnp.where(total == 0, 0.0, scalars_ref[VALUE_SCALE] / total)
-    return acc * factor
-
-
-FLOAT32 = {"preferred_element_type": jnp.float32}
-"""What both products of a tile give, whatever they multiply."""
-
-
-def precision(plan):
-    """Float32 is multiplied as three bfloat16 parts, in all passes; bfloat16 needs one."""
-    exact = plan.problem.compute_dtype == jnp.float32
-    return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+_LANES, _KEYS = ((1,), (1,)), ((1,), (0,))
+"""What Q K^T and P V contract."""
 
 
 def widen(x, lanes):

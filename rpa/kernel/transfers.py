@@ -1,20 +1,20 @@
-"""Every copy of the kernel: what is started, where it lands, and who waits for it.
+"""Every copy of the kernel: what is started, where it lands, and what waits for it.
 
-    page table   HBM -> SMEM   one chunk a step, some turns ahead of the step's own copies
-    KV pages     HBM -> VMEM   one copy a page, or of a block whose pages lie side by side, see
-                               `table`; the first and the last may be part of a page
-    new K, V     HBM -> VMEM   straight from the packed array, after the cached tokens
-    new K, V     VMEM -> HBM   from there into their pages, when they have arrived; waited for when
+    page table   HBM -> SMEM   one chunk per work item, some iterations before its other copies
+    KV pages     HBM -> VMEM   one copy per page, or one for a block of contiguous pages, see
+                               `page_table`; the first and the last may be part of a page
+    new K, V     HBM -> VMEM   straight from the packed array, behind the cached tokens
+    new K, V     VMEM -> HBM   from there into their pages, once they have arrived; awaited when
                                the buffer is needed. Nothing in this kernel reads them there.
-                               In decode from HBM, see `start_stores`
+                               Decode copies from HBM, see `start_stores`
     queries      HBM -> VMEM   with the first KV block of their query block
-    output       VMEM -> HBM   at the end of a query block; waited for when its buffer is needed
+    output       VMEM -> HBM   at the end of a query block; awaited when its buffer is needed
 
 Each query block stores exactly its own tokens. They are inside the range of keys it reads, window
 or not: so they pass through a KV buffer anyway, and their page-table entries are at hand.
 
-A semaphore counts bytes. A wait names a copy of the same size, whichever, so that one wait is
-enough for all pages of a block.
+A semaphore counts bytes. A wait names any copy of the same size, so that one wait is enough for all
+pages of a block.
 """
 
 from functools import partial
@@ -25,312 +25,276 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
-from rpa.kernel import page_table, traversal
-from rpa.kernel.plan import TABLE_TILE_WORDS
+from rpa.kernel import page_table
+from rpa.kernel.page_table import TABLE_TILE_WORDS
+from rpa.kernel.traversal import divide, divide_up
 
-# --- Fetching: some turns ahead of the computation, see `belt` ----------------------------
-
-
-def clear(plan, refs):
-    """Note that nothing is on its way yet."""
-
-    @compat.loop_once(0, 2 * plan.num_slots)
-    def _(word):
-        refs.state[word] = jnp.int32(0)
+TOKENS, ROWS = 0, 1
+"""Rows of the ref `in_flight`, i32[2 * num_slots]: per slot the tokens that its KV buffer is still
+storing in the cache, and the output rows that its o buffer is still sending."""
 
 
-def look_up(plan, refs, steps, end):
-    """Ask for the page-table entries of steps, where they exist."""
-    for step in steps:
-        pl.when(step.seq.index < end)(_table_copy(plan, refs, step).start)
+def _start(source, target, semaphore):
+    pltpu.make_async_copy(source, target, semaphore).start()
 
 
-def fetch(plan, refs, step):
-    """Start all copies of a step that was looked up."""
-    block = traversal.query_block(plan, step.seq, step.q_index)
-    _table_copy(plan, refs, step).wait()
-    entry = _place_in_chunks(plan, step, block, _first_entry(plan, block, step.kv_index))
-    is_run = _unmark(plan, refs, entry)
-
-    @pl.when(step.kv_index == 0)
-    def _():
-        _start_queries(refs, step, block)
-
-    if plan.is_decode:
-        start_stores(plan, refs, block, step)
-    elif plan.problem.update_kv_cache:
-        _wait_stores(plan, refs, step.kv_slot)
-    # Whole pages come last: the loop over them is the end of what the compiler can interleave.
-    _start_kv(plan, refs, step, block, entry, is_run)
+def _wait(same_size, semaphore):
+    pltpu.make_async_copy(same_size, same_size, semaphore).wait()
 
 
-def _entry(plan, seq, page):
-    """Place in the page table of a page of a sequence."""
-    return seq.index * plan.problem.pages_per_seq + page
+def _words(first, size):
+    return pl.ds(pl.multiple_of(first, TABLE_TILE_WORDS), size)
 
 
-def _first_entry(plan, block, kv_index):
-    """Place in the page table of a KV block's first page."""
-    page = traversal.divide(traversal.kv_block_start(plan, block, kv_index), plan.problem.page_size)
-    return _entry(plan, block.seq, page)
+class Copies:
+    """The copies of one kernel, on its `Refs`."""
 
+    def __init__(self, plan, refs):
+        self.refs, self.table, self.num_slots = refs, plan.table, plan.num_slots
+        self.is_decode, self.marks_contiguous = plan.is_decode, plan.tricks.marks_contiguous
+        self.bq, self.num_tokens = plan.blocks.bq, plan.problem.num_tokens
+        self.page_size, self.kv_words = plan.problem.page_size, plan.problem.kv_words
+        self.stores, self.has_window = (
+            plan.problem.update_kv_cache,
+            not plan.tricks.marks_contiguous,
+        )
 
-def _chunk_start(plan, entry):
-    """First word of the chunk that holds an entry: a multiple of a tile, and inside the table."""
-    start = traversal.divide(entry, TABLE_TILE_WORDS) * TABLE_TILE_WORDS
-    return jnp.minimum(start, plan.table_words - plan.table_chunk_words)
+    def clear(self):
+        """Reset the in-flight counters."""
 
+        @compat.loop_once(0, 2 * self.num_slots)
+        def _(word):
+            self.refs.in_flight[word] = jnp.int32(0)
 
-def _table_copy(plan, refs, step):
-    """The copy of the page-table entries of a step."""
-    block = traversal.query_block(plan, step.seq, step.q_index)
-    start = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
-    source = refs.page_table.at[_table_words(plan, start)]
-    target = refs.table_chunks.at[_table_words(plan, step.place * plan.table_chunk_words)]
-    return pltpu.make_async_copy(source, target, refs.table_sems.at[step.place])
+    # --- Looking up: the page-table entries of a work item -------------------------------------
 
+    def look_up(self, item):
+        """Start the copy of a work item's page-table entries, if it exists."""
+        pl.when(item.exists)(self._table_copy(item).start)
 
-def _table_words(plan, first):
-    return pl.ds(pl.multiple_of(first, TABLE_TILE_WORDS), plan.table_chunk_words)
+    def _table_copy(self, item):
+        size = self.table.chunk_words
+        source = self.refs.page_table.at[_words(self._chunk_start(item.entry), size)]
+        target = self.refs.table_chunks.at[_words(item.ring_index * size, size)]
+        return pltpu.make_async_copy(source, target, self.refs.table_sems.at[item.ring_index])
 
+    def _chunk_start(self, entry):
+        """First word of the chunk that holds an entry: a multiple of a tile, inside the table."""
+        start = divide(entry, TABLE_TILE_WORDS) * TABLE_TILE_WORDS
+        return jnp.minimum(start, self.table.table_words - self.table.chunk_words)
 
-def _place_in_chunks(plan, step, block, entry):
-    """Where an entry of the page table is in SMEM, when the chunk of its step has arrived."""
-    chunk = _chunk_start(plan, _first_entry(plan, block, step.kv_index))
-    return step.place * plan.table_chunk_words + entry - chunk
+    def _index_in_chunks(self, item):
+        """Where the first entry of a work item is in SMEM, once its chunk has arrived."""
+        return item.ring_index * self.table.chunk_words + item.entry - self._chunk_start(item.entry)
 
+    def _unmark(self, index):
+        """Take the mark off a block's first entry; return whether the block is contiguous."""
+        if not self.marks_contiguous:
+            return False
+        value = self.refs.table_chunks[index]
+        self.refs.table_chunks[index] = page_table.page(value)
+        return page_table.is_contiguous(value)
 
-def _unmark(plan, refs, entry):
-    """Take the mark of `table` off a block's first entry; return whether the block is a run."""
-    if not page_table.marks(plan):
-        return False
-    value = refs.table_chunks[entry]
-    refs.table_chunks[entry] = page_table.page(value)
-    return page_table.is_run(value)
+    # --- Fetching: some iterations ahead of the computation ------------------------------------
 
+    def fetch(self, item):
+        """Start all copies of a work item that was looked up."""
+        self._table_copy(item).wait()
+        index = self._index_in_chunks(item)
+        is_contiguous = self._unmark(index)
 
-def _start_queries(refs, step, block):
-    rows = pl.ds(block.row, block.num_rows)
-    target = refs.q_buffer.at[step.q_slot, pl.ds(0, block.num_rows)]
-    pltpu.make_async_copy(refs.queries.at[rows], target, refs.q_sems.at[step.q_slot]).start()
+        @pl.when(item.is_first != 0)
+        def _():
+            source = self.refs.queries.at[pl.ds(item.row, item.num_rows)]
+            _start(source, self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
+        if self.is_decode:
+            self.start_stores(item)
+        elif self.stores:
+            self._wait_stores(item.kv_slot)
+        num_cached = self._start_new_kv(item)
+        # Whole pages come last: the loop over them is the end of what the compiler interleaves.
+        num_head = 0
+        if self.has_window:
+            num_head = self._start_part_of_page(item, index, num_cached)
+            index, num_cached = index + 1, num_cached - num_head
+        self._start_pages(item.kv_slot, index, num_head, num_cached, is_contiguous)
 
-def wait_queries(refs, block, slot):
-    """Wait for the queries of a block."""
-    target = refs.q_buffer.at[slot, pl.ds(0, block.num_rows)]
-    pltpu.make_async_copy(target, target, refs.q_sems.at[slot]).wait()
-
-
-def _start_kv(plan, refs, step, block, entry, is_run):
-    """Start the copies of a KV block: pages from the cache, then the new tokens after them.
-
-    `entry` is where the first page of the block is in the chunks.
-    """
-    slot, kv_index = step.kv_slot, step.kv_index
-    start = traversal.kv_block_start(plan, block, kv_index)
-    num_tokens = traversal.kv_block_tokens(plan, block, kv_index)
-    seq, num_cached = block.seq, num_tokens
-    if plan.problem.update_kv_cache:
-        num_cached = jnp.clip(seq.first_new - start, 0, num_tokens)
-        num_new = num_tokens - num_cached
+    def _start_new_kv(self, item):
+        """Copy the new tokens of a KV block behind its cached ones; return how many are cached."""
+        if not self.stores:
+            return item.num_tokens
+        num_cached = jnp.clip(item.first_new - item.kv_position, 0, item.num_tokens)
+        num_new = item.num_tokens - num_cached
 
         @pl.when(num_new > 0)
         def _():
-            row = seq.q_start + start + num_cached - seq.first_new
-            source = refs.new_kv.at[pl.ds(row, num_new)]
-            target = _kv_tokens(plan, refs, slot, num_cached, num_new)
-            pltpu.make_async_copy(source, target, refs.kv_sems.at[slot]).start()
+            row = item.row + item.kv_position + num_cached - item.position
+            source = self.refs.new_kv.at[pl.ds(row, num_new)]
+            target = self._kv_tokens(item.kv_slot, num_cached, num_new)
+            _start(source, target, self.refs.kv_sems.at[item.kv_slot])
 
-    if plan.problem.sliding_window is None:
-        _start_pages(plan, refs, slot, entry, 0, num_cached, is_run)
-    else:
-        num_head = _start_part_of_page(plan, refs, slot, entry, start, num_cached)
-        _start_pages(plan, refs, slot, entry + 1, num_head, num_cached - num_head, is_run)
+        return num_cached
 
+    def _start_part_of_page(self, item, index, num_tokens):
+        """Copy the rest of the page in which a KV block begins; return its number of tokens.
 
-def _start_part_of_page(plan, refs, slot, entry, position, num_tokens):
-    """Copy what is left of the page that holds a position, from there on; return its tokens.
+        A window begins anywhere. To read the tokens of its page that lie before it would be in
+        vain: with pages as long as the window, half as much again.
+        """
+        offset = lax.rem(item.kv_position, self.page_size)
+        num_head = jnp.minimum(self.page_size - offset, num_tokens)
+        copy = self._page_copy(item.kv_slot, index, 0, num_head, offset)
+        pl.when(num_head > 0)(copy.start)
+        return num_head
 
-    A window begins anywhere. What lies before it in its page would be read in vain: with pages as
-    long as the window, half as much again.
-    """
-    offset = lax.rem(position, plan.problem.page_size)
-    num_head = jnp.minimum(plan.problem.page_size - offset, num_tokens)
-    copy = _page_copy(plan, refs, slot, entry, 0, num_head, offset)
-    pl.when(num_head > 0)(copy.start)
-    return num_head
+    def _start_pages(self, slot, index, row, num_tokens, is_contiguous):
+        """Copy num_tokens of the pages from entry `index` on to a row of the KV buffer.
 
+        Whole pages have a static size, which halves the work of issuing a copy. The last copy stops
+        at the last token: what follows in its page belongs to no one yet, or a new token will land
+        there. Of contiguous pages it is the only copy.
+        """
+        page_size, unrolled = self.page_size, self.table.pages_unrolled
+        num_whole = jnp.where(is_contiguous, 0, divide(num_tokens, page_size))
 
-def _start_pages(plan, refs, slot, entry, row, num_tokens, is_run):
-    """Copy num_tokens of the pages from `entry` of the chunk on to a row of the KV buffer.
+        @pl.when(num_tokens > num_whole * page_size)
+        def _():
+            num_copied = num_whole * page_size
+            rest = num_tokens - num_copied
+            self._page_copy(slot, index + num_whole, row + num_copied, rest).start()
 
-    Whole pages have a static size, which halves the work of issuing a copy. The last copy stops at
-    the last token: what lies after it in the page is not ours, and a new token will land there.
-    Of a run it is the only copy.
-    """
-    page_size, pages_per_turn = plan.problem.page_size, plan.pages_per_turn
-    num_whole = jnp.where(is_run, 0, traversal.divide(num_tokens, page_size))
+        @compat.loop_once(0, divide_up(num_whole, unrolled))
+        def _(iteration):
+            first = iteration * unrolled
+            for i in range(unrolled):
+                first_row = row + (first + i) * page_size
+                copy = self._page_copy(slot, (index + first) + i, first_row, page_size)
+                # The last iteration skips copies: that costs less than a loop for the rest.
+                pl.when(i < num_whole - first)(copy.start)
 
-    @pl.when(num_tokens > num_whole * page_size)
-    def _():
-        num_copied = num_whole * page_size
-        rest = num_tokens - num_copied
-        _page_copy(plan, refs, slot, entry + num_whole, row + num_copied, rest).start()
+    def _page_copy(self, slot, index, row, num_tokens, offset=0):
+        """The copy of tokens of the page in an entry to a row of the KV buffer."""
+        source = self.refs.kv_cache.at[self._cache_rows(index, offset, num_tokens)]
+        target = self._kv_tokens(slot, row, num_tokens)
+        return pltpu.make_async_copy(source, target, self.refs.kv_sems.at[slot])
 
-    @compat.loop_once(0, traversal.divide_up(num_whole, pages_per_turn))
-    def _(turn):
-        first = turn * pages_per_turn
-        for i in range(pages_per_turn):
-            first_row = row + (first + i) * page_size
-            copy = _page_copy(plan, refs, slot, (entry + first) + i, first_row, page_size)
-            # The last turn passes over some copies: that costs less than a loop for what is left.
-            pl.when(i < num_whole - first)(copy.start)
+    def _cache_rows(self, index, offset, num_tokens):
+        """Where tokens are in the cache, from an offset in the page of an entry on."""
+        return pl.ds(self.refs.table_chunks[index] * self.page_size + offset, num_tokens)
 
+    def _kv_tokens(self, slot, first, num_tokens):
+        """Tokens of a KV buffer, without the extra row that makes their distance odd."""
+        return self.refs.kv_buffer.at[slot, pl.ds(first, num_tokens), pl.ds(0, self.kv_words)]
 
-def _page_copy(plan, refs, slot, entry, row, num_tokens, offset=0):
-    """The copy of tokens of the page in an entry of the chunk to a row of the KV buffer."""
-    source = refs.kv_cache.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
-    target = _kv_tokens(plan, refs, slot, row, num_tokens)
-    return pltpu.make_async_copy(source, target, refs.kv_sems.at[slot])
+    def _q_rows(self, item):
+        return self.refs.q_buffer.at[item.q_slot, pl.ds(0, item.num_rows)]
 
+    # --- Waiting, when a work item is computed -------------------------------------------------
 
-def _cache_rows(plan, refs, entry, offset, num_tokens):
-    """Where tokens are in the cache, from an offset in the page of an entry on."""
-    return pl.ds(refs.table_chunks[entry] * plan.problem.page_size + offset, num_tokens)
+    def wait_queries(self, item):
+        """Wait for the queries of a query block."""
+        _wait(self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
+    def wait_kv(self, item):
+        """Wait for all copies of a KV block at once: together they are num_tokens."""
+        target = self._kv_tokens(item.kv_slot, 0, item.num_tokens)
+        _wait(target, self.refs.kv_sems.at[item.kv_slot])
 
-def _kv_tokens(plan, refs, slot, first, num_tokens):
-    """Tokens of a KV buffer, without the extra row that makes their distance odd."""
-    return refs.kv_buffer.at[slot, pl.ds(first, num_tokens), pl.ds(0, plan.problem.kv_words)]
+    # --- Storing the new tokens ----------------------------------------------------------------
 
+    def start_stores(self, item):
+        """Copy those new tokens of the query block into the cache that are in this KV block.
 
-def wait_kv(plan, refs, slot, num_tokens):
-    """Wait for all copies of a KV block at once: together they are num_tokens."""
-    target = _kv_tokens(plan, refs, slot, 0, num_tokens)
-    pltpu.make_async_copy(target, target, refs.kv_sems.at[slot]).wait()
-
-
-# --- Storing the new tokens --------------------------------------------------------------------
-
-
-def start_stores(plan, refs, block, step):
-    """Copy those new tokens of the query block into the cache that are in this KV block.
-
-    They are in its buffer; in a decode they are only on their way to it. It computes so short that
-    a store out of the buffer would not be ready when the next block is fetched into it. So it reads
-    its one token twice, and stores it while the turns ahead are computed.
-    """
-    if not plan.problem.update_kv_cache:
-        return
-    start = traversal.kv_block_start(plan, block, step.kv_index)
-    end = start + traversal.kv_block_tokens(plan, block, step.kv_index)
-    first = jnp.maximum(start, block.position)
-    last = jnp.minimum(end, block.position + block.num_rows)
-
-    @pl.when(first < last)
-    def _():
-        if plan.is_decode:  # one token, one page
-            _store_in_page(plan, refs, block, step, first, 1)
+        They are in its buffer; in a decode they are still in flight to it. A decode computes so
+        short that a store out of the buffer would not be done when the next block is fetched into
+        it. So it reads its one token twice, and stores it while other iterations are computed.
+        """
+        if not self.stores:
             return
-        refs.state[_leaving(plan, traversal.TOKENS_LEAVING, step.kv_slot)] = last - first
-        page_size = plan.problem.page_size
+        first = jnp.maximum(item.kv_position, item.position)
+        last = jnp.minimum(item.kv_position + item.num_tokens, item.position + item.num_rows)
 
-        @pl.loop(traversal.divide(first, page_size), traversal.divide_up(last, page_size))
-        def _(page):
-            begin = jnp.maximum(first, page * page_size)
-            num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
-            _store_in_page(plan, refs, block, step, begin, num_tokens)
+        @pl.when(first < last)
+        def _():
+            if self.is_decode:  # one token, one page
+                self._store_in_page(item, first, 1)
+                return
+            self.refs.in_flight[self._in_flight_index(TOKENS, item.kv_slot)] = last - first
+            page_size = self.page_size
 
+            @pl.loop(divide(first, page_size), divide_up(last, page_size))
+            def _(page):
+                begin = jnp.maximum(first, page * page_size)
+                self._store_in_page(item, begin, jnp.minimum(last, (page + 1) * page_size) - begin)
 
-def _store_in_page(plan, refs, block, step, position, num_tokens):
-    """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
-    page_size = plan.problem.page_size
-    page = traversal.divide(position, page_size)
-    offset = position - page * page_size
-    entry = _place_in_chunks(plan, step, block, _entry(plan, block.seq, page))
-    target = refs.kv_cache_out.at[_cache_rows(plan, refs, entry, offset, num_tokens)]
-    if plan.is_decode:
-        row = block.seq.q_start + position - block.seq.first_new
-        source = refs.new_kv.at[pl.ds(row, num_tokens)]
-    else:
-        row = position - traversal.kv_block_start(plan, block, step.kv_index)
-        source = _kv_tokens(plan, refs, step.kv_slot, row, num_tokens)
-    pltpu.make_async_copy(source, target, refs.store_sems.at[step.kv_slot]).start()
+    def _store_in_page(self, item, position, num_tokens):
+        """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
+        page = divide(position, self.page_size)
+        offset = position - page * self.page_size
+        index = self._index_in_chunks(item) + page - divide(item.kv_position, self.page_size)
+        target = self.refs.kv_cache_out.at[self._cache_rows(index, offset, num_tokens)]
+        if self.is_decode:
+            source = self.refs.new_kv.at[pl.ds(item.row + position - item.position, num_tokens)]
+        else:
+            source = self._kv_tokens(item.kv_slot, position - item.kv_position, num_tokens)
+        _start(source, target, self.refs.store_sems.at[item.kv_slot])
 
+    def wait_store_of_token(self, item):
+        """Wait until the new token of a decode, which its last KV block stores, is in the cache."""
+        if self.stores:
+            _wait(self._kv_tokens(item.kv_slot, 0, 1), self.refs.store_sems.at[item.kv_slot])
 
-def wait_store_of_token(plan, refs, slot):
-    """Wait until the new token of a decode, which its last KV block stores, is in the cache."""
-    if plan.problem.update_kv_cache:
-        same_size = _kv_tokens(plan, refs, slot, 0, 1)
-        pltpu.make_async_copy(same_size, same_size, refs.store_sems.at[slot]).wait()
+    def _wait_stores(self, slot):
+        """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
+        self._wait_in_flight(TOKENS, slot, partial(self._kv_tokens, slot, 0), self.refs.store_sems)
 
+    def _wait_in_flight(self, row, slot, source_of, semaphores):
+        """Wait until what leaves a slot has left; source_of(size) is so much of its buffer."""
+        index = self._in_flight_index(row, slot)
+        size = self.refs.in_flight[index]
 
-def _wait_stores(plan, refs, slot):
-    """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
-    tokens = partial(_kv_tokens, plan, refs, slot, 0)
-    _wait_leaving(plan, refs, traversal.TOKENS_LEAVING, slot, tokens, refs.store_sems)
+        @pl.when(size > 0)
+        def _():
+            _wait(source_of(size), semaphores.at[slot])
 
+        self.refs.in_flight[index] = jnp.int32(0)
 
-def _wait_leaving(plan, refs, row, slot, source_of, semaphores):
-    """Wait until what leaves a slot has left; source_of(size) is so much of the slot's buffer."""
-    place = _leaving(plan, row, slot)
-    size = refs.state[place]
+    def _in_flight_index(self, row, slot):
+        return row * self.num_slots + slot
 
-    @pl.when(size > 0)
-    def _():
-        source = source_of(size)
-        pltpu.make_async_copy(source, source, semaphores.at[slot]).wait()
+    # --- Output --------------------------------------------------------------------------------
 
-    refs.state[place] = jnp.int32(0)
+    def start_output(self, slot, row, num_rows):
+        """Send the first rows of an o buffer to the output."""
+        self.refs.in_flight[self._in_flight_index(ROWS, slot)] = num_rows
+        target = self.refs.output.at[pl.ds(row, num_rows)]
+        _start(self._o_rows(slot, num_rows), target, self.refs.o_sems.at[slot])
 
+    def wait_output(self, slot):
+        """Wait until an o buffer is free: what it last sent, if anything, has left."""
+        self._wait_in_flight(ROWS, slot, partial(self._o_rows, slot), self.refs.o_sems)
 
-def _leaving(plan, row, slot):
-    """Where `state` counts what leaves a slot."""
-    return row * plan.num_slots + slot
+    def _o_rows(self, slot, num_rows):
+        return self.refs.o_buffer.at[slot, pl.ds(0, num_rows)]
 
+    def wait_all(self):
+        """Wait for what is in flight after the last computation: outputs and stores."""
 
-# --- Output ------------------------------------------------------------------------------------
+        @compat.loop_once(0, self.num_slots)
+        def _(slot):
+            self.wait_output(slot)
+            if self.stores and not self.is_decode:
+                self._wait_stores(slot)
 
+    def write_zero_rows(self, num_used):
+        """Fill the output behind the last token of the last sequence, which no other copy writes.
 
-def start_output(plan, refs, slot, row, num_rows):
-    """Send the first rows of an o buffer to the output."""
-    refs.state[_leaving(plan, traversal.ROWS_LEAVING, slot)] = num_rows
-    source = _o_rows(refs, slot, num_rows)
-    target = refs.output.at[pl.ds(row, num_rows)]
-    pltpu.make_async_copy(source, target, refs.o_sems.at[slot]).start()
+        The o buffer must be free and hold zeros in slot 0.
+        """
 
-
-def wait_output(plan, refs, slot):
-    """Wait until an o buffer is free: what it last sent, if anything, has left."""
-    rows = partial(_o_rows, refs, slot)
-    _wait_leaving(plan, refs, traversal.ROWS_LEAVING, slot, rows, refs.o_sems)
-
-
-def _o_rows(refs, slot, num_rows):
-    """The first rows of an o buffer."""
-    return refs.o_buffer.at[slot, pl.ds(0, num_rows)]
-
-
-def wait_all(plan, refs):
-    """What is still under way when the last block is computed: outputs and stores."""
-
-    @compat.loop_once(0, plan.num_slots)
-    def _(slot):
-        wait_output(plan, refs, slot)
-        if plan.problem.update_kv_cache and not plan.is_decode:
-            _wait_stores(plan, refs, slot)
-
-
-def write_zero_rows(plan, refs, num_used):
-    """Fill the output after the last token of the last sequence: nobody else writes there.
-
-    The o buffer must be free and hold zeros in slot 0.
-    """
-    size = plan.blocks.bq
-
-    @pl.loop(0, traversal.divide_up(plan.problem.num_tokens - num_used, size))
-    def _(i):
-        row = num_used + i * size
-        num_rows = jnp.minimum(size, plan.problem.num_tokens - row)
-        start_output(plan, refs, 0, row, num_rows)
-        wait_output(plan, refs, 0)
+        @pl.loop(0, divide_up(self.num_tokens - num_used, self.bq))
+        def _(i):
+            row = num_used + i * self.bq
+            self.start_output(0, row, jnp.minimum(self.bq, self.num_tokens - row))
+            self.wait_output(0)

@@ -1,11 +1,11 @@
-"""Who comes next: the order in which a kernel visits sequences, query blocks and KV blocks.
+"""Which block comes next: the order of sequences, query blocks and KV blocks.
 
-A `Step` is one KV block of one query block of one sequence. The kernel is one loop; a turn of it
-computes one step (in decode two, or four), while the pages of later turns are copied (see `belt`).
-So copies run ahead across the ends of query blocks and of sequences: a pipeline that drains at
-every sequence end waits for HBM at each of them.
+A work item is one KV block of one query block of one sequence. A `Cursor` says where the traversal
+is; `work_item` resolves it, once, into everything that looking up, fetching and computing have to
+know. So copies run ahead across the ends of query blocks and of sequences: a pipeline that drains
+at every sequence end waits for HBM at each of them.
 
-Idle sequences (q_len 0) have no steps and are passed over, wherever they are.
+Idle sequences (q_len 0) have no work items and are passed over, wherever they are.
 """
 
 from typing import Any, NamedTuple
@@ -13,13 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-TOKENS_LEAVING, ROWS_LEAVING = 0, 1
-"""Rows of the ref `state`, i32[2 * num_slots] in SMEM: of each slot the tokens that its KV buffer
-is still storing in the cache, and the output rows that its o buffer is still sending."""
-
 
 class Sequence(NamedTuple):
-    """One sequence of the batch; all i32[] scalars, in tokens but for index."""
+    """One sequence of the batch; all i32[] scalars, in tokens except for index."""
 
     index: Any
     q_start: Any  # row of its first new token in queries, keys and values
@@ -32,41 +28,68 @@ class Sequence(NamedTuple):
         return self.kv_len - self.q_len
 
 
-class Step(NamedTuple):
-    """A KV block of a query block of a sequence; all i32[] scalars."""
+class Cursor(NamedTuple):
+    """Where the traversal is; all i32[] scalars."""
 
-    seq: Sequence
+    seq: Sequence  # its index is `end` when the traversal is over
     q_index: Any  # which query block of the sequence
     kv_index: Any  # which KV block of the query block
     q_slot: Any  # which buffer holds the query block, and which its output
     kv_slot: Any  # which buffer holds the KV block
-    place: Any = None  # where on the belt it is, see there, once it is
-
-
-STEP_WORDS = len(Sequence._fields) + len(Step._fields) - 2
-"""Words of a step on the belt, where its place need not be said."""
 
 
 class QueryBlock(NamedTuple):
     """bq query tokens of a sequence, and the keys that at least one of them sees."""
 
-    seq: Sequence
     row: Any  # of its first token in queries
     num_rows: Any
     position: Any  # of its first token in the sequence
+    first_new: Any  # position of the sequence's first new token
     kv_start: Any  # first position that is fetched
     kv_end: Any  # one past the last
 
 
+class WorkItem(NamedTuple):
+    """One KV block of one query block, resolved; all i32[] scalars.
+
+    Positions count tokens of the sequence from 0. Token `position` is row `row` of queries and of
+    the new keys and values, so token x is row `row + x - position`.
+    """
+
+    num_tokens: Any  # in the KV block; 0 if there is no work item
+    kv_position: Any  # of the KV block's first token
+    entry: Any  # of its first page, in the page table
+    row: Any  # of the query block's first token in queries
+    num_rows: Any  # tokens of the query block
+    position: Any  # of its first token
+    first_new: Any  # position of the sequence's first new token
+    is_first: Any  # whether the KV block is the query block's first, 0 or 1
+    is_last: Any  # whether it is its last, 0 or 1
+    q_slot: Any
+    kv_slot: Any
+    ring_index: Any = None  # where it is in the ring, see `pipeline`
+
+    @property
+    def exists(self):
+        """Whether there is anything to do."""
+        return self.num_tokens > 0
+
+
+ITEM_WORDS = len(WorkItem._fields) - 1
+"""Words of a work item in the ring, where its ring index need not be said."""
+
+
 def sequence(plan, refs, index):
-    """Read a sequence's lengths; also what a wrong `distribution` says stays in bounds."""
-    q_start = refs.cu_q_lens[index]
-    q_len = refs.cu_q_lens[index + 1] - q_start
+    """Read a sequence's lengths from kv_lens and cu_q_lens, within bounds for any `index`."""
+    # `end` may be past the arrays; what is read instead is never used.
+    row = jnp.minimum(index, plan.problem.max_num_seqs - 1)
+    q_start = refs.cu_q_lens[row]
+    q_len = refs.cu_q_lens[row + 1] - q_start
     if plan.max_q_len is not None:
-        # A longer one is the caller's mistake. Its output is unspecified, but the loops below
-        # must not run past what the buffers of this case are made for.
+        # A longer one is the caller's mistake. Its output is unspecified, but no loop may run past
+        # what the buffers of this kernel are made for.
         q_len = jnp.minimum(q_len, plan.max_q_len)
-    return Sequence(index, q_start, q_len, refs.kv_lens[index])
+    return Sequence(index, q_start, q_len, refs.kv_lens[row])
 
 
 def is_active(seq):
@@ -89,59 +112,64 @@ def query_block(plan, seq, index):
     if p.sliding_window is not None:
         kv_start = jnp.maximum(position - p.sliding_window + 1, 0)
     kv_end = position + num_rows if p.causal else seq.kv_len
-    return QueryBlock(seq, seq.q_start + first_row, num_rows, position, kv_start, kv_end)
+    return QueryBlock(seq.q_start + first_row, num_rows, position, seq.first_new, kv_start, kv_end)
 
 
-def num_kv_blocks(plan, block):
-    """Blocks of bkv tokens from kv_start on; at least one, a token sees itself."""
-    return divide_up(block.kv_end - block.kv_start, plan.blocks.bkv)
-
-
-def kv_block_start(plan, block, index):
-    """Position of the first token of a KV block."""
-    return block.kv_start + index * plan.blocks.bkv
-
-
-def kv_block_tokens(plan, block, index):
-    """Tokens in a KV block: bkv, or what is left."""
-    return jnp.minimum(plan.blocks.bkv, block.kv_end - kv_block_start(plan, block, index))
+def work_item(plan, cursor, end):
+    """Resolve a cursor."""
+    p, bkv, seq = plan.problem, plan.blocks.bkv, cursor.seq
+    block = query_block(plan, seq, cursor.q_index)
+    kv_position = block.kv_start + cursor.kv_index * bkv
+    left = block.kv_end - kv_position
+    return WorkItem(
+        num_tokens=jnp.where(seq.index < end, jnp.minimum(bkv, left), 0),
+        kv_position=kv_position,
+        entry=seq.index * p.pages_per_seq + divide(kv_position, p.page_size),
+        row=block.row,
+        num_rows=block.num_rows,
+        position=block.position,
+        first_new=block.first_new,
+        is_first=(cursor.kv_index == 0).astype(jnp.int32),
+        is_last=(left <= bkv).astype(jnp.int32),
+        q_slot=cursor.q_slot,
+        kv_slot=cursor.kv_slot,
+    )
 
 
 def first_active(plan, refs, index, end):
     """The first sequence from `index` on that is not idle, or `end`."""
 
     def idle(i):
-        return (i < end) & jnp.logical_not(is_active(_sequence_or_end(plan, refs, i, end)))
+        return (i < end) & jnp.logical_not(is_active(sequence(plan, refs, i)))
 
     return lax.while_loop(idle, lambda i: i + 1, index)
 
 
-def first_step(plan, refs, first, end):
-    """The first step of the batch."""
+def start(plan, refs, first, end):
+    """The cursor at the first work item of sequences [first, end)."""
     zero = jnp.int32(0)
     # From here on indices only grow, so a wrong `distribution` cannot make one negative.
     first = jnp.maximum(jnp.minimum(first, end), 0)
     index = first_active(plan, refs, first, end)
-    return Step(_sequence_or_end(plan, refs, index, end), zero, zero, zero, zero)
+    return Cursor(sequence(plan, refs, index), zero, zero, zero, zero)
 
 
-def next_step(plan, refs, step, end):
-    """The step after this one; its sequence is `end` if this was the last."""
-    seq, block = step.seq, query_block(plan, step.seq, step.q_index)
-    kv_index = step.kv_index + 1
-    next_q = kv_index == num_kv_blocks(plan, block)
-    next_seq, q_index = next_q, step.q_index
+def advance(plan, refs, cursor, item, end):
+    """The cursor behind its work item; its sequence is `end` if that was the last."""
+    next_q = item.is_last != 0
+    next_seq, q_index = next_q, cursor.q_index
     if not plan.has_one_query_block:
         q_index = jnp.where(next_q, q_index + 1, q_index)
-        next_seq = q_index == num_query_blocks(plan, seq)
+        next_seq = q_index == num_query_blocks(plan, cursor.seq)
         q_index = jnp.where(next_seq, 0, q_index)
-    index = first_active(plan, refs, jnp.where(next_seq, seq.index + 1, seq.index), end)
-    return Step(
-        _sequence_or_end(plan, refs, index, end),
+    index = cursor.seq.index
+    index = first_active(plan, refs, jnp.where(next_seq, index + 1, index), end)
+    return Cursor(
+        sequence(plan, refs, index),
         q_index,
-        jnp.where(next_q, 0, kv_index),
-        jnp.where(next_q, next_slot(step.q_slot, plan.num_slots), step.q_slot),
-        next_slot(step.kv_slot, plan.num_slots),
+        jnp.where(next_q, 0, cursor.kv_index + 1),
+        jnp.where(next_q, next_slot(cursor.q_slot, plan.num_slots), cursor.q_slot),
+        next_slot(cursor.kv_slot, plan.num_slots),
     )
 
 
@@ -165,17 +193,3 @@ def divide_up(x, size):
 def next_slot(slot, num_slots):
     """The slot after this one, in a ring; a division would take longer."""
     return jnp.where(slot == num_slots - 1, 0, slot + 1)
-
-
-def steps_of_turn(plan, refs, step, end):
-    """A step and those that are computed together with it, steps_per_turn in all."""
-    steps = [step]
-    while len(steps) < plan.steps_per_turn:
-        steps.append(next_step(plan, refs, steps[-1], end))
-    return tuple(steps)
-
-
-def _sequence_or_end(plan, refs, index, end):
-    # `end` may be past the arrays; what is read instead is never used.
-    seq = sequence(plan, refs, jnp.minimum(index, plan.problem.max_num_seqs - 1))
-    return seq._replace(index=index)

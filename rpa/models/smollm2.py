@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa.models.contiguous import OneSequence, contiguous_attention, new_contiguous_cache
-from rpa.models.gguf_file import open_gguf, read_config, read_params, read_tokenizer
+from rpa.models.gguf_file import (
+    find_gguf,
+    open_gguf,
+    read_config,
+    read_params,
+    read_tokenizer,
+    reading,
+)
 from rpa.models.llama import LlamaConfig, forward
 from rpa.models.tokenizer import Tokenizer
 
@@ -38,7 +45,8 @@ def load_smollm2(dtype=jnp.float32) -> "SmolLM2":
 
     Raises:
         ModelNotInstalled: an ImportError that says what to install.
-        ValueError: if dtype is no floating point dtype, or the file is not the model we know.
+        BadModelFile: a ValueError: the file is truncated, or another one; says what to do.
+        ValueError: if dtype is no floating point dtype.
 
     An example, which needs the package (`tests/test_models.py` runs it):
 
@@ -48,9 +56,11 @@ def load_smollm2(dtype=jnp.float32) -> "SmolLM2":
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating point dtype such as float32, but is {dtype}.")
-    reader = open_gguf()
-    config = read_config(reader)
-    return SmolLM2(config, read_params(reader, config, dtype), read_tokenizer(reader))
+    path = find_gguf()
+    with reading(path):
+        reader = open_gguf(path)
+        config = read_config(reader)
+        return SmolLM2(config, read_params(reader, config, dtype), read_tokenizer(reader))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,16 @@ from rpa.check.errors import CannotShip, KernelFault
 from rpa.check.runner import in_process
 from rpa.check.sandbox.pickling import pack, unpack
 from rpa.lab.schedule import inner_loop
+from rpa.lab.schedule.cases import check_products
 from rpa.lab.schedule.recorded import recorded
 from rpa.lab.schedule.schedule import NoSchedule, schedule_for
+from rpa.lab.schedule.values import CannotRun
 
 SHAPES = inner_loop.shapes("odd stride")
 """Of q and kv for which a kernel is compiled."""
+
+FLOPS = 4 * inner_loop.GROUP * inner_loop.NUM_KV_HEADS * inner_loop.HEAD_DIM * inner_loop.NUM_TOKENS
+"""Of both products on SHAPES."""
 
 REFUSALS = ("unsupported", "vmem overflow", "smem overflow")
 """Kinds of `rpa.lab.compile.words.KINDS` that the kernel is to blame for, not the machine."""
@@ -53,7 +58,11 @@ def is_model(function) -> bool:
 
 
 def bundles_of(kernel, chip) -> tuple[int, str]:
-    """Bundles of a kernel on the shapes of SHAPES, and where the number comes from, in words."""
+    """Bundles that a kernel executes on SHAPES, and where the number comes from, in words.
+
+    A loop in the kernel counts as often as it runs. A run with fewer products than the work needs
+    is no schedule of this kernel, and is refused.
+    """
     try:
         parcel = base64.b64encode(pickle.dumps(pack(kernel))).decode()
         schedule = schedule_for(chip, shipped, *SHAPES, kwargs={"parcel": parcel})
@@ -66,7 +75,23 @@ def bundles_of(kernel, chip) -> tuple[int, str]:
         return recorded("orders")[ahead], f"{words}{recorded('versions')['libtpu']})"
     except CannotShip as reason:
         raise KernelFault(str(reason)) from None
-    return schedule.num_bundles, "compiled just now by the real TPU compiler"
+    return executed(schedule, chip), "compiled just now by the real TPU compiler"
+
+
+def executed(schedule, chip) -> int:
+    """Bundles of one run of a schedule on SHAPES.
+
+    Raises:
+        KernelFault: if it cannot be executed, or multiplies less than the products of SHAPES need.
+    """
+    try:
+        run = schedule.execute(*SHAPES)
+        check_products(schedule, run, chip, FLOPS, inner_loop.HEAD_DIM)
+    except CannotRun as reason:
+        raise KernelFault(
+            f"The schedule of your kernel says nothing about its time: {reason}"
+        ) from None
+    return run.bundles
 
 
 def shipped(q, kv, *, parcel):

@@ -320,6 +320,12 @@ def _flops_of_kv_heads(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_
     return flops * num_kv_heads // num_q_heads, hbm_bytes
 
 
+@cost.mistake("the output is not counted: it is written to HBM, as many numbers as q has")
+def _output_forgotten(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
+    flops, _ = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)
+    return flops, head_dim * (q_len * num_q_heads + 2 * kv_len * num_kv_heads) * item_bytes
+
+
 @cost.mistake("K and V are counted once a query head: the heads of a group share one copy")
 def _bytes_of_q_heads(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes):
     flops, _ = _cost(q_len, kv_len, num_q_heads, num_kv_heads, head_dim, item_bytes)

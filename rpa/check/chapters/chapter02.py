@@ -663,6 +663,16 @@ _case("garbage after the live pages of the table", 5, "everywhere", pages=(3, 6,
 _case("bfloat16", 13, spoil="everywhere", dtype="bfloat16", rows=2, packing=2)
 
 
+@paged_attention.mistake("the softmax runs over the heads: it has to run over the keys")
+def _softmax_over_heads(q, kv_cache, pages, kv_len, num_kv_heads):
+    keys, values = (x[:kv_len] for x in _keys_values(q, kv_cache, pages, num_kv_heads))
+    heads = np.arange(len(q)) // (len(q) // num_kv_heads)
+    scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys[:, heads]) * q.shape[1] ** -0.5
+    weights = np.exp(scores - scores.max(0))
+    weights /= weights.sum(0)
+    return np.einsum("hk,khd->hd", weights, values[:, heads]).astype(np.float32)
+
+
 @paged_attention.mistake("slots after the last token are seen too: kv_len is not used")
 def _no_mask(q, kv_cache, pages, kv_len, num_kv_heads):
     keys, values = _keys_values(q, kv_cache, pages, num_kv_heads)

@@ -10,6 +10,7 @@ import re
 import jax
 import numpy as np
 
+from rpa.check.chapters import assembly
 from rpa.check.chapters.launchers import run_flash
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
@@ -477,6 +478,37 @@ def _undivided(q, k, v, block_q, block_kv):
     return _attend(q, k, v, divide=False)
 
 
+def _by_blocks(q, k, v, block_kv, *, rescale_sum=True, rescale_acc=True, running_max=True):
+    """The online softmax with a step of 4.3 that has one mistake."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = q @ k.T * q.shape[1] ** -0.5
+    row_max, row_sum, acc = np.full((len(q), 1), MASK_VALUE), np.zeros((len(q), 1)), 0.0
+    for begin in range(0, len(k), block_kv):
+        block = scores[:, begin : begin + block_kv]
+        new_max = block.max(1, keepdims=True)
+        new_max = np.maximum(row_max, new_max) if running_max else new_max
+        rescale, weights = np.exp(row_max - new_max), np.exp(block - new_max)
+        row_sum = row_sum * (rescale if rescale_sum else 1) + weights.sum(1, keepdims=True)
+        acc = acc * (rescale if rescale_acc else 1) + weights @ v[begin : begin + block_kv]
+        row_max = new_max
+    return (acc / row_sum).astype(np.float32)
+
+
+@flash.mistake("what was kept is not rescaled when a larger score comes (4.3): neither sum nor acc")
+def _nothing_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_sum=False, rescale_acc=False)
+
+
+@flash.mistake("`acc` is not rescaled when a larger score comes, only the sum (4.3)")
+def _acc_not_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_acc=False)
+
+
+@flash.mistake("the sum is not rescaled when a larger score comes, only `acc` (4.3)")
+def _sum_not_rescaled(q, k, v, block_q, block_kv):
+    return _by_blocks(q, k, v, block_kv, rescale_sum=False)
+
+
 @flash.mistake("the values are taken for keys: `k_ref` is mixed where `v_ref` should be")
 def _mixes_keys(q, k, v, block_q, block_kv):
     return _attend(q, k, k)
@@ -812,3 +844,183 @@ def _positions_from_zero(q, num_kv_heads, kv_len):
 def _divided_by_q_len(q, num_kv_heads, kv_len):
     rows, positions = _grouped_rows(q, num_kv_heads, kv_len)
     return rows, np.int32(kv_len - len(q)) + np.arange(len(positions), dtype=np.int32) // len(q)
+
+
+# 4.7 flash attention, whole -----------------------------------------------------------------------
+
+
+def _causal_mask(shape, group, q_position, kv_position, kv_len, *, row=None, sees=None):
+    rows, keys = np.arange(shape[0])[:, None], kv_position + np.arange(shape[1])[None]
+    position = q_position + (rows // group if row is None else row(rows, group))
+    sees = sees or (lambda key, position: key <= position)
+    return sees(keys, position) & (keys < kv_len)
+
+
+causal_mask = Exercise("4.7", _causal_mask, name="causal_mask", axes=("row", "key"), tolerance=0.0)
+causal_mask.case(
+    "two tokens, one head, nothing cached",
+    **{"shape": (2, 4), "group": 1, "q_position": 0, "kv_position": 0, "kv_len": 2},
+)
+causal_mask.case(
+    "two tokens of two heads behind a prefix, the second block of keys",
+    **{"shape": (4, 4), "group": 2, "q_position": 5, "kv_position": 4, "kv_len": 7},
+)
+causal_mask.case(
+    "four rows, of which the last two are past the end",
+    **{"shape": (4, 4), "group": 1, "q_position": 5, "kv_position": 4, "kv_len": 7},
+)
+
+
+@causal_mask.mistake("the causal mask ignores the cached prefix: token 0 stands at q_position")
+def _mask_without_prefix(shape, group, q_position, kv_position, kv_len):
+    return _causal_mask(shape, group, 0, kv_position, kv_len)
+
+
+@causal_mask.mistake("every row counts as a token of its own: `group` rows are one token")
+def _mask_by_row(shape, group, q_position, kv_position, kv_len):
+    return _causal_mask(shape, group, q_position, kv_position, kv_len, row=lambda rows, group: rows)
+
+
+@causal_mask.mistake("rows go head by head (row % tokens): row // group is the token")
+def _mask_head_by_head(shape, group, q_position, kv_position, kv_len):
+    tokens = shape[0] // group
+    row = lambda rows, group: rows % tokens  # noqa: E731
+    return _causal_mask(shape, group, q_position, kv_position, kv_len, row=row)
+
+
+@causal_mask.mistake("a token does not see itself: <= and not <")
+def _mask_without_itself(shape, group, q_position, kv_position, kv_len):
+    args = (shape, group, q_position, kv_position, kv_len)
+    return _causal_mask(*args, sees=lambda key, position: key < position)
+
+
+@causal_mask.mistake("keys behind the last one count as visible: kv_len is not asked")
+def _mask_without_end(shape, group, q_position, kv_position, kv_len):
+    return _causal_mask(shape, group, q_position, kv_position, 10**6)
+
+
+@causal_mask.mistake("keys count from 0 in every block: the first one stands at kv_position")
+def _mask_in_block(shape, group, q_position, kv_position, kv_len):
+    return _causal_mask(shape, group, q_position, 0, kv_len)
+
+
+def _take_block(
+    state, q, k, v, visible, num_keys, sm_scale, *, scaled=True, hidden=True, values=None
+):
+    row_max, row_sum, acc = (np.asarray(x, np.float64) for x in state)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    with np.errstate(invalid="ignore"):
+        scores = q @ k.T * (sm_scale if scaled else 1)
+        scores = np.where(visible, scores, MASK_VALUE) if hidden else scores
+        new_max = np.maximum(row_max, scores.max(axis=1, keepdims=True))
+        rescale, weights = np.exp(row_max - new_max), np.exp(scores - new_max)
+        exists = np.arange(len(v))[:, None] < num_keys
+        v = np.where(exists, v, 0) if values is None else values(v, exists)
+        parts = (new_max, row_sum * rescale + weights.sum(axis=1, keepdims=True))
+        return tuple(x.astype(np.float32) for x in (*parts, acc * rescale + weights @ v))
+
+
+def _block_of_keys(rows, keys, num_keys):
+    k, v = normal(keys, 128), normal(keys, 128)
+    k[num_keys:] = v[num_keys:] = np.nan
+    state = (normal(rows, 1), 1 + np.abs(normal(rows, 1)), normal(rows, 128))
+    visible = np.arange(keys)[None] <= np.arange(rows)[:, None] + 1
+    visible &= np.arange(keys) < num_keys
+    names = {"state": state, "q": normal(rows, 128), "k": k, "v": v, "visible": visible}
+    return names | {"num_keys": num_keys, "sm_scale": 0.1}
+
+
+attend = Exercise(
+    "4.7", _take_block, name="attend", outputs=("row_max", "row_sum", "acc"), axes=("row", "lane")
+)
+attend.case("a full block of eight keys", **_block_of_keys(8, 8, 8))
+attend.case("a block of which five keys exist, NaN behind them", **_block_of_keys(8, 8, 5))
+
+
+@attend.mistake("the scores are not scaled by sm_scale")
+def _take_block_unscaled(*arguments):
+    return _take_block(*arguments, scaled=False)
+
+
+@attend.mistake("`visible` is not asked: hidden scores become MASK_VALUE")
+def _take_block_unmasked(*arguments):
+    return _take_block(*arguments, hidden=False)
+
+
+@attend.mistake(
+    "what lies behind the last key is not kept out of the values: a weight of 0 times NaN is NaN"
+)
+def _take_block_tail(*arguments):
+    return _take_block(*arguments, values=lambda v, exists: v)
+
+
+def _whole(function_options):
+    return lambda q, k, v, **options: assembly.flash(q, k, v, **options, **function_options)
+
+
+def _whole_case(q_len, kv_len, block_q, block_kv, heads=(4, 2)):
+    return {
+        "q": normal(q_len, heads[0], 128),
+        "k": normal(kv_len, heads[1], 128) / 4,
+        "v": normal(kv_len, heads[1], 128),
+        "block_q": block_q,
+        "block_kv": block_kv,
+    }
+
+
+flash_attention = Exercise(
+    "4.7",
+    assembly.flash,
+    axes=("token", "head", "lane"),
+    tolerance=1e-4,
+    drive=assembly.run_flash_attention,
+    pieces=(causal_mask, attend),
+    epilogue=assembly.compiled("4.7"),
+)
+flash_attention.case("one block of four tokens", **_whole_case(4, 4, 4, 4))
+flash_attention.case("8 queries behind a prefix, 13 keys", **_whole_case(8, 13, 4, 4))
+flash_attention.case("no length a multiple of a block", **_whole_case(11, 21, 4, 8, (3, 1)))
+
+
+def _whole_mistake(words, **options):
+    wrong = _whole(options)
+    wrong.__module__ = __name__
+    flash_attention.mistake(words)(wrong)
+
+
+_whole_mistake(
+    "the causal mask ignores the cached prefix: the queries are the last q_len of kv_len tokens",
+    sees=lambda position, key, row: key <= position - position[0],
+)
+_whole_mistake("there is no causal mask", sees=lambda position, key, row: key == key)
+_whole_mistake("the state is emptied for the first block of queries only", keep_state=True)
+_whole_mistake(
+    "only the last block of keys is left: the state is emptied for every one",
+    last_block_only=True,
+)
+_whole_mistake("the output is not divided by the sum of the weights", divide=False)
+_whole_mistake(
+    "each query head reads the KV head of another group: head h reads KV head h // group",
+    kv_head=lambda h, num_q_heads, num_kv_heads: h % num_kv_heads,
+)
+_whole_mistake("all query heads read KV head 0", kv_head=lambda h, *_: 0)
+_whole_mistake(
+    "what lies behind the last key is not kept out of the values: 0 times NaN is NaN", tail=np.nan
+)
+
+
+@flash_attention.mistake(
+    "the walk over the keys ends too early: the last query of a block sees keys up to its own "
+    "position, so blocks are needed up to q_position + block_q"
+)
+def _whole_ends_early(q, k, v, *, block_q, block_kv, **options):
+    def sees(position, key, row):
+        first = position[0] + (position - position[0]) // block_q * block_q
+        return (key <= position) & (key // block_kv * block_kv < first)
+
+    return assembly.flash(q, k, v, sees=sees, block_q=block_q, block_kv=block_kv, **options)
+
+
+@flash_attention.mistake("sm_scale is left out, or another scale is taken")
+def _whole_other_scale(q, k, v, *, sm_scale, **options):
+    return assembly.flash(q, k, v, sm_scale=1.0, **options)

@@ -2,9 +2,13 @@
 
 import numpy as np
 
+from rpa.check.chapters import assembly
 from rpa.check.chapters.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
+from rpa.check.errors import WrongResult
+from rpa.check.exercise import Exercise
 from rpa.check.sandbox import faults
-from rpa.check.sandbox.dma import dma_exercise, in_flight
+from rpa.check.sandbox.dma import LIMIT_S, dma_exercise, in_flight
+from rpa.check.sandbox.pickling import names_in
 
 RNG = np.random.default_rng(5)
 
@@ -64,10 +68,21 @@ def judge_tokens(timeline, cache, page_indices, kv_len):
 # 5.1 a copy ---------------------------------------------------------------------------------------
 
 
+def run_async_copy(kernel, x):
+    """Call the kernel of 5.1; `pltpu.sync_copy` would hide the two halves that it is about."""
+    if "sync_copy" in set(names_in(kernel)):
+        raise WrongResult(
+            "your kernel calls pltpu.sync_copy, which starts a copy and waits for it in one: write "
+            "the two, make_async_copy(...).start() and .wait(), because what happens between "
+            "them is the chapter"
+        )
+    return run_copy(kernel, x)
+
+
 copy = dma_exercise(
     "5.1",
     lambda x: 2 * np.asarray(x),
-    run_copy,
+    run_async_copy,
     axes=("row", "lane"),
     faults=(
         faults.READ_TOO_EARLY,
@@ -299,3 +314,182 @@ def _last_block(x, block_tokens):
 @three_bugs.mistake("only the first block of each sequence is added")
 def _first_block(x, block_tokens):
     return np.asarray(x)[:, :block_tokens].sum(axis=1)
+
+
+# 5.6 paged decode, whole --------------------------------------------------------------------------
+
+
+def _fold(queries, num_kv_heads, *, padded=True, interleaved=False):
+    n, num_q_heads, head_dim = queries.shape
+    group = num_q_heads // num_kv_heads
+    if interleaved:
+        folded = np.asarray(queries).reshape(n, group, num_kv_heads, head_dim).swapaxes(1, 2)
+    else:
+        folded = np.asarray(queries).reshape(n, num_kv_heads, group, head_dim)
+    return np.pad(folded, [(0, 0)] * 3 + [(0, -head_dim % 128)]) if padded else folded
+
+
+fold_heads = Exercise(
+    "5.6", _fold, name="fold_heads", axes=("sequence", "KV head", "query head", "lane")
+)
+fold_heads.case("four heads of 128 on two KV heads", queries=normal(2, 4, 128), num_kv_heads=2)
+fold_heads.case("head_dim 64", queries=normal(2, 4, 64), num_kv_heads=2)
+
+
+@fold_heads.mistake("head_dim is not filled up to a multiple of 128")
+def _not_padded(queries, num_kv_heads):
+    return _fold(queries, num_kv_heads, padded=False)
+
+
+@fold_heads.mistake("query head h is given to KV head h % num_kv_heads; it is h // group")
+def _interleaved(queries, num_kv_heads):
+    return _fold(queries, num_kv_heads, interleaved=True)
+
+
+DECODE_MISTAKES = {
+    "page p of the sequence is copied from page p of the cache: look into the table": {
+        "page_of": lambda table, s, b, p, n: s * table.shape[1] + b * n + p
+    },
+    "the table's entry is taken for a place in the sequence: every page is page p of the cache": {
+        "page_of": lambda table, s, b, p, n: b * n + p
+    },
+    "every sequence reads the pages of the first one: its row of the table begins at "
+    "s * pages_per_seq": {"page_of": lambda table, s, b, p, n: table[0, b * n + p]},
+    "every block reads the pages of the first one: block b begins b * block_tokens // page_size "
+    "entries later": {"page_of": lambda table, s, b, p, n: table[s, p]},
+    "all pages of a block are its first one": {
+        "page_of": lambda table, s, b, p, n: table[s, b * n]
+    },
+    "K and V are swapped: combined head 2h is K": {
+        "combined": lambda head, n: (2 * head + 1, 2 * head)
+    },
+    "all K stand before all V: in the cache K and V of a head are neighbours": {
+        "combined": lambda head, n: (head, head + n // 2)
+    },
+    "every query head reads KV head 0": {"kv_head": lambda h, group: 0},
+    "the last block is left out where it is not full: kv_len // block_tokens rounds down": {
+        "num_blocks": lambda kv_len: kv_len // 16
+    },
+    "only the first block of each sequence is computed": {"num_blocks": lambda kv_len: kv_len > 0},
+    "stale keys of the last block count as visible: the buffer holds NaN, or another block's": {
+        "stale_is_seen": True
+    },
+    "the scores are not scaled by sm_scale": {"sm_scale": 1.0},
+}
+
+
+def _decode_exercise(number, judge, fault_words, pieces):
+    exercise = Exercise(
+        number,
+        assembly.decode,
+        axes=("sequence", "head", "lane"),
+        tolerance=1e-4,
+        drive=assembly.run_decode,
+        runner=assembly.runner(judge),
+        limit_s=LIMIT_S,
+        pieces=pieces,
+        epilogue=assembly.compiled(number),
+        faults=fault_words,
+    )
+    one = {"num_q_heads": 2, "num_kv_heads": 1}
+    cases = {
+        "one sequence, two pages, the second one not full": ([13], one),
+        "two sequences, blocks of two pages, two and three blocks": ([29, 37], {}),
+        "idle slots, one token, and a last block that is full": ([0, 1, 0, 32], one),
+    }
+    for title, (kv_lens, sizes) in cases.items():
+        exercise.case(title, **assembly.make_decode(RNG, kv_lens, **sizes), block_tokens=16)
+    for words, options in DECODE_MISTAKES.items():
+        exercise.mistake(words)(_wrong_decode(options))
+    return exercise
+
+
+def _wrong_decode(options):
+    def wrong(*arguments, **more):
+        return assembly.decode(*arguments, **(more | options))
+
+    return wrong
+
+
+def judge_decode(timeline, queries, kv_cache, kv_lens, *_):
+    """Refuse copies of rows behind the last tokens; then pages by turns."""
+    copied = sum(copy.num_bytes for copy in timeline.copies) // kv_cache[0, 0].nbytes
+    if copied > sum(kv_lens):
+        lines = [
+            f"{copied} rows are copied, and there are {sum(kv_lens)} tokens.",
+            "The last page of a sequence is copied only as far as it is filled.",
+        ]
+        return faults.explain(TOO_MUCH, lines)
+    return judge_together(timeline)
+
+
+paged_decode = _decode_exercise(
+    "5.6",
+    judge_decode,
+    (faults.READ_TOO_EARLY, faults.NOBODY_SIGNALS, ONE_BY_ONE, TOO_MUCH),
+    (fold_heads,),
+)
+
+
+# 5.7 the prefetch over the boundary ---------------------------------------------------------------
+
+NO_BOUNDARY = "lets no copy go over the end of a sequence"
+
+
+def _order(kv_lens, block_tokens, *, inclusive=False, passes_idle=True, wrong_self=False):
+    kv_lens, n = np.asarray(kv_lens), len(kv_lens)
+    num_blocks = -(-kv_lens // block_tokens)
+    number = np.cumsum(num_blocks) - (0 if inclusive else num_blocks)
+    first = lambda s: next((t for t in range(s, n) if kv_lens[t] > 0 or not passes_idle), n)  # noqa: E731
+    next_live = [first(s if wrong_self else s + 1) for s in range(n)]
+    return number.astype(np.int32), np.array(next_live, np.int32)
+
+
+block_order = Exercise(
+    "5.7", _order, name="block_order", outputs=("number", "next_live"), axes=("sequence",)
+)
+block_order.case("9 tokens, an idle slot, 3 tokens", kv_lens=ints(9, 0, 3), block_tokens=8)
+block_order.case("idle at both ends", kv_lens=ints(0, 16, 17, 0, 0), block_tokens=8)
+block_order.case("one sequence", kv_lens=ints(5), block_tokens=8)
+
+
+@block_order.mistake("the number of a sequence counts its own blocks, too")
+def _inclusive(kv_lens, block_tokens):
+    return _order(kv_lens, block_tokens, inclusive=True)
+
+
+@block_order.mistake("an idle sequence is not passed over")
+def _idle_is_next(kv_lens, block_tokens):
+    return _order(kv_lens, block_tokens, passes_idle=False)
+
+
+@block_order.mistake("next_live[s] may be s itself: it is the next one after s")
+def _itself(kv_lens, block_tokens):
+    return _order(kv_lens, block_tokens, wrong_self=True)
+
+
+def judge_prefetch(timeline, *_):
+    """Refuse a kernel that computes while nothing is on its way, and say where it does so."""
+    if not judge_overlap(timeline):
+        return judge_together(timeline)
+    filled = {copy.target.buffer for copy in timeline.copies}
+    computes = (
+        flying
+        for event, flying in in_flight(timeline)
+        if event.kind == "load" and event.source.buffer in filled
+    )
+    if not any(computes):
+        return judge_overlap(timeline)
+    lines = [
+        "While the last block of a sequence is computed, the HBM is idle.",
+        "Start the first block of the next live sequence before you wait for that one.",
+    ]
+    return faults.explain(NO_BOUNDARY, lines)
+
+
+prefetched_decode = _decode_exercise(
+    "5.7",
+    judge_prefetch,
+    (faults.NOBODY_SIGNALS, faults.TWO_COPIES, NO_OVERLAP, NO_BOUNDARY),
+    (block_order,),
+)

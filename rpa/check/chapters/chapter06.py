@@ -6,11 +6,14 @@ of 6.5 runs in the sandbox, which finds what breaks a rule of DMAs (`faults.py`)
 
 import numpy as np
 
+from rpa.check.chapters import assembly
+from rpa.check.chapters.chapter05 import judge_overlap
 from rpa.check.chapters.write_back import run_write_back
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
+from rpa.check.index_words import ragged
 from rpa.check.sandbox import faults
-from rpa.check.sandbox.dma import dma_exercise, in_flight
+from rpa.check.sandbox.dma import LIMIT_S, dma_exercise, in_flight
 
 RNG = np.random.default_rng(6)
 
@@ -246,6 +249,19 @@ merge.case(
     "the last sequence, whose block reaches past all rows",
     **_merge_arguments(2, 9, 0, block_tokens=16, start=5, num_tokens=7),
 )
+
+
+@merge.mistake(
+    "rows are chosen by products with 0 and 1: what is not chosen may be NaN, and 0 times NaN is "
+    "NaN. `jnp.where` chooses"
+)
+def _merge_by_product(from_pages, new_kv, start, q_len, kv_len, block):
+    position = block * len(from_pages) + np.arange(len(from_pages))
+    row = start + position - (kv_len - q_len)  # below 0 it counts from the end, as in JAX
+    rows = new_kv[np.clip(np.where(row < 0, row + len(new_kv), row), 0, len(new_kv) - 1)]
+    is_new = (position >= kv_len - q_len)[:, None]
+    merged = rows * is_new + from_pages * ~is_new
+    return np.where((position < kv_len)[:, None], merged, 0).astype(np.float32)
 
 
 @merge.mistake("new tokens are taken from row 0 of new_kv on: those are another sequence's")
@@ -636,3 +652,85 @@ def _sum_replaced(new_kv, cache, page_indices):
 def _sum_not_zeroed(new_kv, cache, page_indices):
     total, cache = _write_back(new_kv, cache, page_indices)
     return np.full_like(total, np.nan), cache
+
+
+# 6.6 the fused kernel, whole ----------------------------------------------------------------------
+
+NO_ALIAS = (
+    "the cache that comes out is not the one that went in: input_output_aliases counts the "
+    "prefetched scalars as inputs"
+)
+
+
+def _fresh_cache(*arguments, **options):
+    """The cache as a new array in which only the new tokens are written: NaN everywhere else."""
+    queries, keys, values, kv_cache, batch = arguments
+    output, _ = assembly.ragged(*arguments, **options)
+    blank = np.full_like(kv_cache, np.nan)
+    _, cache = assembly.ragged(queries, keys, values, blank, batch, **options)
+    return output, cache
+
+
+def wrong_ragged(options):
+    def wrong(*arguments, **more):
+        return assembly.ragged(*arguments, **(more | options))
+
+    return wrong
+
+
+RAGGED_MISTAKES = {
+    "the new tokens are not in the cache: what came into the buffer is written to their pages": {
+        "store": False
+    },
+    "every new token is written to the first row of its page, and not to its own": {
+        "store_row": lambda p, page_size, first_new: p - max(first_new, p // page_size * page_size)
+    },
+    "new tokens are taken from row 0 of new_kv on: a sequence owns the rows from its own start": {
+        "new_row": lambda start, p, first_new, block_tokens: p - first_new
+    },
+    "in every block of keys the first new row is taken again: new tokens go on where the block "
+    "before ended": {
+        "new_row": lambda start, p, first_new, block_tokens: (
+            start + p - max(first_new, p // block_tokens * block_tokens)
+        )
+    },
+    "the new tokens are read from their pages, too early: nobody has written them there yet": {
+        "new_row": lambda start, p, first_new, block_tokens: -1
+    },
+    "the causal mask is missing: a new token sees those after it": {
+        "sees": lambda position, key, first_new: key == key
+    },
+    "the causal mask ignores the cached prefix": {
+        "sees": lambda position, key, first_new: key <= position - first_new
+    },
+    "a token does not see itself": {
+        "sees": lambda position, key, first_new: (key < position) | (position == 0)
+    },
+    "keys and values are swapped": {"swap": True},
+    "the scores are not scaled by sm_scale": {"sm_scale": 1.0},
+}
+
+
+fused_attention = Exercise(
+    "6.6",
+    assembly.ragged,
+    outputs=("output", "kv_cache", "rows of kv_cache that are right bit by bit"),
+    tolerance=1e-4,
+    place=ragged,
+    drive=assembly.run_batch,
+    runner=assembly.runner(judge_overlap),
+    limit_s=LIMIT_S,
+    epilogue=assembly.compiled("6.6"),
+    faults=(faults.NOBODY_SIGNALS, faults.LEFTOVER),
+)
+for _title, _lengths in {
+    "one decode, 13 tokens with the new one": [(1, 13)],
+    "three new tokens that cross a page and a block": [(3, 18)],
+    "an idle slot, a decode, five and four new tokens": [(0, 9), (1, 24), (5, 35), (4, 4)],
+}.items():
+    _sizes = {} if len(_lengths) > 1 else {"num_q_heads": 2, "num_kv_heads": 1}
+    _case = assembly.make_batch(RNG, _lengths, **_sizes)
+    fused_attention.case(_title, **_case, block_tokens=16)
+for _words, _options in RAGGED_MISTAKES.items():
+    fused_attention.mistake(_words)(wrong_ragged(_options))
+fused_attention.mistake(NO_ALIAS)(_fresh_cache)

@@ -1,4 +1,4 @@
-"""Checks of chapter 7: the keys and the order of one kernel for any batch.
+"""Checks of chapter 7: the keys and the order of one kernel for any batch, and your own.
 
 References and mistakes are NumPy and plain Python, and say the same as the kernel by brute force.
 """
@@ -8,7 +8,13 @@ from functools import partial
 
 import numpy as np
 
+from rpa.check.chapters import assembly
+from rpa.check.chapters.chapter05 import judge_overlap
+from rpa.check.chapters.chapter06 import RAGGED_MISTAKES, wrong_ragged
+from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
+from rpa.check.index_words import ragged
+from rpa.check.sandbox.dma import LIMIT_S
 from rpa.paging import cdiv
 
 RNG = np.random.default_rng(7)
@@ -272,3 +278,136 @@ _wrong_step(
     "there is one KV block too many: where the keys end exactly with a block, no other one follows",
     num_kv=_one_more,
 )
+
+
+# 7.3 your own kernel for any batch ----------------------------------------------------------------
+
+
+def _query_blocks(
+    starts, q_lens, kv_lens, num_tokens, block_q, *, num_blocks=None, kv_end=None, first_new=None,
+    offset=None, absent=0,
+):  # fmt: skip
+    """One block after the other, in plain Python; absent: what a block that is not there reads."""
+    num_blocks = num_blocks or (lambda q_len: cdiv(q_len, block_q))
+    kv_end = kv_end or (lambda kv_len, position: min(kv_len, position + block_q))
+    first_new = first_new or (lambda kv_len, q_len: kv_len - q_len)
+    offset = offset or (lambda i: i * block_q)
+    columns = []
+    for s, (start, q_len, kv_len) in enumerate(zip(starts, q_lens, kv_lens, strict=True)):
+        for i in range(num_blocks(int(q_len))):
+            new = first_new(int(kv_len), int(q_len))
+            position = new + offset(i)
+            columns.append((kv_end(kv_len, position), position, new, start + offset(i), s))
+    room = cdiv(num_tokens, block_q) + len(q_lens) - len(columns)
+    columns += [(absent, 0, 0, num_tokens, 0)] * room
+    fields = [np.array(field, np.int32) for field in zip(*columns, strict=True)]
+    exists = fields[3] < num_tokens  # of the others only kv_end and row are asked
+    return tuple(f if i in (0, 3) else np.where(exists, f, 0) for i, f in enumerate(fields))
+
+
+def drive_blocks(function, starts, q_lens, kv_lens, num_tokens, block_q):
+    """The learner's columns, with zeros where a field of a block that is not there is free."""
+    fields = function(starts, q_lens, kv_lens, num_tokens, block_q)
+    if not isinstance(fields, tuple | list) or len(fields) != 5:
+        raise WrongResult(
+            "expected five arrays: kv_end, position, first_new, row and seqs, in this order"
+        )
+    kv_end, position, first_new, row, seqs = (np.asarray(field) for field in fields)
+    if len({field.shape for field in (kv_end, position, first_new, row, seqs)}) > 1:
+        shapes = ", ".join(str(np.shape(field)) for field in fields)
+        raise WrongResult(f"expected five arrays of one length, and these have {shapes}")
+    there = row < num_tokens
+    fields = (np.where(there, f, 0) for f in (position, first_new, seqs))
+    position, first_new, seqs = fields
+    return tuple(x.astype(np.int32) for x in (kv_end, position, first_new, row, seqs))
+
+
+query_blocks = Exercise(
+    "7.3",
+    _query_blocks,
+    name="query_blocks",
+    outputs=("kv_end", "position", "first_new", "row", "seqs"),
+    axes=("block of queries",),
+    tolerance=0.0,
+    drive=drive_blocks,
+)
+query_blocks.case(
+    "one decode", starts=ints(0), q_lens=ints(1), kv_lens=ints(9), num_tokens=1, block_q=1
+)
+query_blocks.case(
+    "a decode, an idle slot, six tokens behind 28",
+    **{"starts": ints(0, 1, 1), "q_lens": ints(1, 0, 6), "kv_lens": ints(29, 0, 34)},
+    **{"num_tokens": 7, "block_q": 4},
+)
+query_blocks.case(
+    "a whole prompt between two decodes, an unused slot, padding",
+    **{"starts": ints(0, 1, 9, 12), "q_lens": ints(1, 8, 1, 0), "kv_lens": ints(5, 8, 17, 0)},
+    **{"num_tokens": 12, "block_q": 4},
+)
+
+
+def _blocks_mistake(words, **options):
+    def wrong(*arguments):
+        return _query_blocks(*arguments, **options)
+
+    query_blocks.mistake(words)(wrong)
+
+
+_blocks_mistake(
+    "a block of queries reads the keys of the whole sequence: its last query sees itself, and "
+    "nothing after it",
+    kv_end=lambda kv_len, position: kv_len,
+)
+_blocks_mistake(
+    "positions begin at 0: the cached prefix is forgotten", first_new=lambda kv_len, q_len: 0
+)
+_blocks_mistake("all blocks of a sequence are its first one", offset=lambda i: 0)
+
+
+@query_blocks.mistake("blocks that do not exist have keys: their kv_end has to be 0")
+def _absent_blocks_read(starts, q_lens, kv_lens, num_tokens, block_q):
+    fields = _query_blocks(starts, q_lens, kv_lens, num_tokens, block_q)
+    w = np.arange(len(fields[0]))
+    ends = np.cumsum(cdiv(q_lens, block_q))
+    offset = (w - (ends - cdiv(q_lens, block_q))[-1]) * block_q
+    behind = np.minimum(kv_lens[-1], (kv_lens - q_lens)[-1] + offset + block_q)
+    return np.where(w < ends[-1], fields[0], behind).astype(np.int32), *fields[1:]
+
+
+@query_blocks.mistake("a sequence without new tokens is given a block: an idle slot has none")
+def _idle_has_block(starts, q_lens, kv_lens, num_tokens, block_q):
+    arguments = (starts, q_lens, kv_lens, num_tokens, block_q)
+    return _query_blocks(*arguments, num_blocks=lambda q_len: max(1, cdiv(q_len, block_q)))
+
+
+@query_blocks.mistake(
+    "the last block of a sequence is left out where it is not full: q_len // block_q rounds down"
+)
+def _full_blocks_only(starts, q_lens, kv_lens, num_tokens, block_q):
+    arguments = (starts, q_lens, kv_lens, num_tokens, block_q)
+    return _query_blocks(*arguments, num_blocks=lambda q_len: q_len // block_q)
+
+
+ragged_attention = Exercise(
+    "7.3",
+    assembly.ragged,
+    outputs=("output", "kv_cache", "rows of kv_cache that are right bit by bit"),
+    tolerance=1e-4,
+    place=ragged,
+    drive=assembly.run_batch,
+    runner=assembly.runner(judge_overlap),
+    limit_s=LIMIT_S,
+    pieces=(query_blocks,),
+    epilogue=assembly.compiled("7.3"),
+)
+for _title, _lengths in {
+    "one decode": [(1, 13)],
+    "decodes with idle slots, a chunk behind a prefix, a whole prompt": [
+        *[(0, 9), (1, 24), (0, 0), (1, 17), (9, 29), (19, 19)]
+    ],
+}.items():
+    ragged_attention.case(
+        _title, **assembly.make_batch(RNG, _lengths, num_q_heads=2, num_kv_heads=1), block_tokens=16
+    )
+for _words, _options in RAGGED_MISTAKES.items():
+    ragged_attention.mistake(_words)(wrong_ragged(_options))

@@ -60,6 +60,7 @@ tile_kind.case("the last key that the window leaves", **_tile(40, 4, 18, 8, 16))
 tile_kind.case("one key further back", **_tile(40, 4, 17, 8, 16))
 tile_kind.case("the last query sees the first key just so", **_tile(40, 4, 28, 8, 16))
 tile_kind.case("and here it does not", **_tile(40, 4, 27, 8, 16))
+tile_kind.case("only the first two queries see the first key", **_tile(40, 4, 26, 8, 16))
 
 
 @tile_kind.mistake("a tile without a visible pair is computed and masked: skip it")
@@ -72,6 +73,28 @@ def _never_skips(q_position, bq_c, kv_position, bkv_c, sliding_window):
 def _always_masked(q_position, bq_c, kv_position, bkv_c, sliding_window):
     seen = _visible(q_position, bq_c, kv_position, bkv_c, sliding_window)
     return "masked" if seen.any() else "skip"
+
+
+@tile_kind.mistake(
+    "under a window the first query decides what needs no mask: it is the last one that loses "
+    "the first key first"
+)
+def _first_query_at_the_window(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    kind = _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
+    if sliding_window is None or kind == "skip":
+        return kind
+    inside = q_position - kv_position < sliding_window
+    return "interior" if kv_position + bkv_c - 1 <= q_position and inside else "masked"
+
+
+@tile_kind.mistake(
+    "under a window the last query decides what is skipped: the first one sees the earliest keys"
+)
+def _last_query_skips(q_position, bq_c, kv_position, bkv_c, sliding_window):
+    last = q_position + bq_c - 1
+    if sliding_window is not None and last - (kv_position + bkv_c - 1) >= sliding_window:
+        return "skip"
+    return _tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window)
 
 
 @tile_kind.mistake("the window is not thought of")

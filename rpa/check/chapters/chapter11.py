@@ -30,6 +30,12 @@ MOST_TOKENS = 4096
 def judge_lengths(witness, bq, bkv, window):
     """The verdict over `suspects.forgetful` on one sequence of the learner's lengths."""
     q_len, kv_len = _pair(witness(bq, bkv, window))
+    most_new = window + bkv + bq
+    if q_len > most_new:
+        raise WrongResult(
+            f"your sequence has {q_len} new tokens, expected at most window + bkv + bq = "
+            f"{most_new}: a witness that fits every kernel says nothing about this one"
+        )
     if not 1 <= q_len <= kv_len <= MOST_TOKENS:
         raise WrongResult(
             f"your sequence has q_len {q_len} and kv_len {kv_len}, expected 1 <= q_len <= kv_len "
@@ -310,6 +316,8 @@ def judge_numbers(witness, kv_len, block_tokens):
         return (GUILTY,)
     if 1 / (weights**2).sum() < kv_len / 8:
         return ("acquitted: a small part of the tokens has nearly all of the weight",)
+    if (values == 0).mean() > 7 / 8:
+        return ("acquitted: nearly all values are zero",)
     if abs(truth) <= FAR_OFF * largest:
         return ("acquitted: the right answer is close to zero",)
     if np.ptp(values.reshape(-1, block_tokens).mean(axis=1)) <= FAR_OFF * largest:
@@ -355,6 +363,16 @@ def _equal_values(kv_len, block_tokens):
 )
 def _random_values(kv_len, block_tokens):
     return np.zeros(kv_len), np.random.default_rng(0).standard_normal(kv_len)
+
+
+@rounded.mistake(
+    "one token, or a few, have a value, and all others are zero: its share of the answer is too "
+    "small for a tenth of the largest value, right or wrong"
+)
+def _needle(kv_len, block_tokens):
+    values = np.zeros(kv_len)
+    values[-1] = 1
+    return np.zeros(kv_len), values
 
 
 @rounded.mistake(

@@ -4,6 +4,7 @@
 |---|---|
 | `process.py` | the door, `in_sandbox` and `try_kernel`; starts, asks and ends the process |
 | `worker.py` | that process |
+| `pipe.py` | numbered messages between the two |
 | `pickling.py` | sends a learner's function there, by its source |
 | `faults.py` | what a kernel's copies did wrong, in words and with lines |
 | `dma.py` | what exercises about kernels with DMAs share |

@@ -7,15 +7,12 @@ fast is left out; the numbers stay the same but for the last bits of float32.
 all tests, and the notebooks in `make test`.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
-from rpa.kernel import api
+from rpa.kernel import compiler_options
 
 _IN_HASTE = {
     "xla_backend_optimization_level": 0,
@@ -66,24 +63,9 @@ def _round_to_float8(x):
     return (x + x - x).astype(jnp.float8_e4m3fn)  # not x alone: arithmetic is what gets fused
 
 
-@contextlib.contextmanager
-def rung_8() -> Iterator[None]:
-    """Compile rung 8 in haste where it is called in the body; on a TPU nothing is different."""
-    if jax.default_backend() == "tpu":
-        yield
-        return
-    with mock.patch.multiple(api, **_runs_in_haste()):
-        yield
-
-
-@functools.cache
-def _runs_in_haste():
-    """By name in `api`; made once, because a `jax.jit` remembers what it has compiled."""
-    haste = functools.partial(jax.jit, static_argnames=api.STATIC, compiler_options=options())
-    return {
-        "_run_on_copy": haste(api._run_on_copy),
-        "_run_in_place": haste(api._run_in_place, donate_argnames="kv_cache"),
-    }
+def rung_8():
+    """Context manager: rung 8 compiles fast where it is called in the body; not on a TPU."""
+    return compiler_options(**({} if jax.default_backend() == "tpu" else options()))
 
 
 if __name__ == "__main__":

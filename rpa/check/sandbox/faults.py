@@ -175,6 +175,18 @@ def _never_awaited(timeline):
         lines.append("It lies outside of its array: does the loop start one copy too many?")
     if len(copies) > 1:
         lines.append(f"{len(copies)} copies are left over in all.")
+    mine = [copy for copy in timeline.copies if copy.semaphore == first.semaphore]
+    started = sum(copy.num_bytes for copy in mine)
+    waited = sum(
+        event.num_bytes
+        for event in timeline.events
+        if event.kind == "wait" and event.semaphore == first.semaphore
+    )
+    if len(mine) > 1:
+        lines.append(
+            f"On {first.semaphore} {started:,} bytes are started in all, and {waited:,} waited "
+            "for: a wait counts bytes, and does not say whose."
+        )
     lines.append(
         "Its semaphore is not back at zero when the kernel ends, and the copy may end later still: "
         "after somebody has read what it was to bring."

@@ -5,6 +5,7 @@ another process. So the source travels, with every function and value of the not
 refers to; what comes from a module that can be imported travels as a name.
 """
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -84,7 +85,7 @@ def _add(parcel: Parcel, name: str, value) -> None:
         return
     if isinstance(value, types.ModuleType):
         parcel.modules[name] = value.__name__
-    elif _is_imported(value):
+    elif is_imported(value):
         parcel.imports[name] = (value.__module__, value.__name__)
     elif isinstance(inspect.unwrap(value), types.FunctionType | type):
         _add_source(parcel, name, value)
@@ -107,7 +108,7 @@ def _add_source(parcel: Parcel, name: str, value) -> None:
             f"the source of {name} cannot be read: define it in a cell of the notebook"
         ) from None
     parcel.sources[name] = (textwrap.dedent("".join(lines)), max(first, 1))
-    for other in _names_in(plain):
+    for other in (*names_in(plain), *_names_of_decorators(parcel.sources[name][0])):
         namespace = _globals_of(plain)
         if other != name and other in namespace:
             _add(parcel, other, namespace[other])
@@ -115,10 +116,11 @@ def _add_source(parcel: Parcel, name: str, value) -> None:
     parcel.sources[name] = parcel.sources.pop(name)
 
 
-def _is_imported(value) -> bool:
+def is_imported(value) -> bool:
     """Whether another process finds it under its name in a module."""
     module = sys.modules.get(getattr(value, "__module__", None) or "")
-    if module is None or module.__name__ in ("__main__", "your_code"):
+    # What the learner's own file has travels by its source as well: it changes between checks.
+    if module is None or module.__name__ in ("__main__", "your_code", "my_rpa"):
         return False
     return getattr(module, getattr(value, "__name__", ""), None) is value
 
@@ -130,12 +132,18 @@ def _globals_of(plain) -> dict:
     return next((method.__globals__ for method in methods), {})
 
 
-def _names_in(plain) -> Iterator[str]:
+def _names_of_decorators(source) -> Iterator[str]:
+    """The names that stand behind an @: they are looked up before the function is there."""
+    for decorator in ast.parse(source).body[0].decorator_list:
+        yield from (node.id for node in ast.walk(decorator) if isinstance(node, ast.Name))
+
+
+def names_in(plain) -> Iterator[str]:
     """The names that a function or class may look up outside, also from functions inside it."""
     if isinstance(plain, type):
         for member in vars(plain).values():
             if isinstance(member, types.FunctionType):
-                yield from _names_in(member)
+                yield from names_in(member)
         return
     codes = [plain.__code__]
     while codes:

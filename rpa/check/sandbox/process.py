@@ -1,8 +1,15 @@
 """Run a learner's DMA kernel where it can do no harm: in a process that can be killed.
 
-A kernel that waits for a semaphore nobody signals waits outside Python, and no exception gets it
-out. So it runs in a worker (`rpa.check.sandbox.worker`) that stays warm between checks, on the CPU
-also where this process has a TPU, and is killed and started again if it does not answer.
+A kernel that waits for a semaphore that is never signalled waits outside Python, and no exception
+gets it out. So it runs in a worker (`rpa.check.sandbox.worker`) that stays warm between checks, on
+the CPU also where this process has a TPU, and is killed and started again if it does not answer.
+
+What happens to the worker itself is never the learner's mistake:
+
+    the Stop button        reaches every process of a notebook's session: the worker has its own
+    an exception in `ask`  ends the worker and starts another: what still runs cannot answer later
+    a worker that is gone  is replaced, and the question asked once more
+    an old answer          carries the number of its question, and is dropped
 """
 
 import atexit
@@ -10,15 +17,16 @@ import contextlib
 import functools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rpa.check.errors import CannotShip, KernelFault, WrongResult
+from rpa.check.errors import CannotShip, KernelFault, SandboxFailed, WrongResult
 from rpa.check.runner import TookTooLong
-from rpa.check.sandbox import fast_compile
+from rpa.check.sandbox import fast_compile, pipe
 from rpa.check.sandbox.pickling import Parcel, pack
 from rpa.lab.copies.events import Timeline
 
@@ -74,7 +82,7 @@ def try_kernel(drive: Callable, kernel: Callable, *arguments, limit_s: float = 1
     """
     try:
         return _run(drive, kernel, arguments, limit_s)
-    except (KernelFault, CannotShip) as fault:
+    except (KernelFault, CannotShip, SandboxFailed) as fault:
         print(fault)
     except TookTooLong as late:
         print(f"Your kernel was {late}.")
@@ -86,6 +94,7 @@ def _run(drive, function, arguments: Sequence, limit_s: float, judge=None):
     Raises:
         KernelFault: a rule of DMAs is broken, or the function raises; the text says it all.
         TookTooLong: it did not end by itself.
+        SandboxFailed: the process is not to be had, whatever the function is.
     """
     answer = _worker().ask(Job(pack(function), drive, list(arguments), judge), limit_s)
     print(answer.printed, end="")
@@ -98,88 +107,191 @@ def _run(drive, function, arguments: Sequence, limit_s: float, judge=None):
     raise KernelFault(answer.value)
 
 
-@functools.cache
 def _worker():
+    return _worker_of(os.getpid())
+
+
+@functools.cache
+def _worker_of(pid):
+    """The worker of this process: a process that is forked from it has pipes to the same one."""
     return Worker()
 
 
 def _busy() -> float:
-    """How much longer things take because others use this machine too; 1 where nobody does."""
+    """How much longer things take because the machine is shared; 1 where it is idle."""
     waiting = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return max(1.0, waiting / (os.cpu_count() or 1))
 
 
 class Worker:
-    """The process, started again when it had to be killed."""
+    """The process, started again when it had to be killed, or was."""
 
     def __init__(self):
+        self._lock = threading.Lock()  # cells may run in threads
+        self._process = None
+        self._number = 0
         self._start()
-        atexit.register(self._kill)
-
-    def _start(self):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-        given = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{given} {fast_compile.xla_flags()}".strip()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rpa.check.sandbox.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        self._ready = False
+        atexit.register(self._end)
 
     def ask(self, job, limit_s: float):
         """The worker's answer to a job.
 
         Raises:
-            TookTooLong: after limit_s, more on a busy machine; the worker is killed then, and a
-                new one starts.
+            TookTooLong: after limit_s, more on a busy machine.
+            KernelFault: the job ends the process, twice.
+            SandboxFailed: the process does not start, or is killed from outside, twice.
         """
-        if not self._ready:
-            if self._receive(START_LIMIT_S) != "ready":
+        with self._lock:
+            try:
+                return self._ask(pickle.dumps(job), limit_s)
+            except BaseException:  # the Stop button, too
                 self._restart()
-                raise KernelFault("The process that runs your kernel did not start. Try again.")
+                raise
+
+    def _ask(self, job, limit_s):
+        for _ in range(2):  # what ends a worker may have happened before this job
+            if self._process is None or self._process.poll() is not None:
+                self._restart()
+            if not self._ready and self._talk(START_LIMIT_S) is None:
+                raise SandboxFailed(f"{NOT_STARTED} {_why_not()}. {NOT_YOURS}")
             self._ready = True
-        pickle.dump(job, self._process.stdin)
-        self._process.stdin.flush()
-        limit_s *= _busy()
-        answer = self._receive(limit_s)
-        if answer is None:
-            ended = self._has_ended()
-            self._restart()
-            if ended:
-                raise KernelFault(
-                    "Your kernel ended the process that it ran in. Does it write or copy past "
-                    "the end of an array?"
-                )
-            raise TookTooLong(f"stopped after {limit_s:.0f} s")
-        return answer
+            self._number += 1
+            limit_now_s = limit_s * _busy()
+            answer = self._talk(limit_now_s, job)
+            if answer is not None:
+                return _opened(answer)
+            code = self._exit_code()
+            if code is None:
+                raise TookTooLong(f"stopped after {limit_now_s:.0f} s")
+        if code in _FROM_OUTSIDE:
+            raise SandboxFailed(f"{KILLED} {NOT_YOURS}")
+        raise KernelFault(
+            "Your kernel ended the process that it ran in. Does it write or copy past the end of "
+            "an array?"
+        )
 
-    def _receive(self, limit_s: float):
-        """What the worker sends, or None if nothing comes in time or it has ended."""
-        received = []
+    def _talk(self, limit_s: float, job: bytes | None = None):
+        """Send a job, if there is one; the answer to it, or None if none comes in time.
 
-        def read():
-            with contextlib.suppress(EOFError):  # it has ended
-                received.append(pickle.load(self._process.stdout))
+        In a thread, because neither reading nor writing a pipe has a time limit everywhere.
+        """
+        process, number, received = self._process, self._number, []
 
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        reader.join(limit_s)
+        def talk():
+            # EOFError and OSError: the worker is gone.
+            with contextlib.suppress(EOFError, OSError):
+                if job is not None:
+                    pipe.send(process.stdin, number, job)
+                while not received:
+                    answered, message = pipe.receive(process.stdout)
+                    if answered == number:
+                        received.append(message)
+
+        thread = threading.Thread(target=talk, daemon=True)
+        thread.start()
+        thread.join(limit_s)
         return received[0] if received else None
 
-    def _has_ended(self):
+    def _exit_code(self):
+        """How the worker ended, or None if it has not."""
         try:
-            self._process.wait(0.5)  # its pipe closes a moment before it is gone
+            return self._process.wait(0.5)  # its pipe closes a moment before it is gone
         except subprocess.TimeoutExpired:
-            return False
-        return True
+            return None
+
+    def _start(self):
+        self._ready, self._number = False, 0
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rpa.check.sandbox.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,  # nothing is left to flush into the pipe of a worker that is gone
+                env=_environment(),
+                cwd=_folder(),
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
+            )
+        except OSError as error:
+            raise SandboxFailed(f"{NOT_STARTED} {error}. {NOT_YOURS}") from None
 
     def _restart(self):
-        self._kill()
+        self._end()
         self._start()
 
-    def _kill(self):
-        self._process.kill()
-        self._process.wait()
+    def _end(self):
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):  # gone already
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)  # what a kernel has started, too
+        process.kill()
+        process.wait()
+
+
+NOT_STARTED = "The process in which kernels are checked does not start:"
+KILLED = (
+    "The process in which your kernel ran was killed from outside, twice, as a system does when "
+    "its memory runs out. Close what else takes memory."
+)
+NOT_YOURS = (
+    "That is not a mistake of your function, and no attempt was counted. Try again; if it stays "
+    "so, restart the notebook's kernel and look at `rpa.doctor()`."
+)
+
+_FROM_OUTSIDE = [
+    -number
+    for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
+    if (number := getattr(signal, name, None))
+]
+
+
+def _opened(data: bytes):
+    """The answer in a message."""
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # a class of the learner's is known to the worker alone
+        raise KernelFault(
+            "Your function returns what cannot be sent back from the process that it runs in "
+            f"({type(error).__name__}: {error}): return arrays."
+        ) from None
+
+
+def _why_not() -> str:
+    """The last line that Python prints where the worker's modules cannot be imported."""
+    command = [sys.executable, "-c", "import rpa.check.sandbox.worker"]
+    try:
+        tried = subprocess.run(
+            command,
+            env=_environment(),
+            cwd=_folder(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=START_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    lines = tried.stderr.strip().splitlines()
+    return lines[-1] if tried.returncode and lines else "it ends without a word"
+
+
+def _environment() -> dict[str, str]:
+    here = _folder()
+    path = [folder or here for folder in sys.path]  # "" is the working folder
+    given = os.environ.get("XLA_FLAGS", "")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path),
+        "XLA_FLAGS": f"{given} {fast_compile.xla_flags()}".strip(),
+    }
+
+
+def _folder() -> str:
+    """The working folder, or one that is there where it has been deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.path.dirname(os.path.abspath(__file__))

@@ -13,12 +13,10 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
-import jax
 import numpy as np
 
-from rpa.kernel import api
+from rpa.kernel import prepare
 from rpa.lab.bench.tables import whole
 from rpa.lab.bench.tables.whole import BATCHES, CONTEXTS, ROOM
 
@@ -92,23 +90,12 @@ def default_blocks(place: Place) -> tuple[int, ...]:
     >>> (bq, bq_c), bkv % bkv_c
     ((1, 1), 0)
     """
-    found, w = [], place.room
-
-    def keep(*_, plans, **__):
-        found.extend(plans)
-
+    w = place.room
     new = w.kv(w.num_seqs * w.q_len)
-    args = (w.queries(w.num_seqs * w.q_len), new, new, w.kv_cache, *w.metadata)
-    with mock.patch.object(api, "_run_on_copy", keep):
-        jax.eval_shape(
-            lambda *arrays: api.ragged_paged_attention(
-                *arrays, backend="tpu", donate=False, validate=False, chip=place.chip
-            ),
-            *args,
-        )
-    (plan,) = (plan for plan in found if plan.case.label == place.case)
-    b = plan.blocks
-    return b.bq, b.bkv, b.bq_c, b.bkv_c
+    queries = w.queries(w.num_seqs * w.q_len)
+    plans = prepare(queries, new, new, w.kv_cache, *w.metadata, chip=place.chip)
+    (blocks,) = (plan.blocks for plan in plans if plan.case.label == place.case)
+    return tuple(blocks)
 
 
 def predict(place: Place, blocks) -> dict[str, dict[str, float]]:

@@ -8,11 +8,12 @@ them, or a version, changes.
 (Ahead-of-time topologies: `jax.experimental.topologies`; https://openxla.org/xla/errors.)
 """
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 
 from rpa import chips
 from rpa.lab.compile import words
+from rpa.lab.compile.functions import import_path
 
 ENVIRONMENT = {
     # The worker itself computes on the CPU; libtpu is only asked to compile.
@@ -68,7 +70,7 @@ class CompileResult:
 
     Attributes:
         chip: short name of the chip it was compiled for.
-        function: "module:function".
+        function: "module:function" or "/absolute/file.py:function".
         ok: whether it compiled.
         trace_time_s: time for tracing and lowering to MLIR, in the worker.
         compile_time_s: time in the TPU compiler.
@@ -125,7 +127,7 @@ def compile_for(
 
     Args:
         chip: anything that `rpa.chips.chip` knows, "v5e" or "TPU v6 lite".
-        fn: a function at the top level of a module, or "module:function".
+        fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         donate_argnums: as in `jax.jit`.
@@ -148,6 +150,7 @@ def compile_for(
         "donate_argnums": list(donate_argnums),
         "keep_hlo": keep_hlo,
         "versions": compile_versions(),
+        "format": FORMAT,
         # Two checkouts of this package share the cache, and hold different kernels.
         "home": str(Path(__file__).parents[3]),
     }
@@ -166,32 +169,43 @@ def compile_for(
     return result
 
 
+FORMAT = 2
+"""Of what is kept: another number, and everything is compiled anew."""
+
+
 def cache_dir() -> Path:
-    """Where results are kept: `$XDG_CACHE_HOME/rpa/compile`, or below `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rpa" / "compile"
+    """Where results are kept: `$XDG_CACHE_HOME/rpa/compile`, or below `~/.cache`.
 
-
-def import_path(fn) -> str:
-    """ "module:function" of a function that another process can import.
-
-    Raises:
-        ValueError: if it cannot.
+    Where nothing can be written there (a read-only home, none at all, a file in its place), they
+    are kept in a folder that lasts as long as this process, and that is said once.
     """
-    if isinstance(fn, str):
-        path = fn
-    else:
-        fn = inspect.unwrap(fn)
-        path = f"{getattr(fn, '__module__', None)}:{getattr(fn, '__qualname__', fn)}"
-    module, _, name = path.partition(":")
-    if module in ("", "None", "__main__") or not name.isidentifier():
-        raise ValueError(
-            f"fn is {path}, but must be a function at the top level of a module that can be "
-            "imported, because another process compiles it: write it to a file "
-            "(%%writefile my_kernel.py in a notebook) and pass 'my_kernel:function'; pass what "
-            "a functools.partial would fix by kwargs."
-        )
-    return path
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # without $HOME, for a user that the system does not know
+        return _temporary_folder(str(error))
+    return _cache_in(base)
+
+
+@functools.cache
+def _cache_in(base):
+    folder = base / "rpa" / "compile"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"tried")
+    except (OSError, ValueError) as error:
+        return _temporary_folder(str(error))
+    return folder
+
+
+@functools.cache
+def _temporary_folder(why):
+    _say_once(f"(What is compiled is not kept for the next time: {why})")
+    whole = tempfile.TemporaryDirectory(prefix="rpa_")
+    atexit.register(whole.cleanup)
+    folder = Path(whole.name) / "rpa" / "compile"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @functools.cache
@@ -225,22 +239,62 @@ def ask_worker(spec, shapes, timeout_s, worker="rpa.lab.compile.worker", environ
 
 
 def _run_worker(spec, shapes, timeout_s, worker, environment) -> dict:
-    path = os.pathsep.join([str(Path(__file__).parents[3]), *(p or os.getcwd() for p in sys.path)])
+    home = str(Path(__file__).parents[3])
+    path = os.pathsep.join([home, *(p or _working_folder(home) for p in sys.path)])
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path} | environment
     with tempfile.TemporaryDirectory() as scratch:
         order, answer = Path(scratch) / "order.pickle", Path(scratch) / "answer.json"
         order.write_bytes(pickle.dumps((spec, shapes)))
         # -P: this package, not one that lies in the current directory.
         command = [sys.executable, "-P", "-m", worker, str(order), str(answer)]
-        try:
-            done = subprocess.run(
-                command, env=environment, timeout=timeout_s, capture_output=True, text=True
-            )
-        except subprocess.TimeoutExpired:
+        code, complaint = _wait_for(command, environment, timeout_s)
+        if code is None:
             return {"message": f"{words.TIMED_OUT} after {timeout_s:.0f} s"}
         if not answer.exists():
-            return {"message": f"{words.DIED} (exit code {done.returncode}): {done.stderr[-2000:]}"}
+            return {"message": f"{words.DIED} (exit code {code}): {complaint[-2000:]}"}
         return json.loads(answer.read_text())
+
+
+_running = set()
+"""The workers' processes, of all threads."""
+
+
+def _wait_for(command, environment, timeout_s):
+    """(exit code, standard error) of a process; no exit code if it took too long."""
+    # A session of its own: Ctrl-C is for this process, which then ends the other one.
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    _running.add(process)
+    try:
+        _, complaint = process.communicate(timeout=timeout_s)
+        return process.returncode, complaint
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        _running.discard(process)
+        process.kill()
+        process.wait()
+
+
+def end_workers():
+    """End all compilers that still run; whatever waits for one is told that it died."""
+    for process in list(_running):
+        process.kill()
+
+
+def _working_folder(otherwise):
+    try:
+        return os.getcwd()
+    except OSError:  # deleted
+        return otherwise
 
 
 def _result(spec, answer) -> CompileResult:
@@ -269,30 +323,49 @@ def _failure(spec, kind_and_text) -> CompileResult:
 
 
 def read_kept(entry: Path) -> dict | None:
-    """What `write_kept` wrote, unless a file that was loaded for it has changed since."""
+    """What `write_kept` wrote; None if a file that was loaded for it has changed since.
+
+    None, too, for whatever another program, or another version of this one, has left there.
+    """
     try:
-        kept = json.loads(entry.read_text())
-    except (OSError, ValueError):
+        kept = json.loads(entry.read_text(encoding="utf-8"))
+        if kept["format"] != FORMAT:
+            return None
+        changed = any(file_hash(path) != seen for path, seen in kept["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    changed = any(file_hash(path) != seen for path, seen in kept["files"].items())
     return None if changed else kept
 
 
 def write_kept(entry: Path, kept: dict):
-    """Keep a dictionary, in which "files" says what it depends on: {path: hash}."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
+    """Keep a dictionary, in which "files" says what it depends on: {path: hash}.
+
+    Where that fails (a full disk), it is said once; a result that is not kept is still one.
+    """
     # Written aside and renamed: another process or thread never reads half of it.
     aside = entry.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    aside.write_text(json.dumps(kept))
-    aside.replace(entry)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(kept | {"format": FORMAT}), encoding="utf-8")
+        aside.replace(entry)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        _say_once(f"(What is compiled is not kept for the next time: {error.strerror})")
+
+
+@functools.cache
+def _say_once(text):
+    print(text, file=sys.stderr)
 
 
 def _read_entry(entry: Path) -> CompileResult | None:
     kept = read_kept(entry)
-    if kept is None:
+    try:
+        kernels = tuple(Kernel(**kernel) for kernel in kept["result"].pop("kernels"))
+        return CompileResult(**kept["result"], kernels=kernels)
+    except (LookupError, TypeError, AttributeError):  # nothing is kept, or something else
         return None
-    kernels = tuple(Kernel(**kernel) for kernel in kept["result"].pop("kernels"))
-    return CompileResult(**kept["result"], kernels=kernels)
 
 
 def file_hash(path) -> str | None:

@@ -1,7 +1,6 @@
 """The subprocess of `rpa.lab.compile`: lowers and compiles one function, writes one JSON file."""
 
 import functools
-import importlib
 import json
 import pickle
 import sys
@@ -15,20 +14,21 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rpa
+from rpa import interpreter
+from rpa.lab.compile import functions
 from rpa.lab.compile.compiler import file_hash
 
 
 def compile_spec(spec, shapes) -> dict:
     """Compile for one chip of the topology; returns the fields of a CompileResult, and the HLO."""
-    module, name = spec["function"].split(":")
-    function = functools.partial(getattr(importlib.import_module(module), name), **spec["kwargs"])
+    function = functools.partial(functions.load(spec["function"]), **spec["kwargs"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
     mesh = Mesh(np.array(topology.devices[:1]), "x")
     on_chip = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
     start = _clocks()
     # Inside the mesh pltpu.get_tpu_info() and Pallas itself see this chip, not the host's CPU.
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), interpreter.compiled():
         lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
     traced = _clocks()
     compiled = lowered.compile()
@@ -55,7 +55,7 @@ def _clocks():
 
 def loaded_files(spec) -> dict:
     """The source files that the result depends on: those of rpa, and those beside the function."""
-    module = sys.modules.get(spec["function"].split(":")[0])
+    module = functions.module_of(spec["function"])
     homes = {str(Path(rpa.__file__).parent)}
     if getattr(module, "__file__", None):
         homes.add(str(Path(module.__file__).parent))
@@ -73,7 +73,7 @@ def write_answer(answer, work, spec):
     """Write what `work()` returns, or its error, and the files that it depends on."""
     loaded = {}
     try:
-        importlib.import_module(spec["function"].split(":")[0])
+        functions.load(spec["function"])
         # As they are now: who edits a file while the compiler works does not change what it has.
         loaded = loaded_files(spec)
         result = work()

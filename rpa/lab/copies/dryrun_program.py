@@ -515,6 +515,7 @@ _STEPS = {
     **dict.fromkeys(["jit", "pjit", "closed_call", "core_call", "remat", "checkpoint"], _call),
     **dict.fromkeys(["custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"], _call),
     **dict.fromkeys(["with_memory_space_constraint", "optimization_barrier", "copy"], _pass_on),
+    "forward_only": _pass_on,
     "cond": _cond,
     "while": _while,
     "scan": _scan,

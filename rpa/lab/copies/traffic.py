@@ -22,9 +22,10 @@ from functools import partial
 import jax
 import numpy as np
 
-from rpa import chips, fused, ladder, streamed, tiled
+from rpa import chips, fused, interpreter, ladder, streamed, tiled
 from rpa.kernel import ragged_paged_attention
 from rpa.lab import peers
+from rpa.lab.compile.functions import is_own, load
 from rpa.lab.copies.dryrun import OUTPUT, dry_run
 from rpa.lab.copies.events import HBM, SMEM
 from rpa.paging import cdiv
@@ -154,8 +155,8 @@ def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic
     """Count the HBM bytes that a rung moves for a batch.
 
     Args:
-        rung: a name in RUNGS, or a function (queries, keys, values, kv_cache, batch, *, sm_scale,
-            **options) -> anything, whose kernels are for the TPU (`interpret=False`).
+        rung: a name in RUNGS, your own as "file.py:function", or a function (queries, keys,
+            values, kv_cache, batch, *, sm_scale, **options) -> anything.
         batch: with NumPy values; its pages need not be owned by anybody.
         layer: sizes.
         options: for the rung's function, as `d_block_sizes` or `sliding_window`.
@@ -171,21 +172,36 @@ def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic
     >>> traffic.kinds["KV read"].num_bytes == 49 * 2 * 2 * 128 * 2
     True
     """
-    function = RUNGS[rung](batch) if isinstance(rung, str) else rung
+    function = _function_of(rung, batch)
     num_tokens = int(np.asarray(batch.cu_q_lens)[int(batch.num_seqs)])
     pages = np.asarray(batch.page_indices)
     num_pages = max(1, int(pages.max(initial=0)) + 1)
     new = jax.ShapeDtypeStruct((num_tokens, layer.num_kv_heads, layer.head_dim), layer.kv_dtype)
-    run = dry_run(
-        lambda *arrays: function(*arrays, batch, sm_scale=layer.head_dim**-0.5, **options),
-        jax.ShapeDtypeStruct((num_tokens, layer.num_q_heads, layer.head_dim), layer.dtype),
-        new,
-        new,
-        jax.ShapeDtypeStruct(layer.cache_shape(num_pages), layer.kv_dtype),
-        names=("queries", "keys", "values", "kv_cache"),
-    )
+    with interpreter.compiled():
+        run = dry_run(
+            lambda *arrays: function(*arrays, batch, sm_scale=layer.head_dim**-0.5, **options),
+            jax.ShapeDtypeStruct((num_tokens, layer.num_q_heads, layer.head_dim), layer.dtype),
+            new,
+            new,
+            jax.ShapeDtypeStruct(layer.cache_shape(num_pages), layer.kv_dtype),
+            names=("queries", "keys", "values", "kv_cache"),
+        )
     name = rung if isinstance(rung, str) else getattr(rung, "__name__", "function")
+    name = "yours" if is_own(name) else name
     return _traffic(name, run, batch, layer, layer.cache_shape(num_pages))
+
+
+def _function_of(rung, batch):
+    if not isinstance(rung, str):
+        return rung
+    if is_own(rung):
+        return load(rung)
+    if rung not in RUNGS:
+        raise ValueError(
+            f"rung is {rung!r}, but must be one of {', '.join(RUNGS)}, or your own as "
+            "'file.py:function'."
+        )
+    return RUNGS[rung](batch)
 
 
 def _traffic(name, run, batch, layer, cache_shape):

@@ -23,6 +23,7 @@ import numpy as np
 from rpa import chips
 from rpa.chips import attention_cost
 from rpa.lab.batches import metadata_of
+from rpa.lab.compile.functions import is_own
 from rpa.lab.predict.calibration import FITTED, Calibration, range_us
 from rpa.lab.programs import Workload
 from rpa.lab.schedule.cases import check_products, compile_kernel
@@ -111,7 +112,8 @@ def predict_batch(
     A range of the batch without sequences is not counted, although its kernel is launched.
 
     Args:
-        kernel: "rpa", "v3" or "batched": a name in `rpa.lab.schedule.cases.KERNELS`.
+        kernel: "rpa", "v3" or "batched": a name in `rpa.lab.schedule.cases.KERNELS`; or your own,
+            "file.py:function", which takes the whole batch in one kernel.
         chip: anything that `rpa.chips.chip` knows.
         batch: NumPy arrays, as `RaggedBatch.from_lengths` makes them.
         model: a name in `rpa.shapes.MODELS`, or (num_q_heads, num_kv_heads, head_dim).
@@ -165,7 +167,8 @@ def run_batch(
         As `predict_batch`.
     """
     runs = []
-    for case in cases_of(batch):
+    # A kernel of one's own computes decodes and the rest alike, in one call.
+    for case in ["all"] if is_own(kernel) else cases_of(batch):
         schedule, program = compile_kernel(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )
@@ -189,7 +192,7 @@ def _least_flops(batch, case, sizes, chip, options):
     known, eight_bits = chips.chip(chip), jnp.dtype(sizes.kv_dtype).itemsize == 1
     slower = known.peak("bfloat16") / known.peak(sizes.kv_dtype) if eight_bits else 1.0
     num_decode = int(batch.distribution[0])
-    mine = slice(0, num_decode) if case == "decode" else slice(num_decode, None)
+    mine = {"decode": slice(0, num_decode), "mixed": slice(num_decode, None)}.get(case, slice(None))
     most = options.get("sliding_window") or np.iinfo(np.int64).max
     q_lens = np.minimum(q_lens_of(batch)[mine], most)
     kv_lens = np.where(q_lens > 0, np.minimum(kv_lens_of(batch)[mine], most), 0)

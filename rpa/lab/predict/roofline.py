@@ -117,6 +117,9 @@ def floors(
     True
     """
     known, heads = chips.chip(chip), heads_of(model)
+    lengths = [length for length in lengths if length[0]]  # an idle slot costs nothing
+    if not lengths:
+        raise ValueError("lengths have no new token, so there is nothing to compute or to move.")
     parts = {
         "decode": [length for length in lengths if length[0] <= 1],
         "prefill": [length for length in lengths if length[0] > 1],

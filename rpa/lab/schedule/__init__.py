@@ -9,6 +9,7 @@
 |
 | `loop_tree.py` | loops and predicated regions, and what bounds them |
 | `cases.py` | what a chunk of decode, or of prefill, costs in each kernel |
+| `steps.py` | from rung 7 to rung 8 one step at a time |
 | `inner_loop.py`, `recorded.py` | the bench of chapter 9; schedules recorded for other machines |
 """
 

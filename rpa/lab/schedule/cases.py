@@ -12,12 +12,15 @@ outside a loop: what longer sequences execute more, by the number of chunks that
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from rpa import chips
+from rpa.kernel import prepare
 from rpa.lab import peers, programs
 from rpa.lab.batches import make_batch, metadata_of
+from rpa.lab.compile.functions import is_own
 from rpa.lab.schedule.execution import DELAY_SLOTS, Execution
 from rpa.lab.schedule.schedule import Schedule, schedule_for
 from rpa.lab.schedule.values import CannotRun
@@ -64,13 +67,23 @@ class KernelChoice:
         program: workload to the function and its arguments.
         names: by case, the pattern of the `pallas_call`'s name.
         blocks: by case, the keyword argument for its blocks.
+        default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
+        asks_for_chip: whether it takes the name of the chip.
         flags: further flags of the compiler.
     """
 
     program: Callable
     names: dict[str, str]
     blocks: dict[str, str]
+    default_blocks: Callable = lambda *_: None
+    asks_for_chip: bool = True
     flags: str = ""
+
+
+def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
+    """The blocks that rung 8 chooses: (bq, bkv, bq_c, bkv_c)."""
+    plans = prepare(*program.args, chip=chip, backend="tpu")
+    return next(tuple(plan.blocks) for plan in plans if plan.case.label == case)
 
 
 KERNELS = {
@@ -78,6 +91,7 @@ KERNELS = {
         programs.kernel,
         {"decode": "^rpa_decode$", "mixed": "^rpa_mixed$"},
         {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
+        rung_8_blocks,
     ),
     "v3": KernelChoice(
         peers.PROGRAMS["v3"],
@@ -88,10 +102,42 @@ KERNELS = {
         peers.PROGRAMS["batched"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
         {"decode": "decode_block_sizes", "mixed": "prefill_block_sizes"},
-        peers.COMPILER_FLAGS,
+        flags=peers.COMPILER_FLAGS,
     ),
 }
 """What the command `lab schedule` knows by name."""
+
+
+def kernel_choice(kernel) -> KernelChoice:
+    """How a kernel is found: by a name in KERNELS, or one's own by "file.py:function".
+
+    A kernel of one's own has the ladder's signature, and one `pallas_call` for all cases.
+
+    Raises:
+        ValueError: for a name that is neither.
+
+    >>> kernel_choice("rpa").names["decode"]
+    '^rpa_decode$'
+    """
+    if kernel in KERNELS:
+        return KERNELS[kernel]
+    if not is_own(kernel):
+        raise ValueError(
+            f"kernel is {kernel!r}, but must be one of {', '.join(KERNELS)}, or your own as "
+            "'file.py:function'."
+        )
+    return KernelChoice(
+        partial(programs.own, kernel), dict.fromkeys((*CASES, "all"), ""), {}, asks_for_chip=False
+    )
+
+
+def label(kernel) -> str:
+    """A kernel in a table: its name, or "yours".
+
+    >>> label("v3"), label("my_rpa.py:ragged_attention")
+    ('v3', 'yours')
+    """
+    return "yours" if is_own(kernel) else kernel
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,7 @@ class Measured:
 
     Attributes:
         kernel, case, chip: names.
+        blocks: (bq, bkv, bq_c, bkv_c); None where the kernel chose them and does not say.
         schedule: of the compiled kernel.
         chunks: what `num_chunks` chunks execute.
         num_chunks: how many.
@@ -114,6 +161,7 @@ class Measured:
     kernel: str
     case: str
     chip: str
+    blocks: tuple[int, ...] | None
     schedule: Schedule
     chunks: Execution
     num_chunks: int
@@ -132,14 +180,21 @@ class Measured:
     @property
     def page_issue_per_chunk(self) -> float:
         """Bundles of the loops or regions that start the copies of pages."""
-        return page_issue(self.schedule, self.chunks) / self.num_chunks
+        return self._page_issue / self.num_chunks
+
+    @property
+    def _page_issue(self):
+        return page_issue(self.schedule, self.chunks)
 
     @property
     def bundles_per_chunk(self) -> float:
         """Decode: all but page issue. Mixed: the innermost loop that multiplies."""
         if self.case == "decode":
             return self.executed_per_chunk - self.page_issue_per_chunk
-        return innermost(self.schedule, self.chunks) / self.num_chunks
+        inner = innermost(self.schedule, self.chunks)
+        # Where the loop that multiplies also starts copies, none is innermost: all but page issue.
+        bundles = inner or self.executed_per_chunk * self.num_chunks - self._page_issue
+        return bundles / self.num_chunks
 
     @property
     def busiest_span(self):
@@ -168,6 +223,7 @@ def measure(
     *,
     model="llama-3-8b",
     page_size=128,
+    kv_dtype="bfloat16",
     share_lanes=False,
     blocks=None,
     use_cache=True,
@@ -175,11 +231,12 @@ def measure(
     """Compile a kernel for a chip and count what a chunk of a case costs.
 
     Args:
-        kernel: a name in KERNELS.
+        kernel: a name in KERNELS, or "file.py:function" (see `kernel_choice`).
         case: a name in CASES.
         chip: anything that `rpa.chips.chip` knows.
         model: a name in `rpa.shapes.MODELS`, or its three numbers of heads.
         page_size: tokens of a page.
+        kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
         use_cache: False compiles again.
@@ -192,6 +249,7 @@ def measure(
     sizes = programs.Workload(
         model,
         page_size=page_size,
+        kv_dtype=kv_dtype,
         num_seqs=what.max_num_seqs,
         q_len=max(1, what.q_len // 4),
         kv_len=LONG,
@@ -222,8 +280,10 @@ def measure(
         more = (run(2 * n, SHORT) - short).bundles
         per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
+    known = chips.chip(chip).name
+    chosen = KERNELS[kernel].default_blocks(program, known, case) if blocks is None else blocks
     return Measured(
-        *(kernel, case, chips.chip(chip).name, schedule, chunks, what.num_chunks),
+        *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
         floor_of,
         *regions(schedule, chunks, what.num_chunks),
@@ -238,7 +298,7 @@ def compile_kernel(
     """The schedule of one kernel for one case, and the function and arguments it belongs to.
 
     Args:
-        kernel: a name in KERNELS.
+        kernel: a name in KERNELS, or "file.py:function" (see `kernel_choice`).
         case: a name in CASES: which of the function's kernels.
         chip: anything that `rpa.chips.chip` knows.
         sizes: a `rpa.lab.programs.Workload`: shapes that it is compiled for.
@@ -249,12 +309,15 @@ def compile_kernel(
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile.
     """
-    choice, chip = KERNELS[kernel], chips.chip(chip)
+    choice, chip = kernel_choice(kernel), chips.chip(chip)
     program = choice.program(sizes)
     # A kernel that compiles its scale in would save itself the work for a scale of 1.
-    kwargs = program.kwargs | {"chip": chip.name, "sm_scale": sizes.heads[2] ** -0.5}
-    kwargs |= options or {}
+    kwargs = program.kwargs | {"sm_scale": sizes.heads[2] ** -0.5} | (options or {})
+    if choice.asks_for_chip:
+        kwargs["chip"] = chip.name
     if blocks is not None:
+        if case not in choice.blocks:
+            raise ValueError(f"blocks is {blocks}, but {kernel} chooses its own: leave it out.")
         kwargs[choice.blocks[case]] = list(blocks)
     schedule = schedule_for(
         *(chip.name, program.function, *program.args),

@@ -47,11 +47,11 @@ def scores(q, k):
     return lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def scores_turned(q, k, quarters):
+def scores_swapped(q, k, quarters):
     """The same; for so many quarters of the keys as (K Q^T)^T, with the queries as weights."""
-    turned = len(k) * quarters // 4
-    parts = [scores(k[:turned], q).T] if turned else []
-    return jnp.concatenate([*parts, scores(q, k[turned:])], axis=1)
+    swapped = len(k) * quarters // 4
+    parts = [scores(k[:swapped], q).T] if swapped else []
+    return jnp.concatenate([*parts, scores(q, k[swapped:])], axis=1)
 
 
 def softmax(s):
@@ -78,7 +78,7 @@ def in_turn(q_ref, kv_ref, out_ref, load):
 
 def ahead(q_ref, kv_ref, out_ref, load, *, num_ahead):
     """P V of a head when Q K^T of the `num_ahead` next ones has been issued."""
-    waiting = []
+    pending = []
 
     def finish(head, weights, total, v):
         out_ref[0, head] = weighted_values(weights, v) / total
@@ -86,33 +86,33 @@ def ahead(q_ref, kv_ref, out_ref, load, *, num_ahead):
     for head in range(NUM_KV_HEADS):
         k, v = load(kv_ref.at[0], head)
         s = scores(q_ref[0, head], k)
-        if len(waiting) == num_ahead:
-            finish(*waiting.pop(0))
-        waiting.append((head, *softmax(s), v))
-    for chain in waiting:
+        if len(pending) == num_ahead:
+            finish(*pending.pop(0))
+        pending.append((head, *softmax(s), v))
+    for chain in pending:
         finish(*chain)
 
 
-def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_dot, num_ahead, quarters=0):
-    """Several heads in one product, block-diagonally; sequences by turns; some keys turned."""
-    waiting = []
+def stacked(q_ref, kv_ref, out_ref, load, *, heads_per_group, num_ahead, quarters=0):
+    """Several heads in one product, block-diagonally; sequences by turns; some keys swapped."""
+    pending = []
 
     def finish(seq, first, weights, total, v):
         out = weighted_values(weights, v) / total
-        for i in range(heads_per_dot):
+        for i in range(heads_per_group):
             rows = out[i * GROUP : (i + 1) * GROUP]
             out_ref[seq, first + i] = rows[:, i * HEAD_DIM : (i + 1) * HEAD_DIM]
 
-    for first in range(0, NUM_KV_HEADS, heads_per_dot):
+    for first in range(0, NUM_KV_HEADS, heads_per_group):
         for seq in range(q_ref.shape[0]):
-            heads = range(first, first + heads_per_dot)
+            heads = range(first, first + heads_per_group)
             keys, values = zip(*(load(kv_ref.at[seq], head) for head in heads), strict=True)
             q = block_diagonal([q_ref[seq, head] for head in heads])
-            s = scores_turned(q, jnp.concatenate(keys, axis=1), quarters)
-            if len(waiting) == num_ahead:
-                finish(*waiting.pop(0))
-            waiting.append((seq, first, *softmax(s), jnp.concatenate(values, axis=1)))
-    for chain in waiting:
+            s = scores_swapped(q, jnp.concatenate(keys, axis=1), quarters)
+            if len(pending) == num_ahead:
+                finish(*pending.pop(0))
+            pending.append((seq, first, *softmax(s), jnp.concatenate(values, axis=1)))
+    for chain in pending:
         finish(*chain)
 
 
@@ -157,10 +157,10 @@ STEPS: dict[str, Step] = {
     "odd stride": Step(in_turn),
     "Q K one head ahead": Step(partial(ahead, num_ahead=1)),
     "two heads ahead": Step(partial(ahead, num_ahead=2)),
-    "four heads a product": Step(partial(stacked, heads_per_dot=4, num_ahead=1)),
-    "two sequences a turn": Step(partial(stacked, heads_per_dot=4, num_ahead=3), num_seqs=2),
-    "a quarter of the keys turned": Step(
-        partial(stacked, heads_per_dot=4, num_ahead=3, quarters=1), num_seqs=2
+    "four heads a product": Step(partial(stacked, heads_per_group=4, num_ahead=1)),
+    "two sequences together": Step(partial(stacked, heads_per_group=4, num_ahead=3), num_seqs=2),
+    "a quarter of the keys swapped": Step(
+        partial(stacked, heads_per_group=4, num_ahead=3, quarters=1), num_seqs=2
     ),
 }
 """The optimisations in the order of chapter 9, each on top of the last."""
@@ -202,9 +202,9 @@ def attend_ahead(q, kv, *, num_ahead):
     return call(partial(ahead, num_ahead=num_ahead), q, kv)
 
 
-def attend_turned(q, kv, *, quarters):
-    """`attend`, compiled, by the last step with another part of the keys turned."""
-    return call(partial(STEPS["two sequences a turn"].kernel, quarters=quarters), q, kv)
+def attend_swapped(q, kv, *, quarters):
+    """`attend`, compiled, by the last step with another part of the keys swapped."""
+    return call(partial(STEPS["two sequences together"].kernel, quarters=quarters), q, kv)
 
 
 def call(kernel, q, kv, *, load=load_strided, interpret=False):

@@ -97,9 +97,12 @@ class _Walk(NamedTuple):
             return self.results.get(len(self.found) - 1, unknown)
         if eqn.primitive.name == "with_memory_space_constraint":
             return inputs  # means nothing where the values are followed: on the host
-        if isinstance(inner, core.ClosedJaxpr):
+        all_known = self.evaluate and not any(isinstance(value, _Unknown) for value in inputs)
+        # The body of a loop is a jaxpr, too, and runs more than once: it is evaluated as it is.
+        is_loop = eqn.primitive.name == "scan"
+        if isinstance(inner, core.ClosedJaxpr) and not (is_loop and all_known):
             return self.outputs(inner.jaxpr, inner.consts, inputs)
-        if not self.evaluate or any(isinstance(value, _Unknown) for value in inputs):
+        if not all_known:
             return unknown
         result = eqn.primitive.bind(*inputs, **eqn.params)
         return result if eqn.primitive.multiple_results else [result]

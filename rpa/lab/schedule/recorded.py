@@ -80,7 +80,7 @@ def compile_step(chip, step, *, with_busy=True) -> Occupancy:
 def recorded_step(chip, step) -> Occupancy:
     """`compile_step` as it was recorded.
 
-    >>> recorded_step("v5e", "two sequences a turn").bound
+    >>> recorded_step("v5e", "two sequences together").bound
     'MATPUSH'
     """
     return Occupancy(**recorded("inner_loop")[chip][step])

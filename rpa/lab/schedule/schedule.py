@@ -27,13 +27,14 @@ import numpy as np
 from rpa import chips
 from rpa.lab.compile import words
 from rpa.lab.compile.compiler import (
+    FORMAT,
     ask_worker,
     cache_dir,
     compile_versions,
-    import_path,
     read_kept,
     write_kept,
 )
+from rpa.lab.compile.functions import import_path
 from rpa.lab.schedule import dumps, feeds, loop_tree, pallas_calls
 from rpa.lab.schedule.execution import Execution, Program
 
@@ -121,6 +122,14 @@ class Schedule:
         """Loops and predicated regions, nested."""
         return loop_tree.tree(self.listing)
 
+    @property
+    def tile(self) -> loop_tree.Span:
+        """The smallest loop or region that holds most of the products: one tile's work."""
+        spans = [span for _, span in self.loops.walk()]
+        products = self.slots(self.once(self.loops))["MATMUL"]
+        most = [s for s in spans if 2 * self.slots(self.once(s))["MATMUL"] > products]
+        return min(most, key=lambda span: span.num_bundles, default=self.loops)
+
     def execute(self, *args, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
@@ -185,7 +194,7 @@ def schedule_for(
 
     Args:
         chip: anything that `rpa.chips.chip` knows.
-        fn: a function at the top level of a module, or "module:function".
+        fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
@@ -206,6 +215,7 @@ def schedule_for(
         "kwargs": kwargs or {},
         "kernel": kernel,
         "versions": compile_versions(),
+        "format": FORMAT,
         "home": str(Path(__file__).parents[3]),
     }
     if flags:
@@ -214,13 +224,20 @@ def schedule_for(
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
     entry = directory / f"{key}.json"
     answer = read_kept(entry) if use_cache else None
-    if answer is None:
-        order = spec | {"directory": str(directory), "fresh": not use_cache}
-        answer = _compile(order, args, timeout_s)
-        write_kept(entry, answer)
-    return Schedule(
-        known.name, spec["function"], answer["kernel"], tuple(map(_stage, answer["stages"]))
-    )
+    if answer is not None:
+        try:
+            return _schedule(spec, answer)
+        except (OSError, ValueError, LookupError, TypeError, EOFError):
+            pass  # half of it is gone, or it is something else: compiled anew
+    order = spec | {"directory": str(directory), "fresh": not use_cache or answer is not None}
+    answer = _compile(order, args, timeout_s)
+    write_kept(entry, answer)
+    return _schedule(spec, answer)
+
+
+def _schedule(spec, answer):
+    stages = tuple(map(_stage, answer["stages"]))
+    return Schedule(spec["chip"], spec["function"], answer["kernel"], stages)
 
 
 def num_kept() -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import importlib
 import pickle
 import re
 import sys
@@ -20,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rpa import compat
-from rpa.lab.compile import words, worker
+from rpa import compat, interpreter
+from rpa.lab.compile import functions, words, worker
 from rpa.lab.schedule import feeds, pallas_calls
 from rpa.lab.schedule.dumps import FORMAT, parse_dump, write_listing
 
@@ -37,11 +36,10 @@ def compile_kernel(spec, args) -> dict:
         {"kernel": name, "stages": a list of {"listing": file, "feed": of a `Feed`, "outputs":
         [(operand, shape)]}}; the last stage is the kernel.
     """
-    module, name = spec["function"].split(":")
-    function = functools.partial(getattr(importlib.import_module(module), name), **spec["kwargs"])
+    function = functools.partial(functions.load(spec["function"]), **spec["kwargs"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
     mesh = Mesh(np.array(topology.devices[:1]), "x")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), interpreter.compiled():
         traced = jax.make_jaxpr(function)(*args)
     calls = pallas_calls.pallas_calls(traced)
     target = choose(calls, spec["kernel"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rpa.lab.compile.compiler import end_workers
 from rpa.lab.peers import PeerAbsent
 from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.schedule import NoSchedule
@@ -76,7 +77,12 @@ def rows_of(table: Table, cells, workers=2) -> Iterator[dict]:
     [(2, 4), (3, 9)]
     """
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda cell: cell | _answer(table, cell), cells)
+        try:
+            yield from pool.map(lambda cell: cell | _answer(table, cell), cells)
+        except BaseException:  # Ctrl-C: the threads wait for the processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_workers()
+            raise
 
 
 def _answer(table, cell):

@@ -1,0 +1,97 @@
+"""`python -m rpa lab chip`: compiled kernels, executed without a TPU."""
+
+import argparse
+import sys
+from functools import partial
+
+import jax
+
+from rpa.lab.chip import ChipError, run
+from rpa.lab.chip.machine import MODELS
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the options of the experiment."""
+    parser.add_argument(
+        "--chip", choices=[*MODELS, "all"], default="all", help="default: %(default)s"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--conformance",
+        action="store_true",
+        help="execute every tiny kernel, and print the table of operations",
+    )
+    what.add_argument(
+        "--hunt", type=int, metavar="N", help="run N generated problems of rung 8 a chip"
+    )
+    what.add_argument(
+        "--selftest", action="store_true", help="run every layout path of rung 8's self-test"
+    )
+    parser.add_argument("--first", type=int, default=0, help="number of the first problem")
+
+
+def main(args) -> int:
+    """Run the experiment; the exit code is 1 if anything was wrong."""
+    # Everything here runs on the host; a TPU that is there stays free.
+    jax.config.update("jax_platforms", "cpu")
+    names = list(MODELS) if args.chip == "all" else [args.chip]
+    try:
+        if args.conformance:
+            return _conformance(names)
+        return _selftest(names) if args.selftest else _hunt(names, args)
+    except ChipError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _conformance(names):
+    from rpa.lab.chip import conformance
+
+    outcomes = [outcome for chip in names for outcome in conformance.all_outcomes(chip)]
+    ladder = {chip: conformance.ladder_operations(chip) for chip in names}
+    print(*conformance.table(outcomes, ladder), sep="\n")
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    for outcome in wrong:
+        print(f"WRONG {outcome.kernel} on {outcome.chip}: {outcome.wrong}")
+    missing = conformance.untested(outcomes, ladder)
+    for chip, operations in missing.items():
+        count = sum(outcome.chip == chip for outcome in outcomes)
+        print(
+            f"{chip}: {count} kernels, {sum(o.chip == chip for o in wrong)} wrong; "
+            f"{len(ladder[chip])} operations in the ladder's kernels, not tested: "
+            f"{', '.join(sorted(operations)) or 'none'}"
+        )
+    return 1 if wrong else 0
+
+
+def _selftest(names):
+    from rpa import ragged_paged_attention, selftest
+
+    bad = 0
+    for name in names:
+
+        def attention(*args, chip=name, **options):
+            function = partial(ragged_paged_attention, **options, chip=chip)
+            return run(function, *args, chip=chip)
+
+        print(f"{name}, as compiled, against rung 3 in float32.\n{selftest.COLUMNS}")
+        for path in selftest.PATHS:
+            check = partial(selftest.check_path, path, True, attention)
+            result = selftest.timed(str(path), path.covers, check)
+            print(selftest.line(result), flush=True)
+            bad += bool(result.wrong)
+    return 1 if bad else 0
+
+
+def _hunt(names, args):
+    from rpa.lab.chip.hunt import hunt
+
+    bad = 0
+    for chip in names:
+        count = wrong = 0
+        for finding in hunt(args.hunt, chip, args.first):
+            print(finding, flush=True)
+            count, wrong = count + 1, wrong + bool(finding.wrong)
+        print(f"{chip}: {count} cases, {wrong} wrong", flush=True)
+        bad += wrong
+    return 1 if bad else 0

@@ -1,0 +1,187 @@
+"""All that `rpa.lab.chip` proves: every tiny kernel, every path of rung 8, and its seeded faults.
+
+A fault of the layout code that only the chip takes (word index, stride, order of rows, packing) is
+invisible to the interpreter, which reads the same rows by value. Executed as compiled it is wrong.
+"""
+
+import contextlib
+import platform
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from rpa import lab, ragged_paged_attention, selftest
+from rpa.kernel import layout
+from rpa.lab import chip
+from rpa.lab.chip import conformance, hunt
+from rpa.lab.chip.machine import MODELS
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        lab.compile_versions()["libtpu"] is None,
+        reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tiny_kernel_and_every_operation_of_the_ladder(name):
+    outcomes = list(conformance.all_outcomes(name))
+    assert {o.kernel: o.wrong for o in outcomes if o.wrong} == {}
+    ladder = {name: conformance.ladder_operations(name)}
+    assert conformance.untested(outcomes, ladder) == {name: KNOWN_GAPS.get(name, set())}
+
+
+KNOWN_GAPS: dict[str, set[str]] = {}
+"""By chip, operations of the ladder that no tiny kernel makes the compiler use there."""
+
+
+def attention_on(name, dma="late"):
+    """The public function, executed as compiled for a chip."""
+
+    def attention(*args, **options):
+        function = partial(ragged_paged_attention, **options | dict(backend="tpu", chip=name))
+        return chip.run(function, *args, chip=name, dma=dma)
+
+    return attention
+
+
+def verdict(path, attention, on_tpu=True) -> str:
+    """What is wrong with a path of the self-test, "" if nothing is."""
+    errors, limit, wrong, _ = selftest.check_path(path, on_tpu, attention)
+    return wrong or ("" if max(errors.values()) <= limit else f"error {errors}")
+
+
+@pytest.mark.parametrize("dma", chip.DMA_ORDERS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("path", selftest.PATHS, ids=str)
+def test_every_path_of_rung_8(path, name, dma):
+    assert verdict(path, attention_on(name, dma)) == ""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_problems(name):
+    # Other numbers than those of the command's first run.
+    assert [str(found) for found in hunt.hunt(20, name, first=1000) if found.wrong] == []
+
+
+# --- Seeded faults --------------------------------------------------------------------------------
+
+ROWS = layout.WordRows
+ROW, LOAD, STORE = ROWS._row, ROWS._load, ROWS._store
+
+
+def _strides(first, n, stride, folds):
+    return [pl.ds(first * folds + f, n, stride=stride * folds) for f in range(folds)]
+
+
+def _halves_swapped(words):
+    return (words << 16) | (words >> 16)
+
+
+def _rows_rotated(self, first, n, stride):
+    return jnp.roll(LOAD(self, first, n, stride), 1, axis=0)
+
+
+def _folds_reversed(self, first, n, stride):
+    strides = self._strides(first, n, stride)[::-1]
+    return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
+
+
+def _only_the_first_fold(self, first, stride, words):
+    rows = self._strides(first, len(words), stride)[0]
+    self._matrix[rows] = words[:, :128]
+
+
+BFLOAT16, FLOAT8, WIDE = selftest.PATHS[5], selftest.PATHS[7], selftest.PATHS[4]
+FAULTS = {
+    "word index: the next word row": (
+        *("_row", lambda self, slot, token, word: ROW(self, slot, token, (word + 1) % 2)),
+        BFLOAT16,
+    ),
+    "word index: tokens one word row apart": (
+        *(
+            "_row",
+            lambda self, slot, token, word: slot * self._tokens * self._words + token + word,
+        ),
+        BFLOAT16,
+    ),
+    "word index: the other buffer": (
+        *("_row", lambda self, slot, token, word: ROW(self, 0 * slot, token, word)),
+        FLOAT8,
+    ),
+    "stride: neighbours instead of every stride-th row": (
+        *("_strides", lambda self, first, n, stride: _strides(first, n, 1, self._folds)),
+        BFLOAT16,
+    ),
+    "stride: halves of wide rows not skipped": (
+        *(
+            "_strides",
+            lambda self, first, n, stride: [
+                pl.ds(first * self._folds + f, n, stride=stride) for f in range(self._folds)
+            ],
+        ),
+        WIDE,
+    ),
+    "row order: every row at the next one's place": ("_load", _rows_rotated, BFLOAT16),
+    "row order: halves of wide rows exchanged": ("_load", _folds_reversed, WIDE),
+    "row order: only half of a wide row stored": ("_store", _only_the_first_fold, WIDE),
+    "packing: values exchanged in loaded words": (
+        *("_load", lambda self, first, n, stride: _halves_swapped(LOAD(self, first, n, stride))),
+        BFLOAT16,
+    ),
+    "packing: values exchanged in stored words": (
+        *(
+            "_store",
+            lambda self, first, stride, words: STORE(self, first, stride, _halves_swapped(words)),
+        ),
+        WIDE,
+    ),
+    "packing: bytes turned in loaded words": (
+        "_load",
+        lambda self, first, n, stride: (
+            (LOAD(self, first, n, stride) << 8) | (LOAD(self, first, n, stride) >> 24)
+        ),
+        FLOAT8,
+    ),
+}
+"""By name: the method of `WordRows`, what replaces it, and the path that takes it."""
+
+
+@contextlib.contextmanager
+def fault(name):
+    """Kernels traced inside have the fault."""
+    method, wrong, _ = FAULTS[name]
+    jax.clear_caches()
+    try:
+        with mock.patch.object(ROWS, method, wrong):
+            yield
+    finally:
+        jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_layout_fault_is_found_as_compiled(name):
+    path = FAULTS[name][2]
+    with fault(name):
+        try:
+            found = verdict(path, attention_on("v5e"))
+        except chip.KernelFault as error:
+            found = str(error)
+    assert found
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_layout_fault_is_invisible_to_the_interpreter(name):
+    with fault(name):
+        assert verdict(FAULTS[name][2], ragged_paged_attention, on_tpu=False) == ""
+
+
+def test_without_a_fault_these_paths_are_right():
+    for path in (BFLOAT16, FLOAT8, WIDE):
+        assert verdict(path, attention_on("v5e")) == ""
