@@ -8,7 +8,8 @@ import jax
 from rpa.lab.compile.functions import import_path
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
-from rpa.shapes import MODELS, AttentionShape
+from rpa.shapes import MODELS as MODELS
+from rpa.shapes import AttentionShape, heads_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Workload:
     """Sizes of a batch in which all sequences are alike.
 
     Attributes:
-        model: a name in MODELS.
+        model: a name in `rpa.shapes.MODELS`, or (num_q_heads, num_kv_heads, head_dim).
         dtype, kv_dtype: of queries, and of the cache.
         page_size: tokens of a page.
         num_seqs: sequences.
@@ -24,7 +25,7 @@ class Workload:
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
     """
 
-    model: str = "llama-3-8b"
+    model: str | tuple[int, int, int] = "llama-3-8b"
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     page_size: int = 16
@@ -35,7 +36,7 @@ class Workload:
 
     @property
     def heads(self):
-        return MODELS[self.model]
+        return heads_of(self.model)
 
     @property
     def layer(self) -> AttentionShape:

@@ -69,6 +69,7 @@ class KernelChoice:
         blocks: by case, the keyword argument for its blocks.
         default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
         asks_for_chip: whether it takes the name of the chip.
+        flags: further flags of the compiler.
     """
 
     program: Callable
@@ -76,6 +77,7 @@ class KernelChoice:
     blocks: dict[str, str]
     default_blocks: Callable = lambda *_: None
     asks_for_chip: bool = True
+    flags: str = ""
 
 
 def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
@@ -100,6 +102,7 @@ KERNELS = {
         peers.PROGRAMS["batched"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
         {"decode": "decode_block_sizes", "mixed": "prefill_block_sizes"},
+        flags=peers.COMPILER_FLAGS,
     ),
 }
 """What the command `lab schedule` knows by name."""
@@ -231,7 +234,7 @@ def measure(
         kernel: a name in KERNELS, or "file.py:function" (see `kernel_choice`).
         case: a name in CASES.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.shapes.MODELS`.
+        model: a name in `rpa.shapes.MODELS`, or its three numbers of heads.
         page_size: tokens of a page.
         kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
@@ -321,6 +324,7 @@ def compile_kernel(
         kwargs=kwargs,
         kernel=choice.names[case],
         use_cache=use_cache,
+        flags=choice.flags,
     )
     return schedule, program
 
