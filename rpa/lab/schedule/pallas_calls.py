@@ -95,7 +95,7 @@ class _Walk(NamedTuple):
         if eqn.primitive.name == "pallas_call":
             self.found.append(PallasCall(_kernel_name(eqn), eqn, inputs))
             return self.results.get(len(self.found) - 1, unknown)
-        if eqn.primitive.name == "with_memory_space_constraint":
+        if eqn.primitive.name in ("with_memory_space_constraint", "forward_only"):
             return inputs  # means nothing where the values are followed: on the host
         all_known = self.evaluate and not any(isinstance(value, _Unknown) for value in inputs)
         # The body of a loop is a jaxpr, too, and runs more than once: it is evaluated as it is.
