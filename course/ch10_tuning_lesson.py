@@ -182,17 +182,16 @@ def cycles_per_iteration(ahead, num_iterations=200):
 for ahead in (1, 2, 3, 4):
     cycles = cycles_per_iteration(ahead)
     print(f"{ahead} ahead: {cycles:5,.0f} cycles per iteration, MBU {copy_cycles / cycles:4.0%}")
-assert (
-    cycles_per_iteration(1) > 1.3 * cycles_per_iteration(2)
-    and cycles_per_iteration(1) > 1.5 * copy_cycles
-)
+double_buffer = cycles_per_iteration(1)
+assert double_buffer > 1.3 * cycles_per_iteration(2) and double_buffer > 1.5 * copy_cycles
 
 # %% [markdown]
-# One iteration ahead is a double buffer. HBM idles for more than a third of the time, although neither
-# the copies nor the products take as long as an iteration does. Two ahead, the products never
-# stop: what is in flight lasts for a latency and a computation. The kernel runs three iterations ahead
-# in decode (`tricks.DECODE_ITERATIONS_AHEAD`), because its iterations are not all alike: by the fit of that
-# time its HBM was busy for 62 % of the time before, and for 91 % since (`docs/ablations.md`).
+# One iteration ahead is a double buffer. HBM idles for more than a third of the time, although
+# neither the copies nor the products take as long as an iteration does. Two ahead, the products
+# never stop: what is in flight lasts for a latency and a computation. The kernel runs three
+# iterations ahead in decode (`tricks.DECODE_ITERATIONS_AHEAD`), because its iterations are not all
+# alike: by the fit of that time its HBM was busy for 62 % of the time before, and for 91 % since
+# (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs
 # (`python -m rpa lab predict --published`); on a TPU you have your own, with `python -m rpa bench`.

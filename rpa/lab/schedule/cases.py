@@ -281,7 +281,8 @@ def measure(
         per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
     known = chips.chip(chip).name
-    chosen = KERNELS[kernel].default_blocks(program, known, case) if blocks is None else blocks
+    choice = kernel_choice(kernel)
+    chosen = choice.default_blocks(program, known, case) if blocks is None else blocks
     return Measured(
         *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
