@@ -41,6 +41,11 @@ import rpa
 # diagonal), with keys 16 to 19 skip.
 #
 # **Teaches:** the corners of a rectangle decide; nobody has to look at a pair.
+# %%
+from rpa.figures import kernel as pictures
+
+tiles = [(0, 0, 0, "interior"), (0, 0, 1, "interior"), (0, 0, 2, "masked")]  # keys 0, 4, 8 to ...
+pictures.batch_walk(tiles, [5], ["queries 8 to 11"], title="KV blocks of four keys")
 
 # %% [markdown] tags=["hint"]
 # Which pair of the tile is the first to become visible, and which is the last? For the causal

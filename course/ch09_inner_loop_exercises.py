@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rpa
+from rpa.figures import optimise as pictures
 from rpa.figures import show_source
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.inner_loop import scores, softmax, weighted_values
@@ -166,6 +167,9 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
 # 0, 8, 16, 24. Two in each bank: 2 loads.
 #
 # **Teaches:** why the KV buffer of rung 8 has one row a token more than it needs.
+
+# %%
+pictures.banks([1, 8, 9, 16])
 
 # %% [markdown] tags=["hint"]
 # Write down the bank of each row. The fullest bank decides.
@@ -401,6 +405,9 @@ def attend(q_ref, kv_ref, out_ref, load):
 #
 # **Teaches:** zeros that cost nothing, because the MXU is busy with something else; and which part
 # of a result is meant.
+
+# %%
+pictures.block_diagonal(4)
 
 # %% [markdown] tags=["hint"]
 # Row `h * rows + r` belongs to row r of head h. Because of the zeros it sees only the keys of its

@@ -204,6 +204,11 @@ def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
 # **Teaches:** where the last 20 % of the bandwidth go: the first copy, the last computation, and
 # blocks too short to compute behind.
 
+# %%
+from rpa.figures import optimise as pictures
+
+pictures.two_lanes([(0, 10), (10, 20)], [(10, 15), (20, 25)])  # the case by hand
+
 # %% [markdown] tags=["hint"]
 # Make a list of the tokens of all blocks first. Then walk through it with two clocks: when each
 # copy ends, and when each computation ends.

@@ -100,11 +100,11 @@ print(comparison.table(found))
 pictures.ladder(found)
 
 # %% [markdown]
-# Read it from below. Rungs 1 to 3 are plain JAX, so there is no schedule; hollow marks say what
-# their bytes alone would take. Rung 1 pads, rungs 2 and 3 pass over the pages twice, for the scores
-# and for the mix. Rung 4 gathers the whole room of every sequence before it attends, and then the
-# tiles read it again: good at tiles, bad at pages. **From rung 5 on the bytes are right.** And yet
-# rung 5 is nowhere near the dotted lines. What is it doing there?
+# Read it from above. Rungs 1 to 3 are plain JAX, so there is no schedule and no bar; the words say
+# what their bytes alone would take. Rung 1 pads, rungs 2 and 3 pass over the pages twice, for the
+# scores and for the mix. Rung 4 gathers the whole room of every sequence before it attends, and
+# then the tiles read it again: good at tiles, bad at pages. **From rung 5 on the bytes are right.**
+# And yet rung 5 is nowhere near the dotted line. What is it doing there?
 
 # %%
 for name in ("streamed", "fused", "kernel", "v3"):

@@ -13,7 +13,13 @@ import nbformat
 from course import build, notebook
 from course.notebook import OutputError, execute, not_fully_executed, notebooks_of, to_text
 from course.proof import answers, mentions
-from course.source import SourceError, read_source, with_solution, without_solution
+from course.source import (
+    SourceError,
+    find_sources,
+    read_source,
+    with_solution,
+    without_solution,
+)
 from rpa._repository import REPOSITORY
 from rpa.check.engine import check_exercise
 from rpa.check.errors import CheckFailed, NotStarted
@@ -127,6 +133,27 @@ def test_every_notebook_begins_with_its_title_and_the_setup_cell(tmp_path):
         for made in notebooks_of(source).values():
             assert made.cells[0].source.startswith("# Chapter 9")
             assert made.cells[1].source == notebook.SETUP.strip()
+            assert made.cells[1].metadata["jupyter"] == {"source_hidden": True}
+
+
+def test_every_notebook_leads_to_its_neighbours(monkeypatch):
+    root = Path(__file__).parents[1]
+    for folder in ("notebooks", "exercises", "solutions"):
+        links = re.findall(r"\]\(\.\./([^)]+)\)", notebook.neighbours(folder, "01_dense"))
+        assert len(links) == 4  # the other two of the chapter, the chapters before and after
+        assert all((root / link).exists() for link in links)
+    assert "chapter 13" not in notebook.neighbours("notebooks", "12_comparison")
+    monkeypatch.setattr(notebook, "REPOSITORY", "https://github.com/OWNER/NAME")
+    monkeypatch.setattr(notebook, "REVISION", "v1")
+    published = notebook.neighbours("notebooks", "00_start").splitlines()[-1]
+    assert "(https://github.com/OWNER/NAME/blob/v1/exercises/00_start.ipynb)" in published
+
+
+def test_every_lesson_ends_with_two_readings():
+    for source in find_sources():
+        if source.kind == "lesson":
+            end = source.opening[-1].text.partition("**Read more:**")[2]
+            assert len(re.findall(r"^- \[[^]]+\]\(https://", end, re.M)) == 2, source.stem
 
 
 def test_no_file_knows_an_address_but_the_one_that_publishing_writes():
