@@ -662,8 +662,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also compare rung 8 with rung 3 on this device: every path of the layout on a TPU "
-        ", some of them in the interpreter elsewhere",
+        help="also compare rungs 7 and 8 with rung 3 on this device: every path of the layout on a "
+        "TPU, some of them in the interpreter elsewhere",
     )
 
 

@@ -20,11 +20,11 @@ def ladder(found, title="The ladder: one step of 16 decodes, predicted"):
     Returns:
         A `Picture`.
 
-    >>> row = {"title": "7 kernel", "lines": 9, "num_bytes": 2_000_000, "time_us": {"v5e": 4.0}}
+    >>> row = {"title": "8 kernel", "lines": 9, "num_bytes": 2_000_000, "time_us": {"v5e": 4.0}}
     >>> found = {"rows": [row], "least_bytes": 1_000_000,
     ...          "least_us": {"v5e": 1.2, "v6e": 0.6, "tpu7x": 0.3}}
     >>> ladder(found)  # doctest: +ELLIPSIS
-    Figure: The ladder: ... 7 kernel: 9 lines, 2.00 times the least bytes, v5e 4.0 us, ...
+    Figure: The ladder: ... 8 kernel: 9 lines, 2.00 times the least bytes, v5e 4.0 us, ...
     """
     rows = found["rows"]
     with style():

@@ -22,7 +22,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from rpa import chips, fused, ladder, streamed, tiled
+from rpa import chips, fused, ladder, plain, streamed, tiled
 from rpa.kernel import ragged_paged_attention
 from rpa.lab import peers
 from rpa.lab.copies.dryrun import OUTPUT, dry_run
@@ -308,6 +308,7 @@ RUNGS = {
     "tiled": lambda batch: partial(tiled.attention, interpret=False),
     "streamed": lambda batch: partial(streamed.attention, interpret=False),
     "fused": lambda batch: partial(fused.attention, interpret=False),
+    "plain": lambda batch: partial(plain.attention, interpret=False),
     "kernel": lambda batch: _compiled_kernel,
     "v3": lambda batch: _v3,
 }

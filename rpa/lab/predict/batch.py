@@ -23,7 +23,7 @@ from rpa.chips import attention_cost
 from rpa.lab.batches import metadata_of
 from rpa.lab.predict.calibration import FITTED, Calibration
 from rpa.lab.programs import Workload
-from rpa.lab.schedule.cases import check_products, compile_kernel
+from rpa.lab.schedule.cases import KERNELS, check_products, compile_kernel
 from rpa.lab.schedule.execution import Execution
 from rpa.ladder import kv_lens_of, q_lens_of
 from rpa.paging import cdiv
@@ -105,7 +105,7 @@ def predict_batch(
     A range of the batch without sequences is not counted, although its kernel is launched.
 
     Args:
-        kernel: "rpa", "v3" or "batched": a name in `rpa.lab.schedule.cases.KERNELS`.
+        kernel: a name in `rpa.lab.schedule.cases.KERNELS`.
         chip: anything that `rpa.chips.chip` knows.
         batch: NumPy arrays, as `RaggedBatch.from_lengths` makes them.
         model: a name in `rpa.shapes.MODELS`.
@@ -155,7 +155,10 @@ def run_batch(
         As `predict_batch`.
     """
     runs = []
-    for case in cases_of(batch):
+    cases = cases_of(batch)
+    if len(set(KERNELS[kernel].names.values())) == 1:
+        cases = cases[-1:]  # one kernel takes both kinds of sequence
+    for case in cases:
         schedule, program = compile_kernel(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )
