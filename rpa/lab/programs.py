@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from rpa import plain as _plain
 from rpa.lab.compile.functions import import_path
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
@@ -109,11 +110,32 @@ def fused(w: Workload) -> Program:
     return Program("rpa.fused:fused_attention", args, kwargs, donate_argnums=(3,))
 
 
+def whole_call(w: Workload) -> tuple:
+    """Shapes of what rungs 7 and 8 take: queries, keys, values, cache and the metadata."""
+    num_tokens = w.num_seqs * w.q_len
+    return w.queries(num_tokens), w.kv(num_tokens), w.kv(num_tokens), w.kv_cache, *w.metadata
+
+
+def plain(w: Workload) -> Program:
+    """Rung 7, with the cache donated."""
+    return Program("rpa.lab.programs:plain_attention", whole_call(w), donate_argnums=(3,))
+
+
+def plain_attention(
+    queries, keys, values, kv_cache, *metadata, blocks=(None, None), chip=None, **options
+):
+    """Rung 7 compiled for a TPU, called as rung 8 is; `blocks` are block_q and block_kv."""
+    block_q, block_kv = blocks  # the chip does not matter to it: it is one program for all
+    batch = RaggedBatch(*metadata)
+    return _plain.attention(
+        *(queries, keys, values, kv_cache, batch),
+        **(options | {"block_q": block_q, "block_kv": block_kv, "interpret": False}),
+    )
+
+
 def kernel(w: Workload) -> Program:
     """Rung 8, with the cache donated."""
-    num_tokens = w.num_seqs * w.q_len
-    new = w.kv(num_tokens)
-    args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)
+    args = whole_call(w)
     return Program(
         "rpa.kernel.api:ragged_paged_attention", args, {"backend": "tpu"}, donate_argnums=(3,)
     )
@@ -140,6 +162,7 @@ PROGRAMS: dict[str, Callable[[Workload], Program]] = {
     "tiled": tiled,
     "streamed": streamed,
     "fused": fused,
+    "plain": plain,
     "kernel": kernel,
 }
 """By the name of the rung's file."""

@@ -89,8 +89,9 @@ RACERS = {
     "tiled": Racer("4 tiled", "tiled.py"),
     "streamed": Racer("5 streamed", "streamed.py", "rpa.streamed:attention", kwargs=COMPILED),
     "fused": Racer("6 fused", "fused.py", "rpa.fused:attention", kwargs=COMPILED),
+    "plain": Racer("7 plain", "plain.py", "rpa.plain:attention", kwargs=COMPILED),
     "kernel": Racer(
-        *("7 kernel", "kernel", "rpa.kernel.api:ragged_paged_attention", "metadata"),
+        *("8 kernel", "kernel", "rpa.kernel.api:ragged_paged_attention", "metadata"),
         *((("backend", "tpu"),), "^rpa_decode$"),
     ),
     "v3": Racer("v3", peers._V3, "rpa.lab.peers:v3", "metadata", kernel="^RPAd"),
@@ -256,7 +257,7 @@ def prefill_chunks() -> list[dict]:
     """Bundles of 128 query x 512 KV tokens in a prefill, rung 8 and v3, beside the MATMUL floor."""
     rows = []
     for chip in CHIPS:
-        for name, kernel in (("7 kernel", "rpa"), ("v3", "v3")):
+        for name, kernel in (("8 kernel", "rpa"), ("v3", "v3")):
             found = measure(kernel, "mixed", chip)
             bundles = round(found.bundles_per_chunk)
             rows.append({"title": name, "chip": chip, "bundles": bundles, "floor": found.floor})

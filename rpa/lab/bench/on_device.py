@@ -85,7 +85,12 @@ class Row:
     note: str = ""
 
 
-PREDICTED = {"rung 8 kernel": "rpa", "peer v3": "v3", "peer batched": "batched"}
+PREDICTED = {
+    "rung 7 plain": "plain",
+    "rung 8 kernel": "rpa",
+    "peer v3": "v3",
+    "peer batched": "batched",
+}
 """What the lab calls the contenders that it can predict."""
 
 NO_PREDICTION = "There is no prediction for a CPU: the lab predicts from the schedule of a TPU."

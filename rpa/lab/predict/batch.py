@@ -26,7 +26,7 @@ from rpa.lab.batches import metadata_of
 from rpa.lab.compile.functions import is_own
 from rpa.lab.predict.calibration import FITTED, Calibration, range_us
 from rpa.lab.programs import Workload
-from rpa.lab.schedule.cases import check_products, compile_kernel
+from rpa.lab.schedule.cases import KERNELS, check_products, compile_kernel
 from rpa.lab.schedule.execution import Execution
 from rpa.ladder import kv_lens_of, q_lens_of
 from rpa.paging import cdiv
@@ -112,8 +112,8 @@ def predict_batch(
     A range of the batch without sequences is not counted, although its kernel is launched.
 
     Args:
-        kernel: "rpa", "v3" or "batched": a name in `rpa.lab.schedule.cases.KERNELS`; or your own,
-            "file.py:function", which takes the whole batch in one kernel.
+        kernel: a name in `rpa.lab.schedule.cases.KERNELS`; or your own, "file.py:function", which
+            takes the whole batch in one kernel.
         chip: anything that `rpa.chips.chip` knows.
         batch: NumPy arrays, as `RaggedBatch.from_lengths` makes them.
         model: a name in `rpa.shapes.MODELS`, or (num_q_heads, num_kv_heads, head_dim).
@@ -167,8 +167,12 @@ def run_batch(
         As `predict_batch`.
     """
     runs = []
-    # A kernel of one's own computes decodes and the rest alike, in one call.
-    for case in ["all"] if is_own(kernel) else cases_of(batch):
+    cases = cases_of(batch)
+    if is_own(kernel):
+        cases = ["all"]  # decodes and the rest alike, in one call
+    elif len(set(KERNELS[kernel].names.values())) == 1:
+        cases = cases[-1:]  # one kernel takes both kinds of sequence
+    for case in cases:
         schedule, program = compile_kernel(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )

@@ -93,6 +93,11 @@ KERNELS = {
         {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
         rung_8_blocks,
     ),
+    "plain": KernelChoice(
+        programs.plain,
+        {"decode": "^plain_attention$", "mixed": "^plain_attention$"},
+        {"decode": "blocks", "mixed": "blocks"},
+    ),
     "v3": KernelChoice(
         peers.PROGRAMS["v3"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
@@ -389,11 +394,15 @@ def _inside(span, other):
 
 
 def innermost(schedule, run) -> int:
-    """Bundles executed in the innermost loops that multiply."""
+    """Bundles executed in the loops that multiply and have no loop inside that multiplies."""
+
+    def loops_in(span):
+        return [s for _, s in span.walk() if s.kind == "loop" and _matmuls(schedule, s)]
+
     return sum(
         int(run.hits[span.start : span.end].sum())
-        for _, span in schedule.loops.walk()
-        if span.is_innermost_loop and _matmuls(schedule, span)
+        for span in loops_in(schedule.loops)
+        if loops_in(span) == [span]
     )
 
 
