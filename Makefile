@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL = install --quiet --progress-bar off
 
-.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme publish lab format clean
+.PHONY: help env floor-env demo test test-full test-floor matrix rehearse peers bench tune notebooks nbtest readme publish kernel lab format clean
 
 help:
 	@echo "make demo       the whole ladder on a real model; one table, pictures in $(OUT)/"
@@ -33,6 +33,7 @@ help:
 	@echo "make bench      every table of the lab, from nothing; BENCH=--quick for a part of it"
 	@echo "make tune       sweep the block sizes of rung 8, and judge its defaults"
 	@echo "make matrix     the core tests at the oldest and at the newest jax"
+	@echo "make kernel     the pieces of rung 8, in seconds: after each edit of it"
 	@echo "make publish    set the address of the repository: REPOSITORY=https://github.com/OWNER/NAME"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make clean      remove the environments and everything built"
@@ -145,6 +146,11 @@ notebooks: env
 
 lab: env
 	$(BIN)/jupyter lab notebooks/00_start.ipynb
+
+# Each piece of rung 8 alone, on the host; docs/changing.md says what comes after it.
+KERNEL_TESTS = $(addprefix tests/test_kernel_,$(addsuffix .py,layout page_table swapped_operands idle_mxu))
+kernel: env
+	$(BIN)/python -m pytest -q -x -n 2 --doctest-modules rpa/kernel $(KERNEL_TESTS)
 
 # Writes the address into every notebook, badge and README; readers then install REVISION from there.
 REVISION ?= v$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

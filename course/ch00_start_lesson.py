@@ -97,7 +97,7 @@ rpa.doctor()
 # ## 2. What is a TPU made of?
 #
 # One picture for the whole course. It shows a **TensorCore**, the part that computes, and the
-# memory beside it, for the chip that Colab lends for free:
+# memory next to it, for the chip that Colab lends for free:
 
 # %%
 figures.tpu("v5e")
@@ -105,8 +105,8 @@ figures.tpu("v5e")
 # %% [markdown]
 # - **HBM** is large and far away. Weights and the KV cache live there.
 # - **VMEM** is small and near. Nothing is computed that is not there first.
-# - The **DMA** engine copies between the two, *while* the rest computes. Somebody has to start each
-#   copy and to wait for it: on a TPU that is your kernel.
+# - The **DMA** engine copies between the two, *while* the rest computes. A program has to start
+#   each copy and to wait for it: on a TPU that is your kernel.
 # - **VREGs** are registers of 8 x 128 numbers. The **VPU** works on them element by element: masks,
 #   maxima, `exp`. The **MXU** multiplies matrices.
 # - The **scalar core** runs the program: loops, addresses, starts and waits. Its memory is
@@ -194,7 +194,7 @@ for name in ("v6e", "tpu7x"):
     floor = chips.roofline_time(name, step.weight_flops + step.attention_flops, step.hbm_bytes)
     attention = chips.roofline_time(name, step.attention_flops, step.attention_bytes)
     step_ms, attention_ms = 1e3 * floor.time_s, 1e3 * attention.time_s
-    print(f"{name:6} {step_ms:5.2f} ms a step or more, {attention_ms:5.2f} ms of it attention, "
+    print(f"{name:6} {step_ms:5.2f} ms per step or more, {attention_ms:5.2f} ms of it attention, "
           f"which waits for {attention.bound}")  # fmt: skip
 
 # %% [markdown]
@@ -219,7 +219,7 @@ for name in ("v5e", "v6e", "tpu7x"):
 # %% [markdown]
 # ## 4. How do exercises work?
 #
-# Beside each chapter's lesson lies a notebook of exercises with the same name, in `exercises/`.
+# Next to each chapter's lesson lies a notebook of exercises with the same name, in `exercises/`.
 # Each exercise is one function to write, with three folded hints: the idea, the API, nearly the
 # code. Open them one at a time. `solutions/` has every answer with a paragraph on why it is right.
 #
@@ -251,9 +251,10 @@ assert "This is what you get if the weights are read again" in message
 # Now open [the warm-up exercise](../exercises/00_start.ipynb), see the check refuse the empty
 # answer, see it name this mistake, and write the answer that passes. It takes five minutes.
 #
-# What you have solved is kept in a small file beside the exercises, `.progress.json`. Nothing reads
-# it but you: `rpa.check.progress()` prints it as a table, a row a chapter, with the attempts that
-# each exercise took. `RPA_PROGRESS`, an environment variable, names another place for it, or `off`.
+# What you have solved is kept in a small file next to the exercises, `.progress.json`. Nothing
+# reads it but you: `rpa.check.progress()` prints it as a table, a row a chapter, with the attempts
+# that each exercise took. `RPA_PROGRESS`, an environment variable, names another place for it, or
+# `off`.
 #
 # **Takeaway.** A failed check is the fastest teacher here: it shows the smallest case that is wrong
 # and says which idea is missing.
@@ -262,7 +263,7 @@ assert "This is what you get if the weights are read again" in message
 # ## What is still slow
 #
 # So far nothing has been built, so the slow thing is the machine under this notebook. How many
-# bytes a second can it read? Sum 256 MiB, five times, after one run that compiles:
+# bytes per second can it read? Sum 256 MiB, five times, after one run that compiles:
 
 # %%
 numbers = jnp.ones(2**26)  # f32[67,108,864] = 256 MiB
@@ -280,7 +281,7 @@ weights_s = decode_step(LLAMA3_8B, 1, 1024).weight_bytes / here_bytes_per_s
 
 print(f"measured on {machine}: {here_bytes_per_s / 1e9:.0f} GB/s")
 print(f"v5e, from rpa.chips: {chips.chip('v5e').hbm_bytes_per_s / 1e9:.0f} GB/s")
-print(f"Llama 3 8B here: {weights_s:.2f} s a token or more, for the weights alone")
+print(f"Llama 3 8B here: {weights_s:.2f} s per token or more, for the weights alone")
 
 # %% [markdown]
 # On a TPU the two rates should be close: a sum is as simple as streaming gets. Attention has to

@@ -210,7 +210,7 @@ models = {  # num_kv_heads, head_dim, layers
 }
 for name, (num_kv_heads, head_dim, layers) in models.items():
     token_bytes = 2 * num_kv_heads * head_dim * 2 * layers  # bfloat16: 2 bytes a number
-    print(f"{name:27} {token_bytes / 1024:6.1f} KiB a token, 8192 tokens: "
+    print(f"{name:27} {token_bytes / 1024:6.1f} KiB per token, 8192 tokens: "
           f"{8192 * token_bytes / 2**30:5.2f} GiB")  # fmt: skip
 
 # %% [markdown]
@@ -261,8 +261,8 @@ assert dense.relative_error(out, dense.oracle(*rounded)) < 2e-6
 #
 # Decode has one query, so 4,096 pairs: $4 \cdot 32 \cdot 128 \cdot 4096 = 67$ million FLOPs. It
 # must read K and V of 4,096 tokens once: $2 \cdot 8 \cdot 128 \cdot 2 \cdot 4096 = 16.8$ million
-# bytes. That is **4 FLOPs a byte**: in bfloat16, exactly the number of query heads that share a KV
-# head.
+# bytes. That is **4 FLOPs per byte**: in bfloat16, exactly the number of query heads that share a
+# KV head.
 #
 # The sums below are complete: besides the cache, a kernel reads the queries, writes the output, and
 # *writes* K and V of the new tokens into the cache. In decode that is next to nothing, in a prefill
@@ -295,14 +295,14 @@ assert many.flops == 64 * one.flops
 assert np.isclose(many.intensity_flops_per_byte, one.intensity_flops_per_byte)
 
 # %% [markdown]
-# **Takeaway.** Decode attention does about `num_q_heads / num_kv_heads` FLOPs a byte in bfloat16,
+# **Takeaway.** Decode attention does about `num_q_heads / num_kv_heads` FLOPs per byte in bfloat16,
 # at any length and any batch size. Prefill does hundreds to thousands.
 
 # %% [markdown]
 # ## 7. Which limit does each meet? The roofline
 #
-# A chip can do so many FLOPs a second, and move so many bytes a second. A computation of intensity
-# $I$ can at best reach
+# A chip can do so many FLOPs per second, and move so many bytes per second. A computation of
+# intensity $I$ can at best reach
 #
 # $$\min(\text{peak FLOP/s},\; I \cdot \text{bytes/s}).$$
 #

@@ -17,7 +17,7 @@
 # cache has five dimensions, and what its padding costs; compute attention through a page table;
 # and choose a page size with numbers.
 #
-# Chapter 1 ended with a KV cache that either grows, and compiles a program a step, or is reserved
+# Chapter 1 ended with a KV cache that either grows, and compiles a program per step, or is reserved
 # for the longest answer there can be, and mostly stays empty. **Rung 2** cuts the cache into
 # **pages**. Attention computes the same numbers as before; only where K and V lie is new.
 
@@ -41,7 +41,7 @@ from rpa.shapes import LLAMA3_8B
 # %% [markdown]
 # ## 1. How long will it get?
 #
-# A request comes with a prompt, and nobody knows how long the answer will be: the model stops when
+# A request comes with a prompt, and how long the answer will be is not known: the model stops when
 # it stops. Here are lengths as a public chat service saw them (a sampler fitted to the [Azure LLM
 # inference trace 2023](https://github.com/Azure/AzurePublicDataset), CC-BY; Patel et al., ISCA
 # 2024). The model of this chapter is Llama 3 8B, which can handle 8,192 tokens, so longer requests
@@ -66,7 +66,7 @@ weight_bytes = 2 * LLAMA3_8B.num_parameters  # bfloat16
 NUM_SLOTS = 16 * 2**30 // token_bytes  # a slot has room for one token, in all layers
 
 reserved_bytes, needed_bytes = CONTEXT * token_bytes, np.mean(prompts + answers) * token_bytes
-print(f"weights {weight_bytes / 2**30:.1f} GiB, cache {token_bytes // 1024} KiB a token: "
+print(f"weights {weight_bytes / 2**30:.1f} GiB, cache {token_bytes // 1024} KiB per token: "
       f"{NUM_SLOTS:,} slots in 16 GiB")  # fmt: skip
 print(f"reserved for each sequence: {reserved_bytes / 2**30:.2f} GiB")
 print(f"needed at the end, on average: {needed_bytes / 2**30:.2f} GiB")
@@ -97,7 +97,7 @@ def take(holes, size, align=1):
 
 
 # %% [markdown]
-# And when a sequence is done, its piece becomes a hole, and grows together with holes beside it:
+# And when a sequence is done, its piece becomes a hole, and grows together with holes next to it:
 
 
 # %%
@@ -128,9 +128,9 @@ pieces = [(8, 11, "live", "b"), (11, 13, "later", "b"), (13, 16, "never", "b")]
 pictures.memory_strip(pieces, 24, "16 slots are free, and 12 in a row are not")
 
 # %% [markdown]
-# Three kinds of loss stand in this strip. Slots that b **will use later**: nobody else can use
-# them now. Slots that b will **never use**, because the limit was a guess: *internal
-# fragmentation*. And free slots that lie in pieces too small for whoever waits: *external
+# Three kinds of loss stand in this strip. Slots that b **will use later**: no other sequence can
+# use them now. Slots that b will **never use**, because the limit was a guess: *internal
+# fragmentation*. And free slots that lie in pieces too small for the next request: *external
 # fragmentation*.
 #
 # **Takeaway.** A sequence that must lie in one piece loses memory three times: to its own future,
@@ -139,7 +139,7 @@ pictures.memory_strip(pieces, 24, "16 slots are free, and 12 in a row are not")
 # %% [markdown]
 # ## 3. How much is it, on real lengths?
 #
-# Let us serve. Requests wait in order of arrival; whoever finds room starts; every running
+# Let us serve. Requests wait in order of arrival; a request that finds room starts; every running
 # sequence grows by a token a step; after `answer` steps it leaves. `reserve(prompt, answer)` says
 # how many slots a request asks for.
 
@@ -252,7 +252,7 @@ print(table)
 # %% [markdown]
 # A sequence of `kv_len` tokens owns `ceil(kv_len / page_size)` pages. What it loses is the rest of
 # its last page, half a page on average. Nothing is reserved, so nothing is lost to the future; and
-# a free page fits everybody.
+# a free page fits every sequence.
 #
 # **Takeaway.** Two steps, `position // page_size` through the table and `position % page_size` as
 # it is, let a sequence lie anywhere. Exercise 2.1 is this cell, for a whole batch.
@@ -260,9 +260,9 @@ print(table)
 # %% [markdown]
 # ## 5. What does the memory hold now?
 #
-# Without a reservation there may be no free page when a running sequence needs one. Then somebody
-# must give way: here the youngest, who loses its cache and waits in front to begin again. (Real
-# servers do the same, or move its pages to the host.)
+# Without a reservation there may be no free page when a running sequence needs one. Then one of
+# them must give way: here the youngest, who loses its cache and waits in front to begin again.
+# (Real servers do the same, or move its pages to the host.)
 
 
 # %%
@@ -280,7 +280,7 @@ def grow(pool, name, running, waiting, gave_way):
 
 
 # %% [markdown]
-# Whoever has all of its answer leaves, and its pages are free at once:
+# A request that has all of its answer leaves, and its pages are free at once:
 
 
 # %%
@@ -345,7 +345,7 @@ pictures.memory_use(measured, NUM_SLOTS)
 
 # %% [markdown]
 # The same memory and the same requests. Chapter 1 said that decode reads the weights once for the
-# whole batch: so more sequences at once is more tokens a second, nearly for free.
+# whole batch: so more sequences at once is more tokens per second, nearly for free.
 #
 # **Takeaway.** Pages of 16 fill the memory with live tokens almost to the last slot, and serve
 # several times as many sequences as room for the longest does. The price: nothing is promised. A
@@ -379,9 +379,9 @@ assert copies == [(2, 3)] and pool.append("a", 1) == []  # a is alone on page 2 
 pictures.page_owners(pool, ["a", "b"], "b has written: only the last page became two")
 
 # %% [markdown]
-# The pool is a book on the host. It does not touch the cache: it *returns* the copies, and whoever
-# owns the cache carries them out (`paging.copy_pages`) before the new token is stored. Here is
-# `append`, with the question that decides everything, `splits`:
+# The pool is a book on the host. It does not touch the cache: it *returns* the copies, and the
+# caller who owns the cache carries them out (`paging.copy_pages`) before the new token is stored.
+# Here is `append`, with the question that decides everything, `splits`:
 
 # %%
 show_source(PagePool.append)
@@ -527,9 +527,9 @@ show_source(paging.paged_attention)
 # %% [markdown]
 # ## 10. How large should a page be?
 #
-# Small pages waste little: half a page a sequence. But each page is a copy of its own, and an
-# entry of the table. Predict the waste: `(page_size - 1) / 2` slots a sequence. Then measure, with
-# sequences caught in the middle of their answers:
+# Small pages waste little: half a page per sequence. But each page is a copy of its own, and an
+# entry of the table. Predict the waste: `(page_size - 1) / 2` slots per sequence. Then measure,
+# with sequences caught in the middle of their answers:
 
 # %%
 rng = np.random.default_rng(0)
@@ -539,12 +539,12 @@ empty = [cdiv(kv_lens, size) * size - kv_lens for size in page_sizes]  # slots, 
 
 for size, slots in zip(page_sizes, empty, strict=True):
     percent = 100 * slots.sum() / (slots + kv_lens).sum()
-    print(f"page_size {size:3}: {slots.mean():6.2f} empty slots a sequence ({percent:5.2f} %), "
+    print(f"page_size {size:3}: {slots.mean():6.2f} empty slots per sequence ({percent:5.2f} %), "
           f"predicted {(size - 1) / 2:6.2f}")  # fmt: skip
 assert np.isclose(empty[4].mean(), 7.5, rtol=0.05)
 
 # %% [markdown]
-# Now the other side. One layer of Llama 3 8B moves 4 KiB a token, so a page of 16 is a copy of 64
+# Now the other side. One layer of Llama 3 8B moves 4 KiB per token, so a page of 16 is a copy of 64
 # KiB. And a batch of 256 sequences of up to 131,072 tokens has a table of so many KiB, which a
 # kernel would like to keep in SMEM, the scalar memory of the chip:
 
@@ -640,7 +640,7 @@ pictures.prefix_bytes(alone, shared)
 
 # %% [markdown]
 # And the instructions are computed once: a newcomer's prefill starts after them, with 1,000
-# tokens in the cache already. That is the chunk after a cached prefix of chapter 1. Here somebody
+# tokens in the cache already. That is the chunk after a cached prefix of chapter 1. Here the caller
 # told the pool whom to fork; how a server finds a common prefix by itself is exercise 2.6.
 #
 # **Takeaway.** Pages turn a common prefix into one set of pages, and into work that is not done
@@ -650,9 +650,9 @@ pictures.prefix_bytes(alone, shared)
 # ## What is still slow
 #
 # Memory is solved. Now look at the *queries*. A server's step mixes sequences that decode, one
-# query each, with somebody's prompt: here 15 sequences decode and one prefills a chunk of 64
-# tokens. Rung 2 takes one sequence; to run a batch at once, all sequences need the same shape, so
-# queries are padded to the longest.
+# query each, with the prompt of one of them: here 15 sequences decode and one prefills a chunk of
+# 64 tokens. Rung 2 takes one sequence; to run a batch at once, all sequences need the same shape,
+# so queries are padded to the longest.
 
 # %%
 q_lens = np.array([1] * 15 + [64])

@@ -75,7 +75,7 @@ assert padded_rows == 16 and q_lens.sum() == 9
 #
 # Take lengths from a public trace (`rpa.traces`: the Azure LLM inference trace of 2023, from Patel
 # et al., "Splitwise", ISCA 2024). A prompt is read in **chunks** of at most 512 tokens, one chunk a
-# step, so that one long prompt does not hold up everybody else; then each step writes one token.
+# step, so that one long prompt does not hold up all others; then each step writes one token.
 # While it reads, a sequence at step $n$ has read $n$ chunks and reads the next; the last chunk may
 # be shorter.
 
@@ -186,7 +186,7 @@ assert cu_q_lens.tolist() == [0, 1, 2, 5, 9]
 # The pages come from a pool, as in chapter 2: four tokens a page. The page table has a row for each
 # sequence and a column for each page of it: column 0 names the page of positions 0 to 3, column 1
 # that of positions 4 to 7, and so on. A sequence that needs fewer pages than the longest has
-# padding in its last columns; nobody looks at it.
+# padding in its last columns; it is never read.
 #
 # `RaggedBatch` holds the four small integer arrays that describe a step; a kernel gets nothing
 # else. `from_lengths` builds it, and two things in its call have to wait for section 8:
@@ -289,7 +289,7 @@ show_source(ragged.store_new_tokens)
 
 # %% [markdown]
 # **Takeaway.** First store, then attend. The page table is the only thing between a token and
-# somebody else's memory.
+# another sequence's memory.
 
 # %% [markdown]
 # ## 7. What may a token see?
@@ -331,7 +331,7 @@ ridge = chips.ridge_flops_per_byte("v5e")
 for kind, q_len in {"decode": 1, "full chunk": 512, "short rest": 40}.items():
     cost = chips.attention_cost(q_len, 4096, **llama)
     bound = "memory" if cost.intensity_flops_per_byte < ridge else "matrix units"
-    print(f"{kind:10}  q_len {q_len:3}: {cost.intensity_flops_per_byte:6.1f} FLOP a byte, "
+    print(f"{kind:10}  q_len {q_len:3}: {cost.intensity_flops_per_byte:6.1f} FLOP per byte, "
           f"v5e waits for {bound} (predicted)")  # fmt: skip
 
 # %% [markdown]
@@ -398,7 +398,7 @@ print("position", np.where(owned, positions, -1))
 pictures.batch_figure(roomy, names=names, num_tokens=11, title="D is idle, three rows are padding")
 
 # %% [markdown]
-# Row 0 is B's and row 1 is A's: nobody asks D. The search of section 4 does that for free. D and A
+# Row 0 is B's and row 1 is A's: D asks nothing. The search of section 4 does that for free. D and A
 # both start at row 1, and the *last* sequence that starts there is A.
 #
 # **Takeaway.** Shapes are room, `distribution` and `cu_q_lens` say how much of it is used. What is
@@ -409,7 +409,7 @@ pictures.batch_figure(roomy, names=names, num_tokens=11, title="D is idle, three
 #
 # JAX clamps an index that is too large, without a word. A wrong batch does not crash; it reads and
 # *writes* other people's pages, and some answer turns strange an hour later. So the metadata is
-# checked on the host, before anything is computed. Two mistakes that everybody makes once:
+# checked on the host, before anything is computed. Two mistakes that everyone makes once:
 
 
 # %%
@@ -540,12 +540,12 @@ for rung in LADDER[:3]:
     assert error < 2e-6
 
 # %% [markdown]
-# The same numbers, and the time goes to whoever computes padding: 128 query rows for each of seven
+# The same numbers, and the time goes where padding is computed: 128 query rows for each of seven
 # decodes. Rung 3 computes the 135 rows that there are. (It reads the chunk's pages twice, once for
 # each block of 64 queries. A kernel chooses its blocks larger; chapter 4 begins with that.)
 #
 # **Takeaway.** Three rungs, one answer. Ragged batching changes no number; it leaves out work whose
-# result nobody reads.
+# result that is never read.
 
 # %% [markdown]
 # ## What is still slow

@@ -248,7 +248,7 @@ print("queries:", fetches(lambda j, i: (i, 0), (10, 4)), "keys:",
 show_source(tiled._flash_kernel)
 
 # %% [markdown]
-# Read it with section 2 beside it: `write_state`, `dot`, hide, `softmax_step`, `finish`. The two
+# Read it with section 2 at hand: `write_state`, `dot`, hide, `softmax_step`, `finish`. The two
 # lines that name a `group` come in the next section, `end_kv_block` in section 9, `zero_tail` in
 # section 10. Does it compute attention?
 
@@ -262,8 +262,8 @@ assert dense.scaled_error(output, truth) < 2e-6
 
 # %% [markdown]
 # Without a TPU that was the **TPU interpreter**: it runs a kernel block by block with NumPy on your
-# machine, checks indices, and fills memory that nobody wrote with NaN. It is slow and strict. Times
-# taken in it mean nothing, and no cell of this course takes one.
+# machine, checks indices, and fills memory that was never written with NaN. It is slow and strict.
+# Times taken in it mean nothing, and no cell of this course takes one.
 #
 # **Takeaway.** Flash attention is a grid, three specs and a softmax step. Its numbers are those of
 # rung 1.
@@ -352,11 +352,12 @@ print("0 * NaN:", (weights @ stale)[0, 0], "  with zeros behind the end:",
 assert jnp.isnan(weights @ stale).all()
 
 # %% [markdown]
-# One NaN in a row that nobody looks at, and the whole output is gone. On the chip stale memory is
-# mostly harmless numbers, so the bug sleeps until a page was freed by a sequence that had a NaN. In
-# the interpreter it shows at once.
+# One NaN in a row that is never looked at, and the whole output is gone. On the chip stale memory
+# is mostly harmless numbers, so the bug sleeps until a page was freed by a sequence that had a NaN.
+# In the interpreter it shows at once.
 #
-# **Takeaway.** Hide the score *and* replace the value. Test with NaN wherever nobody may look.
+# **Takeaway.** Hide the score *and* replace the value. Test with NaN wherever the kernel must not
+# look.
 
 # %% [markdown]
 # ## 11. How large may a block be?
@@ -427,7 +428,7 @@ assert time_.bound == "compute"
 # ## 13. How busy are the units, really?
 #
 # Waiting for the matrix units is what a prefill should do. But are they busy? A TPU issues one
-# **bundle** of instructions a cycle, and the compiler decides beforehand which unit gets what in
+# **bundle** of instructions per cycle, and the compiler decides beforehand which unit gets what in
 # each of them. So its listing is a timetable, and the real compiler runs on any Linux machine, for
 # a chip that is not there. Take one block of this kernel, 512 rows x 512 keys. By hand: two
 # products of $2 \cdot 512 \cdot 512 \cdot 128$ FLOPs each are 134 million, and a v5e does 131,072 a
@@ -516,7 +517,7 @@ print(f"gather for rung 4:         {best_ms(gather, cache, table):5.2f} ms")
 # The automatic pipeline cannot help: a `BlockSpec` fetches blocks at regular places, and pages lie
 # wherever the pool put them. So in **chapter 5** you take the copies into your own hands: start
 # them, wait for them, go through the page table, and keep two buffers busy. There is a price: what
-# you start and do not wait for, nobody waits for.
+# you start and do not wait for, is never waited for.
 #
 # **Before you go on:** do [the exercises of this chapter](../exercises/04_tiled.ipynb).
 #

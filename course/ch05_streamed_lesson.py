@@ -19,7 +19,7 @@
 #
 # This is **rung 5** of the ladder: decode straight out of the pages. A decode has nothing to do but
 # to read K and V once, so the whole chapter is about one thing: the HBM must never be idle. The
-# price is that from here on nobody waits for you.
+# price is that from here on no wait is made for you.
 
 # %%
 import io
@@ -77,7 +77,7 @@ print(timeline.table())
 # `compute` stands for all loads and stores between two DMA events: here the load 2 and the store
 # 3.)
 #
-# **Takeaway.** Start, wait, use. Between its start and its wait a copy's memory is nobody's.
+# **Takeaway.** Start, wait, use. Between its start and its wait a copy's memory is not yours.
 
 # %% [markdown]
 # ## 2. What if the wait is forgotten?
@@ -107,7 +107,7 @@ for mode in ("eager", "on_wait"):
 # %% [markdown]
 # `eager` gives 2 and says nothing: right by luck. (`on_wait` gives 1: the 1 was added to NaN, and
 # then the copy arrived on top of it. Wrong and not even NaN.) There is a third tool: a **race
-# detector** beside the eager run, which keeps a clock for each engine and asks what *could* have
+# detector** on top of the eager run, which keeps a clock for each engine and asks what *could* have
 # happened.
 
 # %%
@@ -156,8 +156,9 @@ with interpreted(), record_dmas() as timeline:
 print(timeline.table(kinds=("start", "wait")))
 
 # %% [markdown]
-# And a wait for bytes that nobody sends? It waits. On a TPU that is a job that hangs until somebody
-# kills it; here the kernel runs in a process of its own, the **sandbox**, which can be stopped:
+# And a wait for bytes that are never sent? It waits. On a TPU that is a job that hangs until
+# someone kills it; here the kernel runs in a process of its own, the **sandbox**, which can be
+# stopped:
 
 
 # %%
@@ -172,7 +173,7 @@ sandbox.try_kernel(run_copy, one_wait_too_many, x)
 
 # %% [markdown]
 # **Takeaway.** Bytes started and bytes waited for must be equal, on every semaphore, at the end of
-# every kernel. Too few waits are a copy that ends when nobody looks; one too many is a deadlock.
+# every kernel. Too few waits are a copy that ends unseen; one too many is a deadlock.
 
 # %% [markdown]
 # ## 4. By turns
@@ -278,7 +279,7 @@ show_source(streamed.page_copy)
 
 # %% [markdown]
 # Two things to see. `rows` is a number of the run, not of the compiler: `pl.ds(0, rows)` with a
-# traced size is legal in a DMA, so the tail of the last page, which belongs to nobody, is not
+# traced size is legal in a DMA, so the tail of the last page, which belongs to no sequence, is not
 # moved. And all pages of a block signal the same semaphore, that of the buffer. How is it waited
 # for?
 
@@ -311,8 +312,9 @@ show_source(streamed.successor)
 
 # %% [markdown]
 # And "the next" is the next *live* one. A slot without tokens (an idle sequence) has no block. If
-# its copy is started, nobody waits for it; if it is waited for, nobody started it. `find_next_live`
-# answers for every sequence, before the kernel begins. Three sequences, the middle one idle:
+# its copy is started, it is never waited for; if it is waited for, it was never started.
+# `find_next_live` answers for every sequence, before the kernel begins. Three sequences, the middle
+# one idle:
 
 # %%
 print("next live from 0, 1, 2, 3:", streamed.find_next_live(jnp.array([9, 0, 3])))
@@ -344,9 +346,9 @@ assert overlapped_us < 0.7 * by_turns_us
 show_source(streamed._decode_kernel)
 
 # %% [markdown]
-# Find in it: the first start (nobody else does it), start before wait, the buffer that is computed
-# on (`slot_ref`, in SMEM, because it has to outlive a grid step), and what happens if a sequence
-# has no block. Seven sequences, one idle, one page that is full to its last slot:
+# Find in it: the first start (no other line does it), start before wait, the buffer that is
+# computed on (`slot_ref`, in SMEM, because it has to outlive a grid step), and what happens if a
+# sequence has no block. Seven sequences, one idle, one page that is full to its last slot:
 
 # %%
 rng = np.random.default_rng(0)
@@ -399,7 +401,7 @@ assert moved == kv_lens.sum() * token_bytes
 # %% [markdown]
 # ## What is still slow
 #
-# First: it only decodes. One query a sequence is in the shape of the kernel:
+# First: it only decodes. One query per sequence is in the shape of the kernel:
 
 # %%
 from rpa.ladder import LADDER

@@ -36,7 +36,7 @@ from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch
 
 # %%
-HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
+HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also next to a TPU
 
 # %% [markdown]
 # ## 1. What does a store of its own cost?
@@ -114,7 +114,7 @@ assert counted == sum(sum(ways["fused"].values()) for ways in predicted)
 assert sum(copy.num_bytes for copy in rung5.copies) == 131 * token_bytes
 
 # %% [markdown]
-# Now three kinds of work of Llama 3 8B, one layer, 4 KiB a token:
+# Now three kinds of work of Llama 3 8B, one layer, 4 KiB per token:
 
 # %%
 work = {
@@ -129,7 +129,7 @@ pictures.bytes_moved(work)
 # see. So bytes are a reason to fuse for those who prefill. For decode there is another one.
 # Separate, attention cannot begin before the last token is stored: it might be the one it reads.
 # With 32 layers there are 32 such pauses in each step, and each is a program of its own that has to
-# be launched. Fused, the store runs beside the computation, and nobody waits for it.
+# be launched. Fused, the store runs during the computation, and nothing waits for it.
 #
 # **Takeaway.** A new token crosses the HBM three times if it is stored first, twice if it is
 # fused. That saves up to a third of a prefill's bytes; a decode gains order, not bytes: no pause
@@ -192,7 +192,7 @@ assert compiles(dma_layouts.tokens_first)
 # and write all eight back, and another sequence may be doing the same on its side. With the token
 # in front of the tile, one token or seven are the same kind of copy.
 #
-# Why K beside V, then? Attention needs both of every token, so together they are one copy where
+# Why K next to V, then? Attention needs both of every token, so together they are one copy where
 # apart they are two; and in bfloat16 the K and V of a head share 32-bit words, so that one load
 # brings both into registers. Every dimension has its reason:
 #
@@ -203,7 +203,7 @@ assert compiles(dma_layouts.tokens_first)
 # - `lanes`: a row of a register, 128 numbers.
 #
 # **Takeaway.** Token-major, because a token is what is appended, and a DMA cuts only untiled
-# dimensions freely. K and V interleaved, because whoever reads one reads the other.
+# dimensions freely. K and V interleaved, because a kernel that reads one reads the other.
 
 # %% [markdown]
 # ## 3. What is in a block?
@@ -276,7 +276,7 @@ assert [c.target.index[:2] for c in stores] == [(7, range(1, 4)), (3, range(0, 1
 # %% [markdown]
 # And *when*? As soon as the block has arrived, before it is computed: reading does not disturb a
 # buffer, so the write-back and the computation may both read it at the same time. Rung 6 in one
-# picture; orange bars compute, the bars into the HBM are the write-backs beside them:
+# picture; orange bars compute, the bars into the HBM are the write-backs meanwhile:
 
 # %%
 gantt(timeline, title="One sequence of 13 tokens, 4 of them new: rung 6")
@@ -291,8 +291,8 @@ gantt(timeline, title="One sequence of 13 tokens, 4 of them new: rung 6")
 # A copy that "ends whenever it likes" is how races begin. Three things could go wrong, and each has
 # a rule:
 #
-# - **order**: somebody reads a page row whose write is not complete. In rung 6 nobody can: a row is
-#   *either* read as cached (`position < kv_len - q_len`) *or* written as new. Not a wait, a fact
+# - **order**: the kernel reads a page row whose write is not complete. In rung 6 it cannot: a row
+#   is *either* read as cached (`position < kv_len - q_len`) *or* written as new. Not a wait, a fact
 #   about two ranges. (And two sequences that share the page being written? Those the host has
 #   refused, in exercise 3.6.)
 # - **reuse**: the next block is copied into a buffer whose write-back has not left it yet. Then the
@@ -345,7 +345,7 @@ assert late_wrong == 11 and (late_output == output).all()
 
 # %% [markdown]
 # Look at the second line. The *output* is right: attention took the new tokens from the buffer.
-# What is wrong is the cache, which nobody reads before the next step. A test that compares outputs
+# What is wrong is the cache, which is not read before the next step. A test that compares outputs
 # of one step passes, and a server answers nonsense one token later. **Compare the cache, bit by
 # bit.** The other mode copies at once, so its numbers are right, and it finds the race instead:
 
@@ -381,10 +381,10 @@ print(f"worst token and head: {dense.scaled_error(output, truth):.1e}")
 assert dense.scaled_error(output, truth) < 4e-6
 
 # %% [markdown]
-# What was not written must be as it was: pages of nobody, tails, other sequences. The cache goes
-# into the kernel and comes out of it as *one* array: `input_output_aliases` in `_call_kernel` says
-# that the last input and the last output are the same memory, so a kernel that writes 11 tokens
-# writes 11 tokens.
+# What was not written must be as it was: pages without an owner, tails, other sequences. The cache
+# goes into the kernel and comes out of it as *one* array: `input_output_aliases` in `_call_kernel`
+# says that the last input and the last output are the same memory, so a kernel that writes 11
+# tokens writes 11 tokens.
 
 # %%
 changed = (np.asarray(cache) != kv_cache).any((2, 3, 4))  # bool[num_pages, page_size]

@@ -97,9 +97,9 @@ print(f"{read:,} keys are fetched, {num_blocks * 4096:,} without this function")
 # every loop that follows: the number of KV blocks, the copies, the page-table entries. A window
 # cuts the other side. There the first query decides, because it sees the earliest key; the later
 # queries of the block do not see all that is fetched, and the mask hides the rest.
-# `walk.query_block` in `rpa/kernel/` is this function. And since the block's own tokens are inside
-# the range, each query block can store them in the cache, window or not: a kernel that leaves the
-# store to the *last* block of a sequence loses tokens that this block never reads.
+# `traversal.query_block` in `rpa/kernel/` is this function. And since the block's own tokens are
+# inside the range, each query block can store them in the cache, window or not: a kernel that
+# leaves the store to the *last* block of a sequence loses tokens that this block never reads.
 
 
 # %% tags=["wrong"] refused="every block reads up to kv_len"
@@ -211,7 +211,7 @@ while step[0] < len(q_lens):
     step = next_step(q_lens, kv_lens, 4, 8, *step)
 
 # %% [markdown] tags=["explanation"]
-# Three wheels of an odometer. `walk.next_step` is the same in the words of the chip: no early
+# Three wheels of an odometer. `traversal.next_item` is the same in the words of the chip: no early
 # returns, because all of it runs on the scalar core with `jnp.where`, and a `while_loop` for idle
 # sequences. Only they need a loop: a sequence that is not idle has at least one query block, and a
 # query block at least one KV block, since a token sees itself. A kernel that forgets the loop stops

@@ -10,16 +10,16 @@
 #
 # **Time:** 50 minutes to read and run, about an hour for the exercises.
 #
-# **You need:** all chapters so far. No TPU.
+# **You need:** chapter 7, and what it needs. No TPU.
 #
-# **You will be able to:** read the complete kernel from its first line to its last; say in which
-# order it visits a ragged batch, what runs ahead of what, and where each number lies; say why there
-# are up to three kernels in a call; run it on a batch of any mix, and see that it is right; and
+# **You will be able to:** read the optimized kernel against the plain one, file by file; say for
+# each difference what rung 7 does, what rung 8 does, and what it is worth; say what runs ahead of
+# what, and where each number lies; run it on a batch of any mix, and see that it is right; and
 # name, with numbers, what it still does for nothing.
 #
-# This is **rung 8**. Nearly all of it you have written: the bookkeeping in chapter 3, the softmax
-# of one tile in chapter 4, the copies in chapter 5, the update in chapter 6. What is left is to put
-# it together, and the decisions in between.
+# **Rung 8** computes what rung 7 computes, bit for bit the same cache. It is several times as long,
+# and every line more than rung 7 has is there for speed. So the difference between the two is the
+# table of contents of this chapter.
 
 # %%
 from types import SimpleNamespace
@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# %%
 import rpa
-from rpa import chips, dense, interpreter, ragged
+from rpa import chips, dense, interpreter, plain, ragged
 from rpa.figures import kernel as pictures
 from rpa.figures import show_source
 from rpa.kernel import blocks, cases, loop, mixed, traversal, tricks
@@ -38,7 +39,20 @@ from rpa.kernel.problem import Problem
 from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 
 # %% [markdown]
-# ## 1. What is in it?
+# ## 1. What is different?
+#
+# | | rung 7 | rung 8 | file |
+# |---|---|---|---|
+# | 2 order | an array, made beforehand | the same order, found while it runs | `traversal` |
+# | 3 mask | in every KV block | only where it is needed | `mixed` |
+# | 4 ahead | one KV block | two or three iterations | `loop`, `pipeline` |
+# | 5 page table | in SMEM, all of it | in HBM, fetched piece by piece | `page_table` |
+# | 5 pages | a copy each | one copy if they are contiguous | `transfers` |
+# | 6 new tokens | stored out of the KV buffer | the same, except in a decode | `transfers` |
+# | 7 sequences | one kernel, two sizes of tiles | up to three kernels | `cases`, `blocks` |
+# | 8 the cache | given and returned | updated in place | `api` |
+# | chapter 9 | K and V read by value | strided loads of 32-bit words | `layout` |
+# | chapter 9 | all scores, then all softmaxes | products in a better order | `decode`, `mxu` |
 #
 # One picture for the whole chapter. Colours say *when*: while some keys are computed on (orange),
 # the pages and queries of the next ones are on their way (blue), and for keys further on the
@@ -48,35 +62,28 @@ from rpa.paging import cdiv, get_kv_cache_shape, kv_token_bytes
 pictures.diagram()
 
 # %% [markdown]
-# `rpa/kernel/` has a file for each question, and each has a chapter behind it:
-#
-# | file | question | you wrote it in |
-# |---|---|---|
-# | `softmax.py` | what is computed on one tile? | 4.3, 4.4 |
-# | `layout.py` | how do K and V of a head get out of a block? | 2.2, 2.3, 4.6 |
-# | `transfers.py` | which copy starts when, and who waits? | 5.1 to 5.5, 6.3 to 6.5 |
-# | `traversal.py` | what comes next? | 7.1, 7.2 |
-# | `pipeline.py` | how far do copies run ahead? | 5.5 |
-# | `page_table.py` | which pages are one copy? | 12.3 |
-# | `loop.py`, `mixed.py` | in which order is computed, and where is a mask? | 4.5, 8.1 |
-# | `decode.py`, `tricks.py` | what makes it fast? | chapter 9 |
-# | `cases.py` | which kernel computes which sequences? | 3.4, 8.2 |
-# | `plan.py`, `blocks.py`, `launch.py`, `api.py` | what is known before it runs? | 8.3 |
-#
+# Each file of `rpa/kernel/` answers a question, and its `__init__` is the order in which to read
+# them. All optimisations stand in one list, with when they apply and what they are worth:
+
+# %%
+from IPython.display import Markdown
+
+Markdown(tricks.__doc__)
+
+# %% [markdown]
 # **Takeaway.** The kernel is a loop that looks up, fetches and computes, each for other keys.
 # Everything else is a decision about one block of keys.
 
 # %% [markdown]
-# ## 2. Which keys does a query block read?
+# ## 2. In which order is a batch visited?
 #
-# Rung 6 had room for a few queries of each sequence. A prompt brings thousands, so now they are cut
-# into **query blocks** of `bq` tokens, and each block goes over the keys on its own. Over which?
-# All that at least one of its queries sees. A chunk of 12 new tokens after 28 cached ones, `bq =
-# 8`: the first block holds positions 28 to 35, so it reads keys 0 to 35. The second one holds 36 to
-# 39 and reads all 40.
+# *Rung 7 has a list. Rung 8 has a function that says what comes next.*
 #
-# The kernel's own function answers on the host, too, if it gets the sizes. A batch to go through
-# for the rest of the chapter: two decodes, an idle slot, a chunk, a fresh prompt.
+# A list costs a program before the kernel, and 28 bytes of SMEM for each query block of the batch.
+# The scalar core is idle most of the time; so here it finds the next **work item**, one KV block of
+# one query block of one sequence, while the others compute. The order must be the same, and that
+# can be checked: the kernel's own functions answer on the host, too, if they get the sizes. The
+# batch of chapter 7:
 
 # %%
 names = ["A decode", "B decode", "(idle)", "C chunk", "D prompt"]
@@ -103,31 +110,6 @@ mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, Tru
 metadata = SimpleNamespace(
     kv_lens=jnp.array(batch.kv_lens), cu_q_lens=jnp.array(batch.cu_q_lens)
 )  # fmt: skip
-chunk = traversal.sequence(mixed_plan, metadata, 3)
-for q_index in range(int(traversal.num_query_blocks(mixed_plan, chunk))):
-    block = traversal.query_block(mixed_plan, chunk, q_index)
-    first, last = int(block.position), int(block.position + block.num_rows) - 1
-    print(f"query block {q_index}: positions {first} to {last}, "
-          f"keys {int(block.kv_start)} to {int(block.kv_end) - 1}")  # fmt: skip
-assert int(block.kv_end) == 40
-
-# %%
-show_source(traversal.query_block)
-
-# %% [markdown]
-# `kv_end` is the **effective KV length** of the block. For a fresh prompt it cuts the triangle out
-# of the square: half of the reading and half of the computing. `kv_start` does the same on the
-# other side where there is a sliding window.
-#
-# **Takeaway.** A query block reads up to its own last token and not a token more. Exercise 7.1.
-
-# %% [markdown]
-# ## 3. In which order is a batch visited?
-#
-# A **step** is one KV block of one query block of one sequence. By hand, D: 20 new tokens, nothing
-# cached, `bq = 8`, `bkv = 16`. Three query blocks, which see 8, 16 and 20 keys: one KV block, one,
-# and two. Four steps. C: query block 0 sees 36 keys, three KV blocks; query block 1 sees 40, three.
-# The traversal on the host, by the kernel's own functions:
 
 
 # %%
@@ -147,18 +129,41 @@ print("mixed: ", mixed_steps)
 assert decode_steps == [(0, 0, 0), (0, 0, 1), (1, 0, 0)] and len(mixed_steps) == 3 + 3 + 4
 
 # %% [markdown]
-# Sequence 2 does not occur: idle, passed over. One function says what comes after a work item, some
-# iterations ahead, for the copies; the computation follows in the same order. Another one resolves
-# where the traversal is into all that copies and computation have to know, once:
+# Rung 7's list, written out in KV blocks, is the same:
+
+# %%
+work = plain.work_list(batch, int(q_lens.sum()), plain.Options(block_q=8, block_kv=16))
+by_list = []
+for seq, position, end in zip(
+    *map(np.asarray, (work.seq, work.position, work.kv_end)), strict=True
+):
+    q_block = (position - (kv_lens[seq] - q_lens[seq])) // 8
+    by_list += [(int(seq), int(q_block), kv_block) for kv_block in range(cdiv(int(end), 16))]
+assert by_list == decode_steps + mixed_steps
+print(len(by_list), "work items, in the same order")
+
+# %% [markdown]
+# One function says what comes after a work item, some iterations ahead, for the copies; the
+# computation follows in the same order. Another one resolves where the traversal is into all that
+# copies and computation have to know, once. It is a row of rung 7's list:
 
 # %%
 show_source(traversal.advance)
 show_source(traversal.work_item)
 
 # %% [markdown]
-# An odometer with three wheels, and `first_active` for the idle ones. Now, which of these steps
-# needs a mask? A block of keys that ends before the first query of the block is visible to all of
-# them. The diagonal is not, and neither is a last block that is not full:
+# An odometer with three wheels, and `first_active` for the idle slots, which a list does not have.
+#
+# **Takeaway.** The order is that of rung 7's list. A list is easier to read and to test; a function
+# costs nothing beforehand. Exercise 7.2 is this function.
+
+# %% [markdown]
+# ## 3. Where is a mask?
+#
+# *Rung 7 masks every KV block. Rung 8 asks first.*
+#
+# A block of keys that ends before the first query of the block is visible to all of them. The
+# diagonal is not, and neither is a last block that is not full:
 
 
 # %%
@@ -186,15 +191,21 @@ show_source(mixed.Tiled.attend)
 show_source(mixed.ScoreTile)
 
 # %% [markdown]
-# **Takeaway.** One traversal over (sequence, query block, KV block), idle slots passed over, tiles
-# that no query sees skipped, masks only where the diagonal, a window or the end of a sequence goes
-# through. Exercises 7.2 and 8.1.
+# The price is that the code is there twice, and is compiled twice. It is worth 6 to 16 % of the
+# bundles (`python -m rpa lab steps`).
+#
+# **Takeaway.** Tiles that no query sees are skipped, masks are only where the diagonal, a window or
+# the end of a sequence goes through. Exercise 8.1.
 
 # %% [markdown]
 # ## 4. What runs ahead of what?
 #
-# Here is the kernel. Read `iterate`, its one loop: it fetches, looks up, and computes; but
-# never the same steps.
+# *Rung 7 waits for a KV block that was started one KV block ago. Rung 8 waits for one that was
+# started two or three iterations ago.*
+#
+# A copy takes a microsecond or two to arrive, however short it is. In that time a TPU7x computes a
+# KV block of a short sequence and more: rung 7 waits. Here is the kernel. Read `iterate`, its one
+# loop: it fetches, looks up, and computes; but never the same work items.
 
 # %%
 show_source(loop.kernel)
@@ -286,7 +297,7 @@ assert by_kernel == by_traversal
 # And as a picture, the mixed kernel: six steps of C and four of D, a KV block each. The copies into
 # the buffers that are not computed on begin before the computation ends, also from C to D. Copies
 # *to* HBM take the new tokens of a block to their pages (section 6). Above the buffers the pieces
-# of the table: they overlap, and each tick asks for one, for pages of later turns.
+# of the table: they overlap, and each tick asks for one, for pages of later iterations.
 
 # %%
 labels = page_labels(batch.page_indices, 5, page_size=8, block_tokens=16, cache="kv_cache")
@@ -295,11 +306,13 @@ title = "The mixed kernel: six steps of sequence 3, then four of sequence 4"
 gantt(timeline, kernel=1, rows=rows, label=labels, title=title)
 
 # %% [markdown]
-# **Takeaway.** First the table, then the pages, then the computation, some turns apart; across the
-# ends of query blocks and of sequences. Nothing drains before the batch ends.
+# **Takeaway.** First the table, then the pages, then the computation, some iterations apart; across
+# the ends of query blocks and of sequences. Nothing drains before the batch ends.
 
 # %% [markdown]
 # ## 5. Where are the numbers?
+#
+# *Rung 7 has the page table in SMEM. Rung 8 streams it like everything else.*
 #
 # The scalar core reads lengths and page numbers from SMEM, and SMEM has one MiB. What needs how
 # much?
@@ -334,17 +347,17 @@ assert table.chunk_words % 128 == 0
 # %% [markdown]
 # ## 6. Who stores the new tokens?
 #
-# Rung 6 wrote them from the block's buffer, and had to keep the buffer until they had left. Now a
-# prompt has many query blocks, and a token's KV block is fetched by each that sees it. Who writes
-# it, and when? Rung 8 has a simple rule: **each query block stores its own tokens**, when they are
-# in its KV buffer. Only a decode sends its one token from HBM to HBM: why, says the comment.
+# *Rung 7 stores them out of the KV buffer. So does rung 8, except in a decode.*
+#
+# The rule is the same: **each query block stores its own tokens**, when they are in its KV buffer.
+# Only a decode sends its one token from HBM to HBM: why, says the comment.
 
 # %%
 show_source(Copies.start_stores)
 
 # %% [markdown]
 # Two things follow. No token can be missed: its query block always runs, and always reads the KV
-# block that the token lies in, window or not. And nobody ever waits to *read* a new token from the
+# block that the token lies in, window or not. And nothing ever waits to *read* a new token from the
 # cache, since every query block takes all new tokens from `new_kv`, those of earlier query blocks
 # too. A buffer has to be kept until its tokens have left, as in rung 6; they leave while the block
 # is computed. Count:
@@ -363,6 +376,8 @@ assert stored_tokens == num_tokens == 34 and not timeline.never_awaited
 
 # %% [markdown]
 # ## 7. Why more than one kernel?
+#
+# *Rung 7 chooses between two sizes of tiles inside of one kernel. Rung 8 runs up to three kernels.*
 #
 # A decode has one query, known when the kernel is compiled. A chunk may have hundreds. One kernel
 # for both would compute a tile of `bq` rows for every decode. So `distribution` splits the batch,

@@ -24,11 +24,13 @@
 import jax.numpy as jnp
 import numpy as np
 
+# %%
 from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
-from rpa.kernel import mxu
-from rpa.kernel.plan import Plan
+from rpa.kernel import mxu, refs
+from rpa.kernel.decode import Decode
+from rpa.kernel.mixed import Tiled
 from rpa.lab.bench import comparison
 from rpa.lab.copies import traffic
 from rpa.lab.schedule import NoSchedule, inner_loop
@@ -39,10 +41,10 @@ CHIPS = ("v5e", "v6e", "tpu7x")
 # %% [markdown]
 # ## 1. What does a chip do in a cycle?
 #
-# A TPU core issues one **bundle** a cycle, in order. A bundle has **slots**: so many for the matrix
-# units, so many for vector arithmetic, for loads, for stores. The compiler fills them in advance,
-# so its listing is a timetable. Four bundles by hand, of a core with one MATMUL slot and four VALU
-# slots:
+# A TPU core issues one **bundle** per cycle, in order. A bundle has **slots**: so many for the
+# matrix units, so many for vector arithmetic, for loads, for stores. The compiler fills them in
+# advance, so its listing is a timetable. Four bundles by hand, of a core with one MATMUL slot and
+# four VALU slots:
 
 # %%
 by_hand = np.array([[1, 0], [0, 4], [0, 4], [1, 1]])  # [bundle, unit]: slots used
@@ -54,10 +56,10 @@ print("share of the slots used:", (by_hand.sum(axis=0) / (capacity * len(by_hand
 # full. They wait for each other. Three things can bind a loop:
 #
 # - **a unit**: it uses 80 % of its slots or more. Give it less to do;
-# - **latency**: nobody is full, for everybody waits for a result. Give them more that is
-#   independent;
-# - **HBM**, which is not in the listing: copies run beside it, and if they take longer, that is the
-#   time.
+# - **latency**: no unit is full, because all of them wait for results. Give them more independent
+#   work;
+# - **HBM**, which is not in the listing: copies run next to it, and if they take longer, that is
+#   the time.
 #
 # The whole of rung 8 has thousands of bundles. So take its heart to the bench: **one KV block of
 # 512 tokens in VMEM, one query token**, 8 KV heads and 32 query heads of 128, bfloat16, no copies.
@@ -90,12 +92,12 @@ live = on_the_bench("v5e", "odd stride")
 print(f"{live.bundles:,} bundles on a v5e, bound by {live.bound}; as recorded with libtpu", end=" ")
 print(f"{recorded('versions')['libtpu']}: {recorded_step('v5e', 'odd stride').bundles:,}")
 for unit, slots in live.slots.items():
-    print(f"  {unit:8} {slots:6,} slots, {live.capacity[unit]} a bundle: {live.share[unit]:4.0%}")
+    print(f"  {unit:8} {slots:6,} slots, {live.capacity[unit]} per bundle: {live.share[unit]:4.0%}")
 assert live.bound == "latency"
 
 # %% [markdown]
-# **Takeaway.** Count bundles, then ask who is full. If nobody is, it is latency. The compiler's
-# listing says both, without a TPU. Exercise 9.1.
+# **Takeaway.** Count bundles, then ask which unit is full. If none is, it is latency. The
+# compiler's listing says both, without a TPU. Exercise 9.1.
 
 # %% [markdown]
 # ## 2. What should bind?
@@ -103,11 +105,11 @@ assert live.bound == "latency"
 # Before one makes a loop shorter: how short may it be? Three floors under 512 tokens of a decode,
 # by hand for a v5e:
 #
-# - **HBM**: 512 tokens of 4,096 bytes, 547 bytes a cycle: 3,836 cycles.
+# - **HBM**: 512 tokens of 4,096 bytes, 547 bytes per cycle: 3,836 cycles.
 # - **MATPUSH**: an MXU multiplies rows with *weights* that it must have taken in before. K and V
 #   are weights here, 2 x 8 heads x 512 x 128 numbers, and a few rows of queries use each of them
-#   once. The compiler's listing has 3,072 such slots, 4 a bundle: 768 cycles.
-# - **MATMUL**: the rows that go through, 1,024 slots, 4 a bundle: 256 cycles.
+#   once. The compiler's listing has 3,072 such slots, 4 per bundle: 768 cycles.
+# - **MATMUL**: the rows that go through, 1,024 slots, 4 per bundle: 256 cycles.
 
 
 # %%
@@ -143,10 +145,10 @@ for chip in CHIPS:
     assert mixed["floor"] > hbm_cycles(chip)
 
 # %% [markdown]
-# All rungs, under the roof of one TPU7x core, which is the hardest to feed. The batch is that of
-# chapter 12: 16 decodes of real lengths. Rungs 1 to 3 are plain JAX and have no schedule that we
-# could read: they are drawn as if XLA moved what they gather once, at peak bandwidth. The kernels
-# are drawn with the time of their executed schedule and its waits (`rpa.lab.bench.comparison`):
+# The rungs that have a schedule, under the roof of one TPU7x core, which is the hardest to feed.
+# The batch is that of chapter 12: 16 decodes of real lengths. Times are those of the executed
+# schedule and its waits (`rpa.lab.bench.comparison`). Rungs 1 to 3 are plain JAX, of which we read
+# no schedule: they have no time here, so they have no point.
 
 # %%
 from rpa.figures.roofline import under_roof
@@ -154,39 +156,33 @@ from rpa.lab.batches import make_batch
 from rpa.lab.predict.roofline import Point
 from rpa.ladder import LADDER
 
-step, found = comparison.decode_step(), comparison.recorded()
-decode_cost = chips.attention_cost(1, np.array(found["kv_lens"]), 32, 8, 128)
-points = {}
-for name in ("dense", "paging", "ragged"):
-    num_bytes = traffic.count(name, step, comparison.LAYER).num_bytes
-    at_peak_us = 1e6 * num_bytes / chips.chip("tpu7x").hbm_bytes_per_s
-    points[name] = Point(decode_cost.flops, num_bytes, at_peak_us)
-
 # %%
-kernels = {
-    row["name"]: row for row in found["rows"] if row["name"] in ("streamed", "fused", "kernel")
+found = comparison.recorded()
+decode_cost = chips.attention_cost(1, np.array(found["kv_lens"]), 32, 8, 128)
+numbers = {rung.name: rung.number for rung in LADDER}
+timed = {row["name"]: row for row in found["rows"] if row["time_us"]}
+rungs = {
+    f"rung {numbers[name]}": Point(decode_cost.flops, row["num_bytes"], row["time_us"]["tpu7x"])
+    for name, row in timed.items()
+    if name in numbers
 }
-for name, row in kernels.items():
-    points[name] = Point(decode_cost.flops, row["num_bytes"], row["time_us"]["tpu7x"])
-rungs = {f"rung {rung.number}": points[rung.name] for rung in LADDER if rung.name in points}
-slowness = {name: row["time_us"]["tpu7x"] for name, row in kernels.items()}
-assert min(slowness["streamed"], slowness["fused"]) > 9 * found["least_us"]["tpu7x"]
+slowness = {name: timed[name]["time_us"]["tpu7x"] for name in ("streamed", "fused")}
+assert min(slowness.values()) > 9 * found["least_us"]["tpu7x"]
 under_roof("tpu7x", rungs, title="16 decodes on a TPU7x (predicted)")
 
 # %% [markdown]
-# Look at rungs 5 and 6: they move hardly a byte too many, their place *across* is that of rung 8,
-# and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of 512 after
-# 3,584 cached tokens, on a v5e, on the other side of the ridge. Rung 3 writes scores and weights
-# down (chapter 4); rungs 4 and 7 have a schedule for a tile of 128 queries by 512 keys, so their
-# time is that of 32 tiles, or of their bytes:
+# Look at rungs 5 and 6: they move hardly a byte more than they must, their place *across* is that
+# of rung 8, and they reach a tenth of the roof. That is this chapter in one picture. And a chunk of
+# 512 after 3,584 cached tokens, on a v5e, on the other side of the ridge. Rungs 4 and 8 have a
+# schedule for a tile of 128 queries by 512 keys, so their time is that of 32 tiles, or of their
+# bytes:
 
 # %%
 chunk_cost = chips.attention_cost(512, 4096, 32, 8, 128)
-notes_bytes = 4 * 32 * 512 * 4096 * 4  # scores and weights, each written and read, by rung 3
 chunk = make_batch([(512, 4096)], page_size=128)
 tile_bundles = {"tiled": 8 * recorded("tiled")["bundles"],  # a KV head at a time
                 "kernel": recorded("kernels")["v5e"]["mixed"]["executed_per_chunk"]}  # fmt: skip
-points = {"rung 3": (chunk_cost.hbm_bytes + notes_bytes, 0)}
+points = {}
 for name, title in {"tiled": "rung 4", "kernel": "rung 8"}.items():
     num_bytes = traffic.count(name, chunk, comparison.LAYER).num_bytes
     points[title] = (num_bytes, 32 * tile_bundles[name])
@@ -249,15 +245,15 @@ pictures.banks([1, 8, 9, 16])
 # %%
 for stride in (1, 8, 9, 12, 16, 32):
     loads, bundles = recorded("strides")["v5e"][str(stride)]
-    print(f"every {stride:2} rows: {loads} loads a register, {bundles:3} bundles for 512 rows")
+    print(f"every {stride:2} rows: {loads} loads per register, {bundles:3} bundles for 512 rows")
 
 # %% [markdown]
 # These are the compiler's loads, and 32 banks would explain all of them (exercise 9.2 counts). So
-# the buffer of rung 8 has a row a token more than it needs, which nobody reads. Each chip may have
-# its own number of banks; an odd distance meets all of them, whatever power of two they are:
+# the buffer of rung 8 has one row per token more than it needs. It is never read. Each chip may
+# have its own number of banks; an odd distance meets all of them, whatever power of two they are:
 
 # %%
-show_source(Plan.kv_buffer_words.fget)
+show_source(refs.vmem_buffers)
 
 # %%
 for chip in CHIPS:
@@ -268,8 +264,9 @@ for chip in CHIPS:
     assert 0.94 < odd.bundles / even.bundles < 0.97
 
 # %% [markdown]
-# Half of the loads, and only 4 or 5 % of the bundles? Nobody waits for loads *yet*. Take the loop
-# at the end of section 7, with all that comes until then, and give it the even distance again:
+# Half of the loads, and only 4 or 5 % of the bundles? Loads are not what is waited for *yet*. Take
+# the loop at the end of section 7, with all that comes until then, and give it the even distance
+# again:
 
 # %%
 more = {}
@@ -284,7 +281,7 @@ assert 0 < more["v5e"] < 0.1 < more["v6e"] < 0.25 < more["tpu7x"] < 0.4
 # A fifth on v6e, a third on a TPU7x; on a v5e another unit is full by then. An optimisation is
 # worth what it is worth in its company; measure it there.
 #
-# **Takeaway.** Odd strides. An eighth of VMEM that nobody reads saves half of the loads.
+# **Takeaway.** Odd strides. An eighth of VMEM that is never read saves half of the loads.
 
 # %% [markdown]
 # ## 5. Who waits for whom?
@@ -328,8 +325,8 @@ show_source(Tiled._attend_groups)
 # %% [markdown]
 # ## 6. What are four rows good for?
 #
-# A decode has 4 query heads a KV head, so 4 rows in registers of 8 (of 16, in bfloat16), and eight
-# chains of them. Put four heads in one product: queries on the diagonal, zeros elsewhere.
+# A decode has 4 query heads per KV head, so 4 rows in registers of 8 (of 16, in bfloat16), and
+# eight chains of them. Put four heads in one product: queries on the diagonal, zeros elsewhere.
 
 # %%
 pictures.block_diagonal(4)
@@ -358,7 +355,7 @@ assert recorded_step("tpu7x", "four heads a product").bundles < hbm_cycles("tpu7
 # %% [markdown]
 # With that a TPU7x is below its HBM time for the first time. Not more heads: with all eight in one
 # product there is a single chain, and nothing overlaps it. When it was tried in rung 8, eight heads
-# and two heads a product both took about an eighth more bundles than four (`docs/ablations.md`).
+# and two heads per product both took about an eighth more bundles than four (`docs/ablations.md`).
 #
 # **Takeaway.** Where the MXU is bound by its weights, rows are free. Fill them with other heads.
 
@@ -396,7 +393,7 @@ show_source(Decode._attend_sub_block)
 # %% [markdown]
 # ## 8. Which side goes in?
 #
-# K and V are the weights, so MATPUSH is the fullest unit; four rows of queries a head go through,
+# K and V are the weights, so MATPUSH is the fullest unit; four rows of queries per head go through,
 # so MATMUL idles. But which side of a product is the weights is a matter of writing. By hand, one
 # query (2, 1) and three keys (1, 0), (0, 1), (3, 3):
 
@@ -433,8 +430,8 @@ pictures.before_after(
 )
 
 # %% [markdown]
-# MATPUSH still binds, but it has less to take in, and MATMUL works beside it. In rung 8 it is a
-# room of its own:
+# MATPUSH still binds, but it has less to take in, and MATMUL works in the same bundles. In rung 8
+# it is a room of its own:
 
 # %%
 show_source(mxu)
@@ -443,8 +440,8 @@ show_source(mxu)
 # A product of rung 8 has 512 keys by default, which is one cell. Float32, and dots of fewer than
 # 384 lanes, turn none (`Tricks.swaps_operands`).
 #
-# All seven steps, a sequence, beside HBM. The last one turns a quarter on every chip; v6e and TPU7x
-# do better with half, see the table.
+# All seven steps, per sequence, next to HBM. The last one turns a quarter on every chip; v6e and
+# TPU7x do better with half, see the table.
 
 
 # %%
@@ -482,12 +479,12 @@ pictures.before_after({"Rung 4, one KV head": rung4, "Rung 8, eight KV heads": r
 
 # %%
 per_head = rung8.bundles / 8
-print(f"a head: rung 4 {rung4.bundles:,} bundles, rung 8 {per_head:,.0f}; MATMUL floor 1,024")
+print(f"per head: rung 4 {rung4.bundles:,} bundles, rung 8 {per_head:,.0f}; MATMUL floor 1,024")
 assert per_head < 0.6 * rung4.bundles and rung8.bound == "MATMUL"
 
 # %% [markdown]
 # Three things made the difference. Order, as in section 5: two heads ahead, and of the last head
-# one half after the other, since no other head has products left to run beside its softmax. **Masks
+# one half after the other, since no other head has products left to run during its softmax. **Masks
 # off the common path**: rung 4 compares positions in every block, rung 8 only where the diagonal or
 # an end goes through (chapter 8), and what it does there costs:
 
@@ -500,8 +497,8 @@ for chip in CHIPS:
     assert mixed["floor"] < inner < masked
 
 # %% [markdown]
-# It once was 18 % on v6e, because masks were compared anew for every head: 2.6
-# instructions a register of scores. Now they are computed once, stored as *limits*, and a score
+# It once was 18 % on v6e, because masks were compared again for every head: 2.6
+# instructions per register of scores. Now they are computed once, stored as *limits*, and a score
 # becomes `min(score, limit)`: a load and one instruction.
 #
 # And third, on v6e and TPU7x, **the idle half**. Their MXU is 256 wide, a head is 128: half of it
@@ -512,7 +509,7 @@ for chip in CHIPS:
 show_source(mxu.append_ones)
 
 # %% [markdown]
-# Columns of ones beside V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
+# Columns of ones next to V: P [V, 1] = [P V, sum P]. The sum of the weights comes with the product,
 # for nothing. By hand: weights (2, 3), values (10, 20) become (10, 1), (20, 1): 80 and 5.
 
 # %%
@@ -530,11 +527,67 @@ assert with_ones[0, :2].tolist() == [80.0, 5.0]
 #
 # What did *not* help is worth as much: three heads ahead spills, and was 5 % slower on a TPU7x; the
 # same sums without any head ahead make the MXU wait, a quarter longer on v6e; a third copy of the
-# code for full masked blocks saves 5 % of those, and compiles longer for everybody.
+# code for full masked blocks saves 5 % of those, and makes every compilation longer.
 #
 # **Takeaway.** Prefill is bound by MATMUL if you keep the vector unit out of its way: masks where
 # they matter, sums and scales where a unit idles.
+
+
+# %% [markdown]
+# ## 10. From rung 7 to rung 8, one step at a time
 #
+# The bench showed each step on top of the last. Is that what a step is worth in the kernel? Turn
+# the question round: take rung 8 as it is, take *one* optimisation away, compile and execute it,
+# and compare. Each is one line of `rpa/kernel/` (`tools/record_steps.py` changes it in a copy of
+# the package). `python -m rpa lab steps` prints the table, with the reason for each row:
+
+# %%
+from rpa.lab.schedule import steps
+
+print(steps.table(steps.rows()))
+worth = {(row.step, row.where): row.values for row in steps.rows()}
+
+# %% [markdown]
+# Rows "inner loop" are a decode of 512 tokens on the bench, before and after. Rows "kernel" are all
+# of rung 8 without the step and with it: bundles of a decode of 1,024 tokens, bundles of a mixed
+# tile, and, in the last row, microseconds of 256 short decodes.
+#
+# Three readings. **Order is worth most**, and it costs not one instruction: without it a TPU7x
+# takes more than twice as long. **No step is worth on one chip what it is worth on another**: half
+# of an MXU that idles is not there on a v5e, and copies that start early help only where HBM is
+# fast. And **the sum of the parts is not the whole**: in the kernel the odd stride is worth 11 to
+# 14 %, three times as much as on the bench, because by now the loads are what is waited for.
+
+# %%
+order = worth["order of products", "kernel, decode"]["tpu7x"]
+odd = {where: worth["odd stride", where]["v6e"] for where in ("inner loop", "kernel, decode")}
+ahead = worth["copies further ahead", "kernel, batch"]
+assert order[0] > 2 * order[1]
+assert odd["kernel, decode"][0] / odd["kernel, decode"][1] > 1.1
+assert odd["inner loop"][0] / odd["inner loop"][1] < 1.06
+assert ahead["tpu7x"][0] > 1.3 * ahead["tpu7x"][1] and ahead["v5e"][0] < 1.01 * ahead["v5e"][1]
+
+# %% [markdown]
+# One step is not in the table, because it has no time to show: rung 7 keeps the page table in SMEM,
+# which holds 262,144 page numbers; rung 8 streams it from HBM, so that no context is too long.
+#
+# **Takeaway.** Nine changes make rung 8 out of rung 7. Each is a line that can be taken away, and
+# the lab says what that costs.
+
+# %% [markdown]
+# ## What is still slow
+#
+# The last bundles of each loop. At its start and its end the MXU has nothing that is independent
+# yet, or no more:
+
+# %%
+for chip in CHIPS:
+    mixed = recorded("kernels")[chip]["mixed"]
+    print(f"{chip:6} mixed tile: {mixed['floor'] / mixed['interior_region']:.0%} of the floor; "
+          f"decode: {recorded('kernels')[chip]['decode']['bound']} binds")  # fmt: skip
+    assert mixed["floor"] > 0.8 * mixed["interior_region"]
+
+# %% [markdown]
 # **Chapter 10** goes from the inner loop to the batch: how large the blocks should be, how far the
 # copies must run ahead, and what time comes of it all.
 #

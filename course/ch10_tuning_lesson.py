@@ -15,8 +15,8 @@
 # **You will be able to:** choose block sizes, and say what they cost; say how far copies must run
 # ahead of the products; and predict, in numbers, how much of a chip's bandwidth a batch will use.
 #
-# Chapter 9 made the inner loop short. A batch is thousands of its turns, with copies beside them,
-# and ends between them.
+# Chapter 9 made the inner loop short. A batch is thousands of its iterations, with copies under way
+# meanwhile, and ends between them.
 
 # %%
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from rpa import chips
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
 from rpa.kernel import blocks, cases
-from rpa.kernel.plan import Plan, Problem
+from rpa.kernel.plan import Plan
+from rpa.kernel.problem import Problem
 from rpa.lab.bench import comparison, tune
 from rpa.lab.schedule.recorded import recorded
 
@@ -89,14 +90,14 @@ assert large_us["64 of real lengths"] > small_us["64 of real lengths"]
 # %% [markdown]
 # Larger blocks have half as many ends. Long contexts gain nothing from it as long as HBM is slower
 # anyway, and a batch of real lengths loses, because the shorter of two sequences waits. No default
-# can know your lengths: who knows better passes `d_block_sizes=(1, 2048, 1, 512)`.
+# can know your lengths: a server that knows better passes `d_block_sizes=(1, 2048, 1, 512)`.
 #
 # **Takeaway.** The budget says what is possible; lengths say what is good. Exercise 10.1 chooses.
 
 # %% [markdown]
 # ## 2. From bundles to a time
 #
-# Copies run beside bundles, as long as there are two buffers. Three blocks on a TPU7x, 1,024
+# Copies run while bundles issue, as long as there are two buffers. Three blocks on a TPU7x, 1,024
 # tokens each, 2,494 cycles of HBM, and about 1,700 to compute:
 
 
@@ -124,8 +125,8 @@ pictures.two_lanes(copies, computes)
 # %% [markdown]
 # HBM never stops; the core waits, and only the last computation has nothing to hide behind. So the
 # **MBU** (memory bandwidth utilisation: the least bytes, at the peak, over the time) is
-# 3 x 2,494 / 9,182 = 81 %, and comes near 100 % for a batch of a hundred. Turn the two numbers
-# round, and HBM waits for the core:
+# 3 x 2,494 / 9,182 = 81 %, and comes near 100 % for a batch of a hundred. Swap the two numbers,
+# and HBM waits for the core:
 
 # %%
 for copy_cycles, compute_cycles in [(2494, 1700), (1700, 2494)]:
@@ -157,8 +158,8 @@ assert mbu["v5e"] > mbu["v6e"] > mbu["tpu7x"] > 0.5
 # All of that is predicted, with every copy at peak bandwidth, and there when its share of it is
 # over. A real copy takes longer to arrive, however short it is: with 1.0 us, and 1.2 cycles per
 # bundle, the published timings of the peers on a TPU7x are met best. So copies have to start early.
-# How early? In our pipeline, with blocks of two short sequences, 512 tokens each: the copies of a
-# turn start when the turn `ahead` before it begins.
+# How early? In our pipeline, with blocks of two short sequences, 512 tokens each: the copies of an
+# iteration start when the iteration `ahead` before it begins.
 
 # %%
 from rpa.lab.predict.calibration import FITTED
@@ -168,27 +169,28 @@ latency_cycles = FITTED.latency_us * 1e-6 * chips.chip("tpu7x").clock_hz
 
 
 # %%
-def cycles_per_turn(ahead, num_turns=200):
-    """What a turn takes, if HBM takes one copy after the other and each arrives late."""
+def cycles_per_iteration(ahead, num_iterations=200):
+    """What an iteration takes, if HBM takes one copy after the other and each arrives late."""
     ends, hbm_free = [0], 0
-    for turn in range(num_turns):
-        hbm_free = max(hbm_free, ends[max(0, turn - ahead)]) + copy_cycles
+    for iteration in range(num_iterations):
+        hbm_free = max(hbm_free, ends[max(0, iteration - ahead)]) + copy_cycles
         ends.append(max(hbm_free + latency_cycles, ends[-1]) + compute_cycles)
-    return ends[-1] / num_turns
+    return ends[-1] / num_iterations
 
 
 # %%
 for ahead in (1, 2, 3, 4):
-    cycles = cycles_per_turn(ahead)
-    print(f"{ahead} ahead: {cycles:5,.0f} cycles a turn, MBU {copy_cycles / cycles:4.0%}")
-assert cycles_per_turn(1) > 1.3 * cycles_per_turn(2) and cycles_per_turn(1) > 1.5 * copy_cycles
+    cycles = cycles_per_iteration(ahead)
+    print(f"{ahead} ahead: {cycles:5,.0f} cycles per iteration, MBU {copy_cycles / cycles:4.0%}")
+assert cycles_per_iteration(1) > max(1.3 * cycles_per_iteration(2), 1.5 * copy_cycles)
 
 # %% [markdown]
-# One turn ahead is a double buffer. HBM idles for more than a third of the time, although neither
-# the copies nor the products of a turn take as long as a turn does. Two ahead, the products never
-# stop: what is in flight lasts for a latency and a computation. The kernel runs three turns ahead
-# in decode (`blocks.DECODE_TURNS_AHEAD`), because its turns are not all alike: by the fit of that
-# time its HBM was busy for 62 % of the time before, and for 91 % since (`docs/ablations.md`).
+# One iteration ahead is a double buffer. HBM idles for more than a third of the time, although
+# neither the copies nor the products of an iteration take as long as an iteration does. Two ahead,
+# the products never stop: what is in flight lasts for a latency and a computation. The kernel runs
+# three iterations ahead in decode (`tricks.DECODE_ITERATIONS_AHEAD`), because its iterations are not
+# all alike: by the fit of that time its HBM was busy for 62 % of the time before, and for 91 % since
+# (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs
 # (`python -m rpa lab predict --published`); on a TPU you have your own, with `python -m rpa bench`.
@@ -233,14 +235,14 @@ assert mbu["v5e"] > 0.95
 for chip in CHIPS:
     kernel = recorded("kernels")[chip]
     issue, mixed = kernel["decode"]["page_issue_per_chunk"], kernel["mixed"]
-    beside = 1 - mixed["floor"] / mixed["interior_region"]
+    rest = 1 - mixed["floor"] / mixed["interior_region"]
     print(f"{chip:6} decode, 1,024 tokens: {issue:2.0f} bundles issue pages of 128, and "
-          f"{8 * issue:3.0f} pages of 16; prefill: {beside:3.0%} beside MATMUL")  # fmt: skip
+          f"{8 * issue:3.0f} pages of 16; prefill: {rest:3.0%} besides MATMUL")  # fmt: skip
 
 # %% [markdown]
-# - **Few bytes a token.** With one KV head a chip (Llama 3 70B on eight), or with heads of 64, a
-#   TPU7x needs more bundles for a block than HBM has cycles (`docs/ablations.md`). MATPUSH again: K
-#   and V are weights for a few rows, and to turn keys does not pay in a dot of so few lanes.
+# - **Few bytes per token.** With one KV head per chip (Llama 3 70B on eight), or with heads of 64,
+#   a TPU7x needs more bundles for a block than HBM has cycles (`docs/ablations.md`). MATPUSH again:
+#   K and V are weights for a few rows, and to turn keys does not pay in a dot of so few lanes.
 # - **Windows.** With a sliding window of 128, reading and computing take hardly more than the least
 #   on a v5e and far more on a TPU7x: there are not enough tokens to hide anything behind.
 # - **And what no schedule holds**: launching, instruction fetch, and how HBM really behaves. That

@@ -21,7 +21,7 @@
 # The kernel is complete and fast. Now it leaves the house. Other people's models want features, and
 # other people's servers call it in ways that its author did not think of. Most of this chapter is
 # about bugs. **All of them are real**: each was in a kernel that served users, or follows from its
-# code. Nobody was careless. Each of them passed its tests.
+# code. No author was careless. Each of them passed its tests.
 
 # %%
 import jax
@@ -37,7 +37,7 @@ from rpa.kernel import cases, softmax
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
 
 # %%
-HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also beside a TPU
+HOST = jax.devices("cpu")[0]  # where the TPU interpreter runs, also next to a TPU
 
 # %% [markdown]
 # ## 1. What does a model ask of its attention?
@@ -120,7 +120,7 @@ print(f"relative error {dense.relative_error(output, truth):.1e}")
 assert dense.relative_error(output, truth) < 1e-5
 
 # %% [markdown]
-# **Takeaway.** A feature of the softmax is a line in the kernel. Whether it is right *beside the
+# **Takeaway.** A feature of the softmax is a line in the kernel. Whether it is right *next to the
 # others*, in every batch, is the work.
 
 # %% [markdown]
@@ -128,7 +128,7 @@ assert dense.relative_error(output, truth) < 1e-5
 #
 # The other features are about memory. Llama 3 8B, 64 sequences of 4,096 tokens, a decode step. A
 # server pays twice for its cache: it must **keep** it in HBM, and in every step it must **read**
-# it. By hand: 128 KiB a token and 64 x 4,096 tokens make 32 GiB, kept and read.
+# it. By hand: 128 KiB per token and 64 x 4,096 tokens make 32 GiB, kept and read.
 
 # %%
 from rpa.shapes import LLAMA3_8B, decode_step
@@ -307,7 +307,7 @@ pictures.lost_tokens(11, window=3, bq=2, bkv=4)
 # %% [markdown]
 # *Why the tests passed.* They compared the output. And in the same request every token that was
 # lost lies behind the window for good, so even the next decode is right. Only a reader with other
-# positions notices: somebody who reuses the *prefix*.
+# positions notices: a request that reuses the *prefix*.
 #
 # *The test.* Compare the cache, bit by bit, with a chunk much longer than window and key block.
 # Exercise 11.1 asks how long. In rung 8 the store of a token hangs on nothing but its own query
@@ -320,9 +320,9 @@ pictures.lost_tokens(11, window=3, bq=2, bkv=4)
 #
 # *Symptom.* Under load all is well. At three in the morning the server hangs; no error, no output.
 #
-# *Clue.* At night requests end and nobody takes their slots. A slot with `q_len` 0 stands between
-# two others. *Cause:* the chain of chapter 5. Each sequence, while it computes, starts the copies
-# of the next one. Who computes nothing starts nothing:
+# *Clue.* At night requests end and no request takes their slots. A slot with `q_len` 0 stands
+# between two others. *Cause:* the chain of chapter 5. Each sequence, while it computes, starts the
+# copies of the next one. Who computes nothing starts nothing:
 
 
 # %%
@@ -387,7 +387,7 @@ assert error < 8e-6 and wrong_rows == 0
 #
 # *Clue.* The noise is familiar: the output *is* the array of queries. *Cause:* `distribution` =
 # (i, j, k) has a range of its own for chunks, [i, j). The kernel that computes it is compiled only
-# if `chunk_prefill_size` is given. If not, nobody computes the range; and the output shares its
+# if `chunk_prefill_size` is given. If not, no kernel computes the range; and the output shares its
 # memory with the queries, to save a buffer. Two servers, 5 sequences each; the first has 3 decodes:
 
 # %%
@@ -396,8 +396,8 @@ for server, (i, j, k) in {
     "a step of prefills only": (0, 5, 5),
 }.items():
     computed = set(range(i)) | set(range(j, k))  # decode kernel, mixed kernel
-    nobody = sorted(set(range(k)) - computed)
-    print(f"{server:30} distribution {(i, j, k)}: nobody computes {nobody or 'none'}")
+    missed = sorted(set(range(k)) - computed)
+    print(f"{server:30} distribution {(i, j, k)}: not computed {missed or 'none'}")
 
 # %% [markdown]
 # Both are legal. vLLM sorts its batch and sends the first kind; SGLang keeps prefill and decode
@@ -416,8 +416,8 @@ print(f"distribution {batch.distribution}: error {error:.1e}, wrong rows {wrong_
 assert error < 8e-6 and wrong_rows == 0
 
 # %% [markdown]
-# **Takeaway.** Memory that nobody wrote is not empty. Outputs of tests are filled with NaN first,
-# and every legal shape of an argument is somebody's daily one.
+# **Takeaway.** Memory that was never written is not empty. Outputs of tests are filled with NaN
+# first, and every legal shape of an argument is daily use for one of its callers.
 
 # %% [markdown]
 # ## 8. Case four: the cell that ran only once
@@ -556,9 +556,9 @@ assert max(error for name, error in worst.items() if name.startswith("float32"))
 # | 2 sequences dropped, 3 wrong distribution | every legal (i, j, k), and illegal ones |
 # | 4 idle slots hang | q_len 0 first, in the middle, everywhere; a time limit |
 # | 5 positions in 16 bits, 6 state in bfloat16 | length; values with a direction |
-# | 7 0 x NaN, 8 garbage in the page table | NaN and garbage in all that nobody owns |
+# | 7 0 x NaN, 8 garbage in the page table | NaN and garbage in all that no sequence owns |
 # | 9 window and mask | window smaller than a block; without causality |
-# | 10 padding rows | rows that nobody owns, filled with NaN |
+# | 10 padding rows | rows that no sequence owns, filled with NaN |
 # | 11 KV sharing | NaN as new K and V; the cache as bits |
 # | 12 new tokens around a page end | ends one before, at, one after |
 # | 13 VMEM, 14 SMEM | every chip; the longest table |
@@ -583,7 +583,7 @@ assert max(error for name, error in worst.items() if name.startswith("float32"))
 # | `page_indices` | `block_tables`, a fixed row for each slot | `page_indices`, from token slots |
 # | `distribution` | `request_distribution`, (d, d, n) | (n, n, n) decode, (0, n, n) prefill |
 # | unused slots | `seq_lens` 0, `query_start_loc` repeats its last entry | `seq_lens` 0 |
-# | the caches | one array a layer, donated | one buffer a layer, donated |
+# | the caches | one array per layer, donated | one buffer per layer, donated |
 #
 # One transfer brings them to the device, and then **the same arrays serve all layers**. That is why
 # they are so small, and why a mistake in them is a mistake in every layer. In the way of vLLM, for
@@ -641,7 +641,7 @@ assert len(set(buckets.tolist())) < 10
 # %% [markdown]
 # ## 12. What does it cost to look?
 #
-# A wrong page number does not crash. So somebody should look at every batch, if it costs nothing.
+# A wrong page number does not crash. So every batch should be looked at, if it costs nothing.
 # 256 sequences with 256 pages each, on the machine that runs this notebook:
 
 # %%
@@ -707,17 +707,17 @@ for num_kv_heads in (8, 4, 2, 1):
         kv_token_bytes(get_kv_cache_shape(1, 16, num_kv_heads, 128, dtype), dtype)
         for dtype in (jnp.bfloat16, jnp.float8_e4m3fn)
     ]
-    print(f"{num_kv_heads} KV heads a chip: bfloat16 {sizes[0]:5,} bytes a token, "
+    print(f"{num_kv_heads} KV heads per chip: bfloat16 {sizes[0]:5,} bytes per token, "
           f"float8 {sizes[1]:5,}: {sizes[1] / sizes[0]:.0%}")  # fmt: skip
 assert sizes[0] == sizes[1]
 
 # %% [markdown]
-# With one head a chip the float8 cache is as large as the bfloat16 one: half of it is padding, and
-# the digits were given away for nothing.
+# With one head per chip the float8 cache is as large as the bfloat16 one: half of it is padding,
+# and the digits were given away for nothing.
 #
 # Third, float8 halves the bytes, and not the work. The cores widen it to bfloat16 and multiply as
 # before, so a decode that waited for HBM may now wait for the machine's schedule. How much of the
-# roofline is left then, on which chip, beside which peer: **chapter 12** puts every rung on one
+# roofline is left then, on which chip, next to which peer: **chapter 12** puts every rung on one
 # page, measures what can be measured on your machine, and leaves the open problems to you.
 #
 # **Before you go on:** do [the exercises of this chapter](../exercises/11_production.ipynb).

@@ -16,7 +16,7 @@
 #
 # **You will be able to:** put eight rungs and three other kernels on one page, in lines, bytes and
 # microseconds; say which of these numbers is counted, which predicted and which measured; and name
-# what nobody has solved yet.
+# what is not solved yet.
 #
 # You have climbed a ladder. From up here one can look down, and sideways: at the kernels that serve
 # real users today.
@@ -36,7 +36,7 @@ from rpa.lab.schedule import NoSchedule
 #
 # A comparison is fair if every kernel does the same work. Ours is one step of a server: 16 decodes
 # of real lengths (chapter 2), one layer of Llama 3 8B in bfloat16, pages of 128 tokens that lie
-# anywhere in the cache, and room for 16,384 tokens a sequence, as a server keeps it. Each kernel
+# anywhere in the cache, and room for 16,384 tokens per sequence, as a server keeps it. Each kernel
 # chooses its own blocks.
 
 # %%
@@ -45,7 +45,8 @@ print("kv_lens:", batch.kv_lens.tolist())
 print(f"{batch.kv_lens.sum():,} tokens; the longest is {batch.kv_lens.max():,}")
 
 # %% [markdown]
-# How fast could it be? By hand: 26,776 tokens of 4 KiB are 110 MB, and a v5e moves 819 GB a second:
+# How fast could it be? By hand: 26,776 tokens of 4 KiB are 110 MB, and a v5e moves 819 GB per
+# second:
 # 134 us. No kernel can beat that, because it has to read every token once.
 
 # %%
@@ -56,7 +57,7 @@ assert round(comparison.hbm_us(26_776 * 4096, "v5e")) == 134
 
 # %% [markdown]
 # **Takeaway.** Say what is raced before you say who wins: lengths, pages, dtype, blocks, and the
-# time that nobody can beat.
+# time that no kernel can beat.
 
 # %% [markdown]
 # ## 2. Who moves how much?
@@ -90,7 +91,7 @@ print("recorded with", ", ".join(f"{name} {v}" for name, v in found["versions"].
 #
 # The second number is predicted: the microseconds of the compiled schedule, with its waits for the
 # HBM (chapter 9). The third needs no machine at all: lines of code, without comments and
-# docstrings, that somebody has to read.
+# docstrings, that a reader has to read.
 
 # %%
 print(comparison.table(found))
@@ -158,7 +159,7 @@ except NoSchedule as reason:
 # How far is such a prediction from a real TPU? The peers have published timings of their kernels,
 # and the same method predicts them: `python -m rpa lab predict --published`, table in the README.
 # Their decodes come out within a fifth, most within a tenth. Their batches of four new tokens a
-# sequence do not: there a real chip waits for something that the schedule does not show. Nobody
+# sequence do not: there a real chip waits for something that the schedule does not show. No one
 # should believe a prediction of that kind more than this.
 #
 # **Takeaway.** Predicted is a word for a method that was compared with measurements, and where the
@@ -167,7 +168,7 @@ except NoSchedule as reason:
 # %% [markdown]
 # ## 5. And prefill?
 #
-# A prefill waits for the matrix units. Bundles of 128 query by 512 KV tokens, all heads, beside
+# A prefill waits for the matrix units. Bundles of 128 query by 512 KV tokens, all heads, next to
 # the cycles of the products alone:
 
 # %%
@@ -204,7 +205,7 @@ assert any(row.timing for row in timed)
 
 # %% [markdown]
 # **Takeaway.** Three kinds of numbers, and each has its word: counted (exact), predicted (a model),
-# measured (with the machine's name beside it).
+# measured (with the machine's name next to it).
 
 # %% [markdown]
 # ## What is still slow
@@ -226,13 +227,13 @@ assert found["least_us"]["v5e"] > 0.95 * rows["kernel"]["time_us"]["v5e"]
 # - **Shared prompts are read by everyone who shares them.** The next table has a step in which that
 #   is more than a quarter of rung 8's bytes. Reading them once needs the merge of exercise 12.4,
 #   and a grid that walks over groups of sequences.
-# - **Small pages.** At 16 tokens a page there are eight times as many copies to issue, each as dear
-#   as one of 128. Rung 8 makes one copy of a block whose pages are all neighbours; shorter runs
-#   travel page by page (exercise 12.3), and whether there are any the allocator decides.
+# - **Small pages.** At 16 tokens per page there are eight times as many copies to issue, each as
+#   dear as one of 128. Rung 8 makes one copy of a block whose pages are all neighbours; shorter
+#   runs travel page by page (exercise 12.3), and whether there are any the allocator decides.
 # - **Unequal pairs.** Two decodes of very different lengths, computed together, waste the shorter
 #   one's turns. Who should be paired with whom?
-# - **A few new tokens a sequence**, as in speculative decoding: neither decode nor prefill, and the
-#   one case in which our predictions fail.
+# - **A few new tokens per sequence**, as in speculative decoding: neither decode nor prefill, and
+#   the one case in which our predictions fail.
 # - **Nothing here has been timed on a TPU.** If you have one, `python -m rpa bench` is the most
 #   valuable thing you can run, and an issue with its output the most valuable thing you can write.
 #

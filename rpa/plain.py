@@ -50,6 +50,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rpa import chips, compat, fused, interpreter, streamed, tiled
 from rpa.paging import cdiv, kv_token_bytes, lanes_are_shared, pack_kv
 from rpa.ragged import check_call, quantize
+from rpa.validation import as_window
 
 # --- The kernel ---------------------------------------------------------------------------------
 
@@ -432,7 +433,7 @@ def attention(
         block_q=block_q,
         block_kv=block_kv,
         causal=use_causal_mask,
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        sliding_window=as_window(sliding_window),
         update_kv_cache=update_kv_cache,
         has_soft_cap=soft_cap is not None,
         group=group,

@@ -202,7 +202,8 @@ def _check_cache(queries, keys, values, kv_cache):
     if keys.dtype != kv_cache.dtype or values.dtype != kv_cache.dtype:
         raise ValueError(
             f"keys has dtype {keys.dtype}, values {values.dtype} and kv_cache {kv_cache.dtype}: "
-            "they must be equal. Quantise keys and values before the call (see k_scale, v_scale)."
+            "they must be equal. Quantise keys and values before the call (see k_scale, v_scale), "
+            "or cast them."
         )
     if len(kv_cache.shape) != 5:
         raise ValueError(

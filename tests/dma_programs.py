@@ -89,3 +89,44 @@ def asks_the_data(x_ref, out_ref, buffers_ref, sems):
         second = chunk_copy(x_ref, buffers_ref, sems, 1, 0)
         second.start()
         second.wait()
+
+
+# --- What a chip's compiler takes, and another's does not ---------------------------------------
+
+
+def eight_rows(x, start, *, aligned=True, interpret=False):
+    """bfloat16[32, 128], i32[1] -> bfloat16[8, 128]: rows of VMEM from one known at run time."""
+
+    def kernel(start_ref, x_ref, out_ref):
+        first = pl.multiple_of(start_ref[0], 8) if aligned else start_ref[0]
+        out_ref[...] = x_ref[pl.ds(first, 8)]
+
+    return pl.pallas_call(
+        kernel,
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.VMEM),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.bfloat16),
+        interpret=interpret,
+    )(start, x)
+
+
+def rotate_half_rope(x, cos, sin, *, interpret=False):
+    """f32[tokens, 128] x 3 -> f32[tokens, 128]: x cos + (-second half, first half) sin, in VMEM."""
+
+    def kernel(x_ref, cos_ref, sin_ref, out_ref):
+        x = x_ref[...]
+        half = x.shape[1] // 2
+        rotated = jnp.concatenate([-x[:, half:], x[:, :half]], axis=1)
+        out_ref[...] = x * cos_ref[...] + rotated * sin_ref[...]
+
+    vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+    return pl.pallas_call(
+        kernel,
+        in_specs=[vmem] * 3,
+        out_specs=vmem,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        interpret=interpret,
+    )(x, cos, sin)

@@ -41,3 +41,11 @@ def attend_scanned_layers(
 
     (queries, kv_cache), _ = jax.lax.scan(one_layer, (queries, kv_cache), jnp.arange(num_layers))
     return queries, kv_cache
+
+
+def attend_twice_reading(queries, keys, values, kv_cache, *metadata, **options):
+    """Two layers that share the KV of an earlier one: both only read the cache."""
+    for _ in range(2):
+        arrays = (queries, keys, values, kv_cache, *metadata)
+        queries, kv_cache = attend(*arrays, update_kv_cache=False, **options)
+    return queries, kv_cache

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rpa.check
-from rpa.check import CheckFailed, Exercise, NotStarted
+from rpa.check import CheckFailed, Exercise, NotStarted, errors, messages
 from rpa.check.compare import equal, first_wrong
 from rpa.check.engine import check_exercise
 from rpa.check.errors import UnfinishedCheck, WrongResult
@@ -376,3 +376,34 @@ def test_checks_that_cannot_fail_are_refused():
         collect(9, [doubling(), doubling()])
     with pytest.raises(UnfinishedCheck, match="is not of chapter 8"):
         collect(8, [doubling()])
+
+
+def test_an_unsolved_exercise_that_a_later_cell_calls_is_one_line(capsys):
+    class Shell:
+        def showtraceback(self, error, tb_offset):
+            print("the stack")
+
+    stub = NotImplementedError("Exercise 4.2: write row_sums (about 15 lines)")
+    errors._show(Shell(), type(stub), stub, None)
+    said = capsys.readouterr()
+    assert said.err == "not started yet: Exercise 4.2: write row_sums (about 15 lines)\n"
+    other = NotImplementedError("JAX cannot do this")
+    errors._show(Shell(), type(other), other, None)
+    assert capsys.readouterr().out == "the stack\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "meaning"),
+    [
+        ("ref.at[page, :rows]", jax.errors.TracerBoolConversionError, "pl.ds(start, size)"),
+        ("if n > 3:", jax.errors.TracerBoolConversionError, "pl.when(condition)"),
+        ("for p in range(n):", jax.errors.TracerIntegerConversionError, "pl.loop(0, n)"),
+    ],
+)
+def test_what_jax_says_of_a_traced_value_gets_words(line, error, meaning):
+    def raises(x):
+        raise error(x)
+
+    with pytest.raises(error) as raised:
+        jax.jit(raises)(1)
+    assert meaning in messages.meaning_of(raised.value, line)

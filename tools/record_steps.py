@@ -36,41 +36,41 @@ class Without(NamedTuple):
     Attributes:
         case: what is measured, "decode" (bundles of a sequence of 1,024 tokens), "mixed" (bundles
             of 128 query tokens x 512 keys x 8 heads) or "batch" (microseconds of a batch).
-        file: in rpa/kernel; "" changes nothing.
-        old, new: what stands there, and what stands there without the optimisation.
+        old, new: what stands in the file, and what stands there without the optimisation.
+        file: in rpa/kernel.
     """
 
     case: str
-    file: str = ""
     old: str = ""
     new: str = ""
+    file: str = "tricks.py"
 
 
-MASKS = ("plan.py", "return self.widens_float8 or has_one_dot", "return True or has_one_dot")
+MASKS = ("masks_always=widens_float8 or", "masks_always=True or")
 
 WITHOUT = {
     "nothing, decode": Without("decode"),
     "nothing, mixed": Without("mixed"),
     "nothing, batch": Without("batch"),
-    "odd stride": Without("decode", "plan.py", "problem.kv_words | 1", "problem.kv_words"),
-    "order of products, decode": Without(
-        "decode", "plan.py", "CHAINS_AHEAD = 7", "CHAINS_AHEAD = 0"
+    "odd stride": Without(
+        "decode", "p.kv_words | 1, packing_of", "p.kv_words, packing_of", "refs.py"
     ),
-    "order of products, mixed": Without("mixed", "loop.py", "DOTS_AHEAD = 2", "DOTS_AHEAD = 1"),
-    "head groups": Without(
-        "decode", "plan.py", "LANES_PER_DOT = 16, 512", "LANES_PER_DOT = 16, 128"
-    ),
+    "order of products, decode": Without("decode", "_QK_AHEAD = 7, 2", "_QK_AHEAD = 0, 2"),
+    "order of products, mixed": Without("mixed", "_QK_AHEAD = 7, 2", "_QK_AHEAD = 7, 1"),
+    "head groups": Without("decode", "MAX_GROUP_LANES = 16, 512", "MAX_GROUP_LANES = 16, 128"),
     "two sequences per iteration": Without(
-        "decode", "plan.py", "return 4 if is_short or self.num_dots == 1 else 2", "return 1"
+        "decode", "(4 if is_window_short or is_one_group else 2) if is_decode else 1", "1"
     ),
-    "swapped operands": Without("decode", "plan.py", "_TO_TURN = 384", "_TO_TURN = 9999"),
+    "swapped operands": Without("decode", "MIN_LANES_TO_SWAP = 384", "MIN_LANES_TO_SWAP = 9999"),
     "masks only where needed, decode": Without("decode", *MASKS),
     "masks only where needed, mixed": Without("mixed", *MASKS),
     "idle half of the MXU": Without(
-        "mixed", "plan.py", "idle = 2 * self.tile_lanes <= self.mxu_size", "idle = False"
+        "mixed", "uses_idle_mxu=2 * lanes <= mxu_size", "uses_idle_mxu=False"
     ),
     "copies further ahead": Without(
-        "batch", "blocks.py", "_TURNS_AHEAD, TURNS_AHEAD = 3, 2", "_TURNS_AHEAD, TURNS_AHEAD = 1, 2"
+        "batch",
+        "ITERATIONS_AHEAD, ITERATIONS_AHEAD = 3, 2",
+        "ITERATIONS_AHEAD, ITERATIONS_AHEAD = 1, 2",
     ),
 }
 """What is taken away, one at a time."""
@@ -78,10 +78,10 @@ WITHOUT = {
 
 def measure(name, chip) -> float:
     """Bundles, or microseconds, of the kernel without one optimisation."""
-    case, file, old, new = WITHOUT[name]
+    case, old, new, file = WITHOUT[name]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "rpa", Path(folder) / "rpa")
-        if file:
+        if old:
             path = Path(folder) / "rpa" / "kernel" / file
             text = path.read_text("utf-8")
             if text.count(old) != 1:

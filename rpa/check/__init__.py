@@ -21,7 +21,7 @@ import sys
 import types
 
 from rpa.check.engine import check
-from rpa.check.errors import CheckFailed, NotStarted
+from rpa.check.errors import CheckFailed, NotStarted, show_stubs_in_one_line
 from rpa.check.exercise import Exercise
 from rpa.check.progress import progress
 from rpa.check.registry import exercises_of_chapter, find_exercise
@@ -45,3 +45,4 @@ class _CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
+show_stubs_in_one_line()

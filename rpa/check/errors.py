@@ -1,5 +1,7 @@
 """What a failed check raises: short in a notebook, an ordinary exception everywhere else."""
 
+import sys
+
 
 class CheckFailed(AssertionError):
     """The check refuses the answer; the text says where it is wrong and, if it can, why."""
@@ -15,6 +17,27 @@ class NotStarted(NotImplementedError):
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
+
+
+def show_stubs_in_one_line() -> None:
+    """In a notebook, let a cell that calls an unsolved exercise say so in one line.
+
+    Such a cell may be far below the exercise, and the stack that JAX puts around a stub fills a
+    page. Every other exception, and everything outside of notebooks, is shown as ever.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None:
+        shell.set_custom_exc((NotImplementedError,), _show)
+
+
+def _show(shell, kind, error, stack, tb_offset=None):
+    if isinstance(error, NotStarted):
+        print(error, file=sys.stderr)
+    elif str(error).startswith("Exercise "):
+        print(f"not started yet: {error}", file=sys.stderr)
+    else:
+        shell.showtraceback((kind, error, stack), tb_offset=tb_offset)
 
 
 class UnfinishedCheck(ValueError):

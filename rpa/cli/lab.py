@@ -12,6 +12,7 @@ EXPERIMENTS = {
     "chip": "execute what the compiler makes of kernels, without a TPU",
     "compile": "compile a kernel for a chip that is not here",
     "schedule": "read a compiled kernel's schedule: bundles, loops, units",
+    "timeline": "record a kernel's copies: a table, a player, a trace for Perfetto",
     "steps": "say what each optimisation of rung 8 is worth on three chips",
     "predict": "say how long a batch takes on a chip that is not here",
     "gain": "what a user gains over v3 and batched, both well configured",

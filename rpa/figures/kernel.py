@@ -28,7 +28,7 @@ ARROWS = [  # from, to, when
     ("cache", "kv", "fetched, some iterations later"),
     ("new", "kv", "fetched, some iterations later"),
     ("queries", "q", "fetched, some iterations later"),
-    ("kv", "cache", "stored meanwhile"),
+    ("kv", "cache", "stored at the same time"),
     ("kv", "tile", "computed, some iterations later"),
     ("q", "tile", "computed, some iterations later"),
     ("tile", "state", "computed, some iterations later"),
@@ -43,7 +43,7 @@ WHEN = {
     "looked up": COLORS["purple"],
     "fetched, some iterations later": COLORS["blue"],
     "computed, some iterations later": COLORS["orange"],
-    "stored meanwhile": COLORS["red"],
+    "stored at the same time": COLORS["red"],
     "at the end of a query block": COLORS["green"],
 }
 """What an arrow's colour means, in the order of the legend."""
@@ -86,11 +86,10 @@ def diagram():
         "SMEM: the table entries of the KV blocks, the traversal that says which work item is "
         "next, and the ring of those in flight. In VMEM: KV blocks of some iterations, query and "
         "output blocks, and the softmax state of the query block. A work item is looked up: its "
-        "table entries are requested. Some iterations later it is fetched: pages, new K and V and "
-        "queries; new K and V are stored in the cache out of the KV blocks meanwhile (only a "
-        "decode stores its one token from HBM to HBM). Some iterations later one tile after the "
-        "other is computed. At the end of a "
-        "query block the output leaves.",
+        "table entries are asked for. Some iterations later it is fetched: pages, new K and V and "
+        "queries; new K and V are stored in the cache out of the KV blocks at the same time (only "
+        "a decode stores its one token from HBM to HBM). Some iterations later one tile after the "
+        "other is computed. At the end of a query block the output leaves.",
     )
 
 

@@ -106,48 +106,31 @@ class WordRows:
             by_row = ref.bitcast(jnp.uint32).reshape(rows, lanes)
             self._matrix = by_row.reshape(rows * self._folds, LANES)
 
-    def load_over_tokens(self, slot, token, n, word):
-        """Word row `word` of n tokens, u32[n, lanes]."""
+    def load(self, slot, token, word, n, stride=None):
+        """n word rows, u32[n, lanes]: word row `word` of n tokens, or a stride apart in one."""
         if self._matrix is None:
-            return _value_words(self._ref[slot, pl.ds(token, n), word])
-        return self._load(self._row(slot, token, word), n, self._words)
-
-    def load_over_words(self, slot, word, n, stride):
-        """Word rows word, word + stride, ... of token 0, u32[n, lanes]."""
-        if self._matrix is None:
-            return _value_words(self._ref[slot, 0, pl.ds(word, (n - 1) * stride + 1)][::stride])
-        return self._load(self._row(slot, 0, word), n, stride)
-
-    def store_over_tokens(self, slot, token, word, words):
-        """Write u32[n, lanes] to word row `word` of n tokens."""
-        if self._matrix is None:
-            self._ref[slot, pl.ds(token, len(words)), word] = _word_values(words, self.dtype)
-        else:
-            self._store(self._row(slot, token, word), self._words, words)
-
-    def store_over_words(self, slot, word, stride, words):
-        """Write u32[n, lanes] to word rows word, word + stride, ... of token 0."""
-        if self._matrix is None:
-            for i, row in enumerate(_word_values(words, self.dtype)):
-                self._ref[slot, 0, word + i * stride] = row
-        else:
-            self._store(self._row(slot, 0, word), stride, words)
-
-    def _row(self, slot, token, word):
-        return (slot * self._tokens + token) * self._words + word
-
-    def _load(self, first, n, stride):
-        """Word rows first, first + stride, ...; a row of 256 lanes is two of 128."""
-        strides = self._strides(first, n, stride)
+            if stride is None:
+                return _value_words(self._ref[slot, pl.ds(token, n), word])
+            return _value_words(self._ref[slot, token, pl.ds(word, (n - 1) * stride + 1)][::stride])
+        strides = self._strides(slot, token, word, n, stride)
         return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
 
-    def _store(self, first, stride, words):
-        for fold, rows in enumerate(self._strides(first, len(words), stride)):
-            self._matrix[rows] = words[:, fold * LANES : (fold + 1) * LANES]
+    def store(self, slot, token, word, words, stride=None):
+        """Write u32[n, lanes] to the word rows that `load` loads."""
+        if self._matrix is not None:
+            for fold, rows in enumerate(self._strides(slot, token, word, len(words), stride)):
+                self._matrix[rows] = words[:, fold * LANES : (fold + 1) * LANES]
+        elif stride is None:
+            self._ref[slot, pl.ds(token, len(words)), word] = _word_values(words, self.dtype)
+        else:
+            for i, row in enumerate(_word_values(words, self.dtype)):
+                self._ref[slot, token, word + i * stride] = row
 
-    def _strides(self, first, n, stride):
-        folds = self._folds
-        return [pl.ds(first * folds + fold, n, stride=stride * folds) for fold in range(folds)]
+    def _strides(self, slot, token, word, n, stride):
+        """Rows of the matrix; a word row of 256 lanes is two of 128."""
+        first, folds = (slot * self._tokens + token) * self._words + word, self._folds
+        stride = (stride or self._words) * folds
+        return [pl.ds(first * folds + fold, n, stride=stride) for fold in range(folds)]
 
 
 # --- Tiles -----------------------------------------------------------------------------------
@@ -165,8 +148,8 @@ def load_q_tile(tiles, rows, slot, q_sub, group):
     parts = []
     for index in range(tiles.row_packing):
         word, inner = divmod(index, packing)
-        for row_set in _row_sets(tiles, packing, q_sub, group):
-            words = row_set.load(rows, slot, word)
+        for r in _row_sets(tiles, packing, q_sub, group):
+            words = rows.load(slot, r.token, r.word + word, r.n, r.stride)
             parts.append(unpack(words, inner, rows.dtype, jnp.float32))
     return jnp.concatenate(parts, axis=0)
 
@@ -178,43 +161,25 @@ def store_o_tile(tiles, rows, slot, q_sub, group, tile):
     """
     packing = packing_of(rows.dtype)
     row_sets = _row_sets(tiles, packing, q_sub, group)
-    rows_per_set = tiles.rows // (tiles.row_packing * len(row_sets))
+
+    def starts(word, i):
+        """First row in the tile of row set i, for each value of a word."""
+        first = word * packing
+        return [((first + inner) * len(row_sets) + i) * row_sets[i].n for inner in range(packing)]
+
     for word in range(tiles.row_packing // packing):
-        for r, row_set in enumerate(row_sets):
-            starts = [
-                ((word * packing + inner) * len(row_sets) + r) * rows_per_set
-                for inner in range(packing)
-            ]
-            words = pack([tile[start : start + rows_per_set] for start in starts], rows.dtype)
-            row_set.store(rows, slot, word, words)
+        for i, r in enumerate(row_sets):
+            parts = [tile[start : start + r.n] for start in starts(word, i)]
+            rows.store(slot, r.token, r.word + word, pack(parts, rows.dtype), r.stride)
 
 
-class _TokenRows(NamedTuple):
-    """One word row of all tokens of a sub-block: how a tile of many query tokens is cut."""
+class _RowSet(NamedTuple):
+    """Strided word rows of a tile: one of all tokens, or with a stride all of the one token."""
 
     token: Any
     word: Any
     n: int
-
-    def load(self, rows, slot, offset):
-        return rows.load_over_tokens(slot, self.token, self.n, self.word + offset)
-
-    def store(self, rows, slot, offset, words):
-        rows.store_over_tokens(slot, self.token, self.word + offset, words)
-
-
-class _HeadRows(NamedTuple):
-    """All word rows of a head group, of the one token that a decode has."""
-
-    word: Any
-    n: int
-    stride: int
-
-    def load(self, rows, slot, offset):
-        return rows.load_over_words(slot, self.word + offset, self.n, self.stride)
-
-    def store(self, rows, slot, offset, words):
-        rows.store_over_words(slot, self.word + offset, self.stride, words)
+    stride: int | None = None
 
 
 def _row_sets(tiles, packing, q_sub, group):
@@ -223,9 +188,9 @@ def _row_sets(tiles, packing, q_sub, group):
     per_head = tiles.q_per_kv // tiles.row_packing
     first = group * tiles.heads_per_group * per_head
     if tiles.is_one_token:
-        return [_HeadRows(first * stride, tiles.heads_per_group * per_head, stride)]
+        return [_RowSet(0, first * stride, tiles.heads_per_group * per_head, stride)]
     token = q_sub * tiles.q_sub
-    return [_TokenRows(token, (first + i) * stride, tiles.q_sub_rows) for i in range(per_head)]
+    return [_RowSet(token, (first + i) * stride, tiles.q_sub_rows) for i in range(per_head)]
 
 
 def rows_of_head(tiles, head_in_group, shape):
@@ -295,7 +260,7 @@ def _load_heads(tiles, rows, slot, token, combined, num_valid):
     for head in combined:
         word = head // packing
         if word not in words:
-            loaded = rows.load_over_tokens(slot, token, tiles.kv_sub, word)
+            loaded = rows.load(slot, token, word, tiles.kv_sub)
             words[word] = _keep_first(loaded, num_valid)
     return [
         unpack(words[h // packing], h % packing, rows.dtype, tiles.compute_dtype) for h in combined

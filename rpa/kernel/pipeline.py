@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from rpa import compat
 from rpa.kernel import traversal
-from rpa.kernel.traversal import ITEM_WORDS, WorkItem
+from rpa.kernel.traversal import WorkItem
 from rpa.kernel.tricks import TABLE_ITERATIONS
 
 
@@ -41,13 +41,15 @@ class Ring:
         self.ref, self.depth, self.num_items = ring_ref, plan.depth, plan.tricks.items_per_iteration
         known = {"num_rows": plan.max_q_len == 1, "first_new": plan.has_one_query_block}
         self.stored = [name for name in WorkItem._fields[:-1] if not known.get(name)]
+        self.words = len(self.stored)  # of a work item in the ring
 
     def clear(self):
         """Empty the ring: what no iteration has put there must not be read as a work item."""
 
-        @compat.loop_once(0, self.depth * self.num_items * ITEM_WORDS)
-        def _(word):
-            self.ref[word] = jnp.int32(0)
+        @compat.loop_once(0, self.depth * self.num_items)
+        def _(ring_index):
+            for word in range(self.words):
+                self.ref[ring_index * self.words + word] = jnp.int32(0)
 
     def first_iteration(self, has_work):
         """Iteration 0; where there is no work at all, the iteration after the last."""
@@ -61,7 +63,7 @@ class Ring:
         """Whether the pipeline fills, or an iteration has anything to compute."""
         fills = iteration.number < self.depth - 1
         first = self._first(iteration, self.depth - 1)
-        return fills | (self.ref[first * ITEM_WORDS] > 0)
+        return fills | (self.ref[first * self.words] > 0)
 
     def put(self, iteration, items):
         """Store the work items of an iteration, and return them with their ring indices."""
@@ -69,7 +71,7 @@ class Ring:
         items = [item._replace(ring_index=first + i) for i, item in enumerate(items)]
         for item in items:
             for word, name in enumerate(self.stored):
-                self.ref[item.ring_index * ITEM_WORDS + word] = getattr(item, name)
+                self.ref[item.ring_index * self.words + word] = getattr(item, name)
         return items
 
     def for_each_to_fetch(self, iteration, body):
@@ -82,7 +84,7 @@ class Ring:
 
         @compat.loop_once(0, self.num_items)
         def _(i):
-            @pl.when(self.ref[(first + i) * ITEM_WORDS] > 0)
+            @pl.when(self.ref[(first + i) * self.words] > 0)
             def _():
                 body(self._get(first + i))
 
@@ -98,7 +100,7 @@ class Ring:
 
     def _get(self, ring_index):
         words = {
-            name: self.ref[ring_index * ITEM_WORDS + word] for word, name in enumerate(self.stored)
+            name: self.ref[ring_index * self.words + word] for word, name in enumerate(self.stored)
         }
         known = {"num_rows": 1, "first_new": words["position"]}
         return WorkItem(**(known | words), ring_index=ring_index)

@@ -14,7 +14,7 @@ import tempfile
 import jax
 import numpy as np
 
-from rpa import chips
+from rpa import chips, compat
 from rpa.lab.chip.errors import NotCompiled, UnknownOperation
 from rpa.lab.compile import words
 from rpa.lab.compile.compiler import ask_worker, cache_dir, compile_versions, read_kept, write_kept
@@ -32,7 +32,7 @@ def on_chip(chip):
         NotCompiled: if this JAX cannot.
     """
     known = chips.chip(chip)
-    if not hasattr(jax.sharding, "AbstractDevice"):
+    if compat.JAX_VERSION < (0, 10, 2):
         raise NotCompiled(
             f"jax {jax.__version__} cannot lower a kernel for a chip that is not here: install "
             "jax 0.10.2 or newer."

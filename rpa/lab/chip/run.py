@@ -46,11 +46,20 @@ class Run:
             for step in itertools.product(*map(range, self.kernel.grid)):
                 self._move_windows(step)
                 addresses = [self._buffer(i).address for i in range(len(self.operands))]
-                self.kernel.body.run(self.machine, *step, *addresses)
+                self._step(step, addresses)
         self.machine.check_end()
         for i in self.blocks:
             self._write_back(i)
         return [self._result(i) for i, x in enumerate(self.operands) if x.kind == "output"]
+
+    def _step(self, step, addresses):
+        try:
+            self.kernel.body.run(self.machine, *step, *addresses)
+        except (IndexError, TypeError, ValueError) as error:
+            raise UnknownOperation(
+                f"{self.kernel.name}: an instruction met operands that it was not made for "
+                f"({error}); the lines above name it."
+            ) from error
 
     def _arrays(self, inputs):
         """{operand: array} of inputs and outputs; an aliased output is the array of its input."""
