@@ -188,8 +188,8 @@ assert cycles_per_iteration(1) > max(1.3 * cycles_per_iteration(2), 1.5 * copy_c
 # One iteration ahead is a double buffer. HBM idles for more than a third of the time, although
 # neither the copies nor the products of an iteration take as long as an iteration does. Two ahead,
 # the products never stop: what is in flight lasts for a latency and a computation. The kernel runs
-# three iterations ahead in decode (`tricks.DECODE_ITERATIONS_AHEAD`), because its iterations are not
-# all alike: by the fit of that time its HBM was busy for 62 % of the time before, and for 91 % since
+# three ahead in decode (`tricks.DECODE_ITERATIONS_AHEAD`), because its iterations are not all
+# alike: by the fit of that time its HBM was busy for 62 % of the time before, and for 91 % since
 # (`docs/ablations.md`).
 #
 # Where the model is wrong, and by how much, is measured against published timings of real TPUs
