@@ -29,6 +29,9 @@ def main(args) -> int:
             print(error, file=sys.stderr)
             return 1
         gain.RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not gain.RECORD.exists():
+        print("not recorded yet: python -m rpa lab gain --record (half an hour)", file=sys.stderr)
+        return 1
     found = gain.recorded()
     print(json.dumps(found) if args.json else f"{gain.TABLE.title}\n\n{gain.table(found)}")
     return 0
