@@ -288,12 +288,24 @@ show_source(streamed.wait_block)
 
 # %% [markdown]
 # Once, for the bytes of all of them. By hand, pages of 4 tokens and blocks of 8: a sequence of 13
-# tokens has a block of 8 (two copies of 4) and one of 5 (a copy of 4 and a copy of 1).
+# tokens has a block of 8 (two copies of 4) and one of 5 (a copy of 4 and a copy of 1). Here is what
+# the recorder saw when the rung ran on just that:
+
 
 # %%
-for event in streamed.timeline([13], page_size=4, block_tokens=8):
-    what = f"block {event.block}, buffer {event.slot}: {event.num_tokens} tokens"
-    print(f"{event.kind:8} {what}", f"in {event.num_copies} copies" * (event.kind == "start"))
+def record_decode(kv_lens):
+    """Rung 5 on sequences with pages of 4 tokens, in blocks of 8: what it started and awaited."""
+    num_seqs = len(kv_lens)
+    queries, kv_cache = jnp.ones((num_seqs, 4, 128)), jnp.ones((4 * num_seqs, 4, 4, 1, 128))
+    table = np.arange(4 * num_seqs, dtype=np.int32)  # four pages per sequence, in order
+    with interpreted(), record_dmas() as timeline:
+        streamed.paged_decode(
+            queries, kv_cache, np.int32(kv_lens), table, num_kv_heads=2, block_tokens=8
+        )
+    return timeline
+
+
+print(record_decode([13]).table(kinds=("start", "wait")))
 
 # %% [markdown]
 # **Takeaway.** Addresses and sizes of DMAs are numbers that the kernel reads from SMEM. Shapes stay
@@ -318,8 +330,9 @@ show_source(streamed.successor)
 
 # %%
 print("next live from 0, 1, 2, 3:", streamed.find_next_live(jnp.array([9, 0, 3])))
-for event in streamed.timeline([9, 0, 3], page_size=4, block_tokens=8):
-    print(f"{event.kind:8} sequence {event.seq}, block {event.block}, buffer {event.slot}")
+timeline = record_decode([9, 0, 3])  # sequence 0 has pages 0 to 3, sequence 2 has pages 8 to 11
+print(timeline.table(kinds=("start", "wait")))
+assert len(timeline.copies) == 4  # three pages of sequence 0, one of sequence 2
 
 # %% [markdown]
 # Read it once aloud. Before sequence 0 computes its last block, block 0 of sequence 2 is on its

@@ -176,7 +176,7 @@ for row in found["prefill"]:
     ratio = row["bundles"] / row["floor"]
     print(f"{row['chip']:6} {row['title']:9} {row['bundles']:7,} bundles, floor "
           f"{row['floor']:6,.0f}: {ratio:.2f} times")  # fmt: skip
-ours = {r["chip"]: r["bundles"] / r["floor"] for r in found["prefill"] if r["title"] == "7 kernel"}
+ours = {r["chip"]: r["bundles"] / r["floor"] for r in found["prefill"] if r["title"] == "8 kernel"}
 assert ours["v5e"] < ours["v6e"] < ours["tpu7x"]
 
 # %% [markdown]

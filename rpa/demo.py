@@ -3,14 +3,15 @@
 Ten real prompts are served by SmolLM2-135M with continuous batching until they stand at different
 stages: some decode, some are in the middle of a chunked prefill, some have just arrived, and two
 share a prefix. Then the same step is taken once with every rung, from the same cache, and each is
-compared with the float64 oracle. Without the model's package the arrays are random, and the demo
-says so.
+compared with the float64 oracle. At last the server goes on with rung 3, and the demo prints what
+the model wrote. Without the model's package the arrays are random, and the demo says so.
 """
 
 import argparse
+import copy
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from rpa import doctor
 from rpa.cli.options import output_folder
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
@@ -38,6 +40,10 @@ MAX_NUM_SEQS = 10
 PAGES_PER_SEQ = 24
 MEASURED_STEP = 3
 """The step that every rung takes; by then the requests stand at different stages."""
+ANSWER_TOKENS = 16
+"""Tokens that the model writes at least for each prompt; the first prompts get a few more."""
+PROMPT_END = 48
+"""Characters of a prompt that are shown."""
 
 
 @dataclass
@@ -70,6 +76,7 @@ class Scene:
     layers: list[Layer]
     run_model: object = None
     next_token_ids: np.ndarray | None = None  # with attention in float64
+    answers: list[tuple[str, str, str]] = field(default_factory=list)  # see `write_answers`
 
 
 def _scheduler(requests, pool) -> Scheduler:
@@ -145,7 +152,46 @@ def real_scene(model, progress) -> Scene:
     logits, _ = compile_model(model, oracle_attention)(step, jnp.copy(kv_cache))
     next_token_ids = np.asarray(logits).argmax(axis=-1)
     token_bytes = kv_token_bytes(shape, kv_cache.dtype)
-    return Scene(step, pool, token_bytes, layers, run_model, next_token_ids)
+    progress("the answers")
+    answers = write_answers(model, scheduler, step, next_token_ids, serve, jnp.copy(kv_cache))
+    return Scene(step, pool, token_bytes, layers, run_model, next_token_ids, answers)
+
+
+def write_answers(model, scheduler, step, next_token_ids, serve, kv_cache):
+    """Serve on from a step until every request has ANSWER_TOKENS new tokens.
+
+    Args:
+        scheduler: a copy of it goes on; it stays as it was after it planned the step.
+        step, next_token_ids: the step that is taken, and its result; `kv_cache` is from before it.
+        serve: from `compile_model`; the cache is donated to it.
+
+    Returns:
+        For each request its name, the end of its prompt and what the model wrote, in one line each.
+    """
+    scheduler, step = copy.deepcopy((scheduler, step))
+    _, kv_cache = serve(step, kv_cache)
+    scheduler.finish(step, next_token_ids)
+    now = MEASURED_STEP
+    while any(len(r.token_ids) - r.prompt_len < ANSWER_TOKENS for r in scheduler.requests):
+        now += 1
+        if all(r.stage == "decoding" for r in scheduler.requests):
+            scheduler.token_budget = MAX_NUM_SEQS  # the rest of the rows would be padding
+        step = scheduler.plan(now)
+        kv_cache = copy_pages_of_all_layers(kv_cache, step.copies, model.config.num_layers)
+        logits, kv_cache = serve(step, kv_cache)
+        scheduler.finish(step, np.asarray(logits).argmax(axis=-1))
+    return [(r.name, *read_answer(model.tokenizer, r)) for r in scheduler.requests]
+
+
+def read_answer(tokenizer, request) -> tuple[str, str]:
+    """The end of the user's message, and what was generated up to the end token, as two lines."""
+    prompt = tokenizer.decode(request.token_ids[: request.prompt_len])
+    message = prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+    written = request.token_ids[request.prompt_len :]
+    if tokenizer.end_token_id in written:
+        written = written[: written.index(tokenizer.end_token_id)]
+    message, text = (" ".join(part.split()) for part in (message, tokenizer.decode(written)))
+    return message[-PROMPT_END:], text
 
 
 def compile_model(model, attention):
@@ -407,6 +453,19 @@ def describe(scene: Scene) -> str:
     return "\n".join(lines)
 
 
+def format_answers(answers) -> str:
+    """What the model wrote, prompt by prompt.
+
+    >>> print(format_answers([("sums", "12 + 345 = ?", "It is 357.")]))
+      sums       ... 12 + 345 = ?
+                 -> It is 357.
+    """
+    lines = []
+    for name, prompt_end, text in answers:
+        lines += [f"  {name:<10} ... {prompt_end}", f"  {'':<10} -> {text}"]
+    return "\n".join(lines)
+
+
 def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     """The pictures beside the table: who owns which page, the batch, the waste."""
     from rpa.figures.pool import pool_map
@@ -478,7 +537,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
     """Run the demo; returns the exit code."""
     start = time.perf_counter()
-    bar = tqdm(total=MEASURED_STEP + 2 + len(LADDER), bar_format="{desc:<28}{bar}{elapsed}")
+    if jax.config.jax_platforms is None and not doctor.accelerator_is_visible():
+        # A libtpu that looks for a TPU in vain prints pages of errors.
+        jax.config.update("jax_platforms", "cpu")
+    bar = tqdm(total=MEASURED_STEP + 3 + len(LADDER), bar_format="{desc:<28}{bar}{elapsed}")
 
     def progress(what):
         bar.set_description_str(what)
@@ -506,6 +568,9 @@ def main(args) -> int:
     print("error: ||output - float64|| / ||float64||, the largest of all layers; worst head: the")
     print("largest difference, as a fraction of max|score| max|v| there. KV is read from the cache")
     print(f"of one layer in pages of {PAGE_SIZE} tokens; padding waste counts query rows.")
+    if scene.answers:
+        print("\nWhat the model wrote, served on with rung 3 (greedy, cut off):")
+        print(format_answers(scene.answers) + "\n")
     for picture in pictures:
         print(f"picture: {picture}")
     print(f"took {time.perf_counter() - start:.0f} s")

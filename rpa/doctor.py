@@ -227,6 +227,11 @@ def _host():
     return ""
 
 
+def accelerator_is_visible(dev=Path("/dev")):
+    """Whether Linux shows a TPU or a GPU, without asking JAX, whose libtpu would look for long."""
+    return _tpu_is_visible() or any(dev.glob("nvidia[0-9]*"))
+
+
 def _tpu_is_visible(root=Path("/")):
     """Whether Linux shows a TPU: a device file, or a PCI device of Google's vendor id."""
     if any((root / "dev").glob("accel[0-9]*")):
@@ -662,8 +667,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also compare rung 8 with rung 3 on this device: every path of the layout on a TPU "
-        ", some of them in the interpreter elsewhere",
+        help="also compare rungs 7 and 8 with rung 3 on this device: every path of the layout on a "
+        "TPU, some of them in the interpreter elsewhere",
     )
 
 

@@ -22,8 +22,8 @@ def forward_only(name: str, operands):
     Raises:
         NotImplementedError: in words, where the caller differentiates or maps.
 
-    >>> forward_only("attention", (1.0, None))
-    (1.0, None)
+    >>> forward_only("attention", {"scale": jax.numpy.float32(2.0), "sinks": None})
+    {'scale': Array(2., dtype=float32), 'sinks': None}
     """
     leaves, structure = jax.tree.flatten(operands)
     return jax.tree.unflatten(structure, _forward_only_p.bind(*leaves, name=name))

@@ -27,15 +27,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat, interpreter, streamed
+from rpa import compat, interpreter
 from rpa.paging import cdiv, pack_kv
 from rpa.ragged import check_call
 from rpa.streamed import (
-    Event,
     KeyBlock,
     Sizes,
     attend_block,
@@ -74,6 +72,165 @@ class Refs(NamedTuple):
     store_sems: object  # DMA semaphores [2]: write-backs out of a buffer
     slot: object  # SMEM i32[1], the buffer that is computed on
     stored: object  # SMEM i32[2], tokens of a buffer on their way back to the cache
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+def _fused_kernel(  # refs without a comment are those of `Refs`
+    kv_lens_ref,
+    q_lens_ref,
+    starts_ref,
+    page_indices_ref,
+    next_live_ref,
+    scale_ref,  # SMEM f32[1]: sm_scale
+    q_ref,  # VMEM [num_kv_heads, max_q_len * group, lanes]
+    new_kv_ref,
+    _,  # the cache as input: the same memory as kv_cache_ref, and never touched under this name
+    out_ref,  # VMEM [num_kv_heads, max_q_len * group, lanes]
+    kv_cache_ref,
+    *scratch,
+    sizes,
+    group,
+):
+    lens = (kv_lens_ref, q_lens_ref, starts_ref, page_indices_ref, next_live_ref)
+    refs = Refs(*lens, new_kv_ref, kv_cache_ref, *scratch)
+    s = pl.program_id(0)
+
+    @pl.when(s == 0)
+    def _():
+        refs.slot[0] = 0
+        refs.stored[0] = refs.stored[1] = 0
+        start_block(refs, sizes, next_live_ref[0], 0, 0)
+
+    def one_block(b, states):
+        slot = refs.slot[0]
+        wait_store(refs, 1 - slot)  # rule "reuse": what leaves the other buffer must have left it
+        start_block(refs, sizes, *successor(refs, sizes, s, b), 1 - slot)
+        wait_block(refs, sizes, s, b, slot)
+        start_store(refs, sizes, s, b, slot)
+        refs.slot[0] = 1 - slot
+        num_valid = valid_tokens(kv_lens_ref[s], b, sizes.block_tokens)
+        visible = causal_mask(refs, sizes, s, b, group=group, rows=q_ref.shape[1])
+        keys = KeyBlock(refs.buffers, slot, num_valid, visible)
+        return attend_block(states, q_ref, keys, scale_ref[0])
+
+    states = [empty_state(*q_ref.shape[1:])] * sizes.num_kv_heads
+    num_blocks = cdiv(kv_lens_ref[s], sizes.block_tokens)  # 0 for an idle sequence
+    states = jax.lax.fori_loop(0, num_blocks, one_block, states)
+    for h, state in enumerate(states):
+        out_ref[h] = finish(state, out_ref.dtype)
+
+    @pl.when(s == sizes.num_seqs - 1)
+    def _():
+        wait_store(refs, 1 - refs.slot[0])  # rule "the end": of the last block
+
+
+def cached_tokens(kv_len, q_len, block, block_tokens):
+    """Tokens of a block that are in the cache already; the valid ones after them are new.
+
+    >>> [int(cached_tokens(21, 6, block, 8)) for block in range(3)]
+    [8, 7, 0]
+    """
+    return jnp.clip(kv_len - q_len - block * block_tokens, 0, block_tokens)
+
+
+def cached_and_valid(refs, sizes, s, block):
+    """How many tokens of a block are cached, and how many exist: new is what is between."""
+    kv_len = refs.kv_lens[s]
+    num_cached = cached_tokens(kv_len, refs.q_lens[s], block, sizes.block_tokens)
+    return num_cached, valid_tokens(kv_len, block, sizes.block_tokens)
+
+
+def causal_mask(refs, sizes, s, block, *, group, rows):
+    """Which keys of a block each row of q sees: bool[rows, block_tokens]; row t * group + g."""
+    shape = (rows, sizes.block_tokens)
+    row, col = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    q_position = refs.kv_lens[s] - refs.q_lens[s] + row // group
+    kv_position = block * sizes.block_tokens + col
+    # Also the rows past the last query are kept from what lies past kv_len: it is stale.
+    return (kv_position <= q_position) & (kv_position < refs.kv_lens[s])
+
+
+# --- Its copies -----------------------------------------------------------------------------------
+
+
+def start_block(refs, sizes, s, block, slot):
+    """Start all copies of a block into buffer `slot`: cached tokens by page, new ones in one."""
+
+    @pl.when(s < sizes.num_seqs)
+    def _():
+        num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
+        first_entry = first_table_entry(sizes, s, block)
+
+        def start_page(p, _):
+            rows = jnp.minimum(num_cached - p * sizes.page_size, sizes.page_size)
+            page = refs.page_indices[first_entry + p]
+            page_copy(refs, page, 0, slot, p * sizes.page_size, rows).start()
+
+        jax.lax.fori_loop(0, cdiv(num_cached, sizes.page_size), start_page, None)
+
+        @pl.when(num_valid > num_cached)
+        def _():
+            first_new = block * sizes.block_tokens + num_cached  # its position in the sequence
+            row = refs.starts[s] + first_new - (refs.kv_lens[s] - refs.q_lens[s])
+            new_copy(refs, row, slot, num_cached, num_valid - num_cached).start()
+
+
+def first_table_entry(sizes, s, block):
+    """Where the pages of a block begin in the flat page table."""
+    return s * sizes.pages_per_seq + block * (sizes.block_tokens // sizes.page_size)
+
+
+def new_copy(refs, row, slot, buffer_row, rows):
+    """The copy of new tokens into a buffer, on the same semaphore as the block's pages."""
+    return pltpu.make_async_copy(
+        refs.new_kv.at[pl.ds(row, rows)],
+        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
+        refs.sems.at[slot],
+    )
+
+
+def start_store(refs, sizes, s, block, slot):
+    """Start to write the new tokens of a block from the buffer to their pages."""
+    num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
+    first_entry = first_table_entry(sizes, s, block)
+
+    def store_page(p, _):
+        # The part of the page that is new: from its first new row to its last valid one.
+        begin = jnp.maximum(num_cached, p * sizes.page_size)
+        end = jnp.minimum(num_valid, (p + 1) * sizes.page_size)
+        page = refs.page_indices[first_entry + p]
+        page_row = begin - p * sizes.page_size
+        store_copy(refs, page, page_row, slot, begin, end - begin).start()
+
+    # Nothing new in this block: the first page is put past the last, and the loop is empty.
+    first_page = jnp.where(num_valid > num_cached, num_cached // sizes.page_size, num_valid)
+    jax.lax.fori_loop(first_page, cdiv(num_valid, sizes.page_size), store_page, None)
+    refs.stored[slot] = num_valid - num_cached
+
+
+def store_copy(refs, page, page_row, slot, buffer_row, rows):
+    """The copy of some rows of a buffer to some rows of a page; it is not started yet."""
+    return pltpu.make_async_copy(
+        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
+        refs.kv_cache.at[page, pl.ds(page_row, rows)],
+        refs.store_sems.at[slot],
+    )
+
+
+def wait_store(refs, slot):
+    """Wait until all that was written back from a buffer has arrived, if anything was."""
+    num_tokens = refs.stored[slot]
+
+    @pl.when(num_tokens > 0)
+    def _():
+        rows = refs.buffers.at[slot, pl.ds(0, num_tokens)]
+        pltpu.make_async_copy(rows, rows, refs.store_sems.at[slot]).wait()
+        refs.stored[slot] = 0
+
+
+# --- The call -------------------------------------------------------------------------------------
 
 
 def fused_attention(
@@ -228,203 +385,7 @@ def _call_kernel(scalars, queries, new_kv, kv_cache, *, sizes, group, interpret)
     )(*scalars, queries, *(compat.keep_in_hbm(array, interpret) for array in (new_kv, kv_cache)))
 
 
-def _fused_kernel(  # refs without a comment are those of `Refs`
-    kv_lens_ref,
-    q_lens_ref,
-    starts_ref,
-    page_indices_ref,
-    next_live_ref,
-    scale_ref,  # SMEM f32[1]: sm_scale
-    q_ref,  # VMEM [num_kv_heads, max_q_len * group, lanes]
-    new_kv_ref,
-    _,  # the cache as input: the same memory as kv_cache_ref, and never touched under this name
-    out_ref,  # VMEM [num_kv_heads, max_q_len * group, lanes]
-    kv_cache_ref,
-    *scratch,
-    sizes,
-    group,
-):
-    lens = (kv_lens_ref, q_lens_ref, starts_ref, page_indices_ref, next_live_ref)
-    refs = Refs(*lens, new_kv_ref, kv_cache_ref, *scratch)
-    s = pl.program_id(0)
-
-    @pl.when(s == 0)
-    def _():
-        refs.slot[0] = 0
-        refs.stored[0] = refs.stored[1] = 0
-        start_block(refs, sizes, next_live_ref[0], 0, 0)
-
-    def one_block(b, states):
-        slot = refs.slot[0]
-        wait_store(refs, 1 - slot)  # rule "reuse": what leaves the other buffer must have left it
-        start_block(refs, sizes, *successor(refs, sizes, s, b), 1 - slot)
-        wait_block(refs, sizes, s, b, slot)
-        start_store(refs, sizes, s, b, slot)
-        refs.slot[0] = 1 - slot
-        num_valid = valid_tokens(kv_lens_ref[s], b, sizes.block_tokens)
-        visible = causal_mask(refs, sizes, s, b, group=group, rows=q_ref.shape[1])
-        keys = KeyBlock(refs.buffers, slot, num_valid, visible)
-        return attend_block(states, q_ref, keys, scale_ref[0])
-
-    states = [empty_state(*q_ref.shape[1:])] * sizes.num_kv_heads
-    num_blocks = cdiv(kv_lens_ref[s], sizes.block_tokens)  # 0 for an idle sequence
-    states = jax.lax.fori_loop(0, num_blocks, one_block, states)
-    for h, state in enumerate(states):
-        out_ref[h] = finish(state, out_ref.dtype)
-
-    @pl.when(s == sizes.num_seqs - 1)
-    def _():
-        wait_store(refs, 1 - refs.slot[0])  # rule "the end": of the last block
-
-
-def cached_tokens(kv_len, q_len, block, block_tokens):
-    """Tokens of a block that are in the cache already; the valid ones after them are new.
-
-    >>> [int(cached_tokens(21, 6, block, 8)) for block in range(3)]
-    [8, 7, 0]
-    """
-    return jnp.clip(kv_len - q_len - block * block_tokens, 0, block_tokens)
-
-
-def cached_and_valid(refs, sizes, s, block):
-    """How many tokens of a block are cached, and how many exist: new is what is between."""
-    kv_len = refs.kv_lens[s]
-    num_cached = cached_tokens(kv_len, refs.q_lens[s], block, sizes.block_tokens)
-    return num_cached, valid_tokens(kv_len, block, sizes.block_tokens)
-
-
-def causal_mask(refs, sizes, s, block, *, group, rows):
-    """Which keys of a block each row of q sees: bool[rows, block_tokens]; row t * group + g."""
-    shape = (rows, sizes.block_tokens)
-    row, col = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    q_position = refs.kv_lens[s] - refs.q_lens[s] + row // group
-    kv_position = block * sizes.block_tokens + col
-    # Also the rows past the last query are kept from what lies past kv_len: it is stale.
-    return (kv_position <= q_position) & (kv_position < refs.kv_lens[s])
-
-
-def start_block(refs, sizes, s, block, slot):
-    """Start all copies of a block into buffer `slot`: cached tokens by page, new ones in one."""
-
-    @pl.when(s < sizes.num_seqs)
-    def _():
-        num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
-        first_entry = first_table_entry(sizes, s, block)
-
-        def start_page(p, _):
-            rows = jnp.minimum(num_cached - p * sizes.page_size, sizes.page_size)
-            page = refs.page_indices[first_entry + p]
-            page_copy(refs, page, 0, slot, p * sizes.page_size, rows).start()
-
-        jax.lax.fori_loop(0, cdiv(num_cached, sizes.page_size), start_page, None)
-
-        @pl.when(num_valid > num_cached)
-        def _():
-            first_new = block * sizes.block_tokens + num_cached  # its position in the sequence
-            row = refs.starts[s] + first_new - (refs.kv_lens[s] - refs.q_lens[s])
-            new_copy(refs, row, slot, num_cached, num_valid - num_cached).start()
-
-
-def first_table_entry(sizes, s, block):
-    """Where the pages of a block begin in the flat page table."""
-    return s * sizes.pages_per_seq + block * (sizes.block_tokens // sizes.page_size)
-
-
-def new_copy(refs, row, slot, buffer_row, rows):
-    """The copy of new tokens into a buffer, on the same semaphore as the block's pages."""
-    return pltpu.make_async_copy(
-        refs.new_kv.at[pl.ds(row, rows)],
-        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
-        refs.sems.at[slot],
-    )
-
-
-def start_store(refs, sizes, s, block, slot):
-    """Start to write the new tokens of a block from the buffer to their pages."""
-    num_cached, num_valid = cached_and_valid(refs, sizes, s, block)
-    first_entry = first_table_entry(sizes, s, block)
-
-    def store_page(p, _):
-        # The part of the page that is new: from its first new row to its last valid one.
-        begin = jnp.maximum(num_cached, p * sizes.page_size)
-        end = jnp.minimum(num_valid, (p + 1) * sizes.page_size)
-        page = refs.page_indices[first_entry + p]
-        page_row = begin - p * sizes.page_size
-        store_copy(refs, page, page_row, slot, begin, end - begin).start()
-
-    # Nothing new in this block: the first page is put past the last, and the loop is empty.
-    first_page = jnp.where(num_valid > num_cached, num_cached // sizes.page_size, num_valid)
-    jax.lax.fori_loop(first_page, cdiv(num_valid, sizes.page_size), store_page, None)
-    refs.stored[slot] = num_valid - num_cached
-
-
-def store_copy(refs, page, page_row, slot, buffer_row, rows):
-    """The copy of some rows of a buffer to some rows of a page; it is not started yet."""
-    return pltpu.make_async_copy(
-        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
-        refs.kv_cache.at[page, pl.ds(page_row, rows)],
-        refs.store_sems.at[slot],
-    )
-
-
-def wait_store(refs, slot):
-    """Wait until all that was written back from a buffer has arrived, if anything was."""
-    num_tokens = refs.stored[slot]
-
-    @pl.when(num_tokens > 0)
-    def _():
-        rows = refs.buffers.at[slot, pl.ds(0, num_tokens)]
-        pltpu.make_async_copy(rows, rows, refs.store_sems.at[slot]).wait()
-        refs.stored[slot] = 0
-
-
-def timeline(q_lens, kv_lens, *, page_size, block_tokens):
-    """What the kernel starts, stores, waits for and computes, in its order, as data.
-
-    Args:
-        q_lens, kv_lens: int[num_seqs], new tokens and all tokens of each sequence.
-        page_size, block_tokens: tokens of a page and of a block.
-
-    Returns:
-        A list of `rpa.streamed.Event`, of the kinds "store" and "wait_store" too.
-
-    >>> for event in timeline([1, 1], [9, 3], page_size=4, block_tokens=8):
-    ...     print(*event)
-    start 0 0 0 8 2
-    start 0 1 1 1 1
-    wait 0 0 0 8 1
-    compute 0 0 0 8 0
-    start 1 0 0 3 2
-    wait 0 1 1 1 1
-    store 0 1 1 1 1
-    compute 0 1 1 1 0
-    wait_store 0 1 1 1 1
-    wait 1 0 0 3 1
-    store 1 0 0 1 1
-    compute 1 0 0 3 0
-    wait_store 1 0 0 1 1
-    """
-    live_lens = np.where(np.asarray(q_lens) > 0, kv_lens, 0)
-    events, stores = [], {}
-    for event in streamed.timeline(live_lens, page_size=page_size, block_tokens=block_tokens):
-        lens = (live_lens[event.seq], q_lens[event.seq], event.block, block_tokens)
-        num_cached = int(cached_tokens(*lens))
-        num_new = event.num_tokens - num_cached
-        # Every step begins with this wait: before the start, or, if nothing is left to start,
-        # before the wait for its own block.
-        freed = {"start": event.slot, "wait": 1 - event.slot}.get(event.kind)
-        if freed in stores:
-            events.append(stores.pop(freed))
-        if event.kind == "start":
-            num_copies = cdiv(num_cached, page_size) + (num_new > 0)
-            event = event._replace(num_copies=int(num_copies))
-        events.append(event)
-        if event.kind == "wait" and num_new > 0:
-            num_pages = cdiv(event.num_tokens, page_size) - num_cached // page_size
-            store = Event("store", event.seq, event.block, event.slot, num_new, num_pages)
-            events.append(store)
-            stores[event.slot] = store._replace(kind="wait_store", num_copies=1)
-    return events + list(stores.values())
+# --- As a rung ------------------------------------------------------------------------------------
 
 
 def attention(queries, keys, values, kv_cache, batch, *, sm_scale=1.0, **options):

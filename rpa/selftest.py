@@ -1,4 +1,4 @@
-"""The self-test: rung 8 on the device that is here, against rung 3 on the host.
+"""The self-test: rungs 7 and 8 on the device that is here, against rung 3 on the host.
 
 Bitcasts and strided loads run on a chip only; the interpreter reads the same rows by value. So
 what the tests prove off-TPU says nothing about these paths, and a compiler of another version may
@@ -9,6 +9,8 @@ get one of them wrong. `python -m rpa doctor --selftest` takes every one of them
     kernels     decode (a query block of 1), chunked prefill and mixed (blocks of many);
     stores      of new tokens from HBM to HBM: the cache must be right to the last bit;
     one DMA     that some versions of libtpu get wrong (jax issue 39744).
+
+Rung 7 reads K and V by value, so it has one path per packing: those marked `plain_too`.
 
 Off-TPU a few of the paths run through the interpreter, which tests the self-test and the rest of
 the kernel, and the output says so.
@@ -25,7 +27,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa import compat, interpreter
+from rpa import compat, interpreter, plain
 from rpa.kernel import ragged_paged_attention
 from rpa.paging import cdiv, get_kv_cache_shape, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
@@ -64,6 +66,7 @@ class Path:
         covers: what is special about it.
         options: of the public function.
         off_tpu: whether it also runs where there is no TPU, through the interpreter.
+        plain_too: whether rung 7 takes it as well.
     """
 
     heads: tuple
@@ -73,6 +76,7 @@ class Path:
     covers: str
     options: dict = dataclasses.field(default_factory=dict)
     off_tpu: bool = False
+    plain_too: bool = False
 
     def __str__(self):
         q, kv = self.heads
@@ -82,7 +86,7 @@ class Path:
 PATHS = (
     Path((2, 1), 64, "float32", "float32", "whole words, padded lanes", off_tpu=True),
     Path((8, 4), 256, "float32", "float32", "whole words, two rows of lanes per head"),
-    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values per word, padded group", off_tpu=True),
+    Path((9, 3), 64, "bfloat16", "bfloat16", "2 values per word, padded group", {}, True, True),
     Path((32, 8), 128, "bfloat16", "bfloat16", "4 heads in one product (Llama 3 8B)"),
     Path((8, 1), 256, "bfloat16", "bfloat16", "2 values per word, two rows of lanes per head"),
     Path(
@@ -91,7 +95,9 @@ PATHS = (
     Path(
         (3, 3), 64, "bfloat16", "float8_e4m3fn", "4 values per word, padded heads", {"k_scale": 0.5}
     ),
-    Path((4, 2), 128, "bfloat16", "float8_e5m2", "queries rounded too", {"q_scale": 0.1}, True),
+    Path(
+        (4, 2), 128, "bfloat16", "float8_e5m2", "queries rounded too", {"q_scale": 0.1}, True, True
+    ),
     Path((8, 4), 256, "bfloat16", "float8_e4m3fn", "4 values per word, two rows of lanes per head"),
     Path((4, 2), 128, "bfloat16", "bfloat16", "sliding window", {"sliding_window": 20}),
 )
@@ -150,13 +156,35 @@ def run(on_tpu, attention=ragged_paged_attention):
     for path in PATHS:
         if on_tpu or path.off_tpu:
             yield timed(str(path), path.covers, partial(check_path, path, on_tpu, attention))
+    for path in PATHS:
+        if path.plain_too and (on_tpu or path.off_tpu):
+            check = partial(check_path, path, on_tpu, by_rung_7)
+            yield timed(f"rung 7: {path}", path.covers, check, REPORT_7)
+
+
+def by_rung_7(queries, keys, values, kv_cache, *metadata, backend, m_block_sizes, **options):
+    """Rung 7 with the signature of rung 8, as far as `check_path` uses it."""
+    for only_of_rung_8 in ("chunk_prefill_size", "d_block_sizes", "p_block_sizes"):
+        del options[only_of_rung_8]
+    block_q, block_kv, _, _ = m_block_sizes
+    return plain.attention(
+        *(queries, keys, values, kv_cache, RaggedBatch(*metadata)),
+        block_q=block_q,
+        block_kv=block_kv,
+        interpret=False if backend == "tpu" else interpreter.params(),
+        **options,
+    )
 
 
 DMA_CHECK = "a DMA from HBM (jax issue 39744)"
 
 
-def timed(path, covers, check: Callable):
-    """The Result of a check that returns (errors, limit, wrong, fix), or raises."""
+def timed(path, covers, check: Callable, report=None):
+    """The Result of a check that returns (errors, limit, wrong, fix), or raises.
+
+    Args:
+        report: what to do if it is wrong; None for what the check says, or REPORT if it raises.
+    """
     start = time.perf_counter()
     try:
         errors, limit, wrong, fix = check()
@@ -164,12 +192,19 @@ def timed(path, covers, check: Callable):
         interpreter.reset()
         message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         errors, limit, wrong, fix = {}, 0.0, f"it did not run: {message}", REPORT
+    if wrong and report is not None:
+        fix = report
     return Result(path, covers, errors, limit, wrong, fix, time.perf_counter() - start)
 
 
 REPORT = (
     "Do not use rung 8 with these dtypes and this head_dim here: pass backend='reference'. Try "
     "another libtpu, and report the output of `python -m rpa doctor --selftest --json`."
+)
+
+REPORT_7 = (
+    "Do not use rung 7 (`rpa.plain`) with these dtypes here: take rung 8 if its lines are ok. "
+    "Report the output of `python -m rpa doctor --selftest --json`."
 )
 
 
@@ -215,7 +250,7 @@ def make_case(path, seed=0):
 
 
 def check_path(path, on_tpu, attention=ragged_paged_attention):
-    """Run rung 8 on one path; returns (errors, limit, wrong, fix) as in `Result`."""
+    """Run a rung on one path; returns (errors, limit, wrong, fix) as in `Result`."""
     with _on_host():
         case = make_case(path)
         truth = _reference(path, case)
@@ -357,22 +392,22 @@ def heading(on_tpu, device_kind):
     """What is run how, as the lines above the table.
 
     >>> print(heading(True, "TPU v5 lite").splitlines()[0])
-    Self-test of rung 8 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
+    Self-test of rungs 7 and 8 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
     """
     if on_tpu:
         return (
-            f"Self-test of rung 8 on {device_kind}, compiled, against rung 3 in float32 on the "
-            f"host.\n{COLUMNS}"
+            f"Self-test of rungs 7 and 8 on {device_kind}, compiled, against rung 3 in float32 on "
+            f"the host.\n{COLUMNS}"
         )
     count = sum(path.off_tpu for path in PATHS)
     return (
-        f"Self-test of rung 8 in the TPU interpreter on {device_kind}, against rung 3 in float32.\n"
-        f"This is {count} of {len(PATHS)} paths, and the interpreter takes neither bitcasts nor "
-        f"strided loads:\nonly a TPU can say whether those are right.\n{COLUMNS}"
+        f"Self-test of rungs 7 and 8 in the TPU interpreter on {device_kind}, against rung 3 in "
+        f"float32.\nThis is {count} of {len(PATHS)} paths, and the interpreter takes neither "
+        f"bitcasts nor strided loads:\nonly a TPU can say whether those are right.\n{COLUMNS}"
     )
 
 
-COLUMNS = f"{'path':<51}{'decode':>8}{'chunk':>8}{'mixed':>8}{'limit':>9}"
+COLUMNS = f"{'path':<59}{'decode':>8}{'chunk':>8}{'mixed':>8}{'limit':>9}"
 
 
 def line(result):
@@ -387,7 +422,7 @@ def line(result):
     numbers = "".join(f"{'' if error is None else format(error, '.1e'):>8}" for error in errors)
     numbers += f"{'' if limit is None else format(limit, '.0e'):>9}"
     verdict = "WRONG" if result.wrong else "ok"
-    text = f"{result.path:<51}{numbers}  {verdict:<5} {result.seconds:3.0f} s  {result.covers}"
+    text = f"{result.path:<59}{numbers}  {verdict:<5} {result.seconds:3.0f} s  {result.covers}"
     if result.wrong:
         text += f"\n    {result.wrong}\n    What to do: {result.fix}"
     return text

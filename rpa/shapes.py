@@ -26,6 +26,26 @@ MODELS = {
 """num_q_heads, num_kv_heads, head_dim of one layer's attention."""
 
 
+def heads_of(model) -> tuple[int, int, int]:
+    """num_q_heads, num_kv_heads and head_dim of a model's name, or of themselves.
+
+    Raises:
+        ValueError: for another name, or numbers that are no heads.
+
+    >>> heads_of("llama-3-8b"), heads_of((4, 2, 128))
+    ((32, 8, 128), (4, 2, 128))
+    """
+    if isinstance(model, str):
+        if model in MODELS:
+            return MODELS[model]
+    elif len(model) == 3 and min(model) > 0 and model[0] % model[1] == 0:
+        return tuple(model)
+    raise ValueError(
+        f"model: given {model!r}; expected one of {', '.join(MODELS)}, or (num_q_heads, "
+        "num_kv_heads, head_dim) with num_q_heads a multiple of num_kv_heads."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
     """The sizes of one attention layer and its KV cache.
@@ -52,7 +72,7 @@ class AttentionShape:
         >>> AttentionShape.of("llama-3-8b", page_size=128).token_bytes
         4096
         """
-        return cls(*MODELS[model], **options)
+        return cls(*heads_of(model), **options)
 
     @property
     def token_bytes(self) -> int:

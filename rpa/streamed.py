@@ -8,7 +8,7 @@ out of the cache into one of two buffers, while it computes on the other:
     buffer 0   [copy seq 0 block 0][compute         ][copy seq 1 block 0][compute ...
     buffer 1                       [copy 0 block 1  ][compute            ][copy 1 block 1 ...
 
-`timeline` returns this picture as data. What to look for in the code:
+`rpa.lab.copies.timeline.record_dmas` records this picture of a run. What to look for in the code:
 
     dynamic sizes    the last page of a sequence is copied only as far as it is filled;
     one wait         the copies of a block all signal one semaphore, which counts bytes, so a
@@ -72,27 +72,158 @@ class Sizes(NamedTuple):
     num_kv_heads: int
 
 
-def reference(queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale=None):
-    """What `paged_decode` must compute, one sequence after the other, in plain JAX (rung 2).
+class KeyBlock(NamedTuple):
+    """A block of keys and values in one of the buffers, and who may see it."""
 
-    Args: see `paged_decode`.
+    buffers_ref: object  # VMEM [2, block_tokens, rows, packing, lanes]
+    slot: object  # which buffer
+    num_valid: object  # tokens of the block that exist; the rest of the buffer is stale
+    visible: object  # bool[q rows, block_tokens], True where the row of q sees the key
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+def _decode_kernel(  # refs without a comment are those of `Refs`
+    kv_lens_ref,
+    page_indices_ref,
+    next_live_ref,
+    scale_ref,  # SMEM f32[1]: sm_scale
+    q_ref,  # VMEM [num_kv_heads, group, lanes], by the automatic pipeline
+    kv_cache_ref,
+    out_ref,  # VMEM [num_kv_heads, group, lanes]
+    buffers_ref,
+    sems,
+    slot_ref,
+    *,
+    sizes,
+):
+    refs = Refs(
+        kv_lens_ref, page_indices_ref, next_live_ref, kv_cache_ref, buffers_ref, sems, slot_ref
+    )
+    s = pl.program_id(0)
+
+    @pl.when(s == 0)
+    def _():
+        slot_ref[0] = 0
+        start_block(refs, sizes, next_live_ref[0], 0, 0)
+
+    def one_block(b, states):
+        slot = slot_ref[0]
+        # Start first, wait second: this block's copies are on their way since the last step, and
+        # the HBM must never wait for the computation to end.
+        start_block(refs, sizes, *successor(refs, sizes, s, b), 1 - slot)
+        wait_block(refs, sizes, s, b, slot)
+        num_valid = valid_tokens(kv_lens_ref[s], b, sizes.block_tokens)
+        slot_ref[0] = 1 - slot
+        col = jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[1], sizes.block_tokens), 1)
+        keys = KeyBlock(buffers_ref, slot, num_valid, visible=col < num_valid)
+        return attend_block(states, q_ref, keys, scale_ref[0])
+
+    states = [empty_state(*q_ref.shape[1:])] * sizes.num_kv_heads
+    num_blocks = cdiv(kv_lens_ref[s], sizes.block_tokens)  # 0 for an idle sequence
+    states = jax.lax.fori_loop(0, num_blocks, one_block, states)
+    for h, state in enumerate(states):
+        out_ref[h] = finish(state, out_ref.dtype)
+
+
+def valid_tokens(kv_len, block, block_tokens):
+    """Tokens of a block that exist: all, but for the last one.
+
+    >>> [int(valid_tokens(21, block, 8)) for block in range(3)]
+    [8, 8, 5]
+    """
+    return jnp.minimum(kv_len - block * block_tokens, block_tokens)
+
+
+def successor(refs, sizes, s, block):
+    """The block after (s, block): the next of this sequence, or the first of the next live one.
+
+    Of `refs` it reads only kv_lens and next_live, and arrays will do.
+
+    >>> lens = jnp.array([9, 0, 3])
+    >>> refs = Refs(lens, None, find_next_live(lens), *[None] * 4)
+    >>> sizes = Sizes(3, 2, 4, block_tokens=8, num_kv_heads=1)
+    >>> [tuple(int(x) for x in successor(refs, sizes, *at)) for at in [(0, 0), (0, 1), (2, 0)]]
+    [(0, 1), (2, 0), (3, 0)]
+    """
+    last = (block + 1) * sizes.block_tokens >= refs.kv_lens[s]
+    return jnp.where(last, refs.next_live[s + 1], s), jnp.where(last, 0, block + 1)
+
+
+# --- Its copies -----------------------------------------------------------------------------------
+
+
+def start_block(refs, sizes, s, block, slot):
+    """Start the copies of all pages of a block into buffer `slot`; none if s is past the last."""
+
+    @pl.when(s < sizes.num_seqs)
+    def _():
+        num_tokens = valid_tokens(refs.kv_lens[s], block, sizes.block_tokens)
+        first_entry = s * sizes.pages_per_seq + block * (sizes.block_tokens // sizes.page_size)
+
+        def start_page(p, _):
+            page = refs.page_indices[first_entry + p]
+            # The tail of the last page belongs to nobody: not a byte of it is moved.
+            rows = jnp.minimum(num_tokens - p * sizes.page_size, sizes.page_size)
+            page_copy(refs, page, 0, slot, p * sizes.page_size, rows).start()
+
+        jax.lax.fori_loop(0, cdiv(num_tokens, sizes.page_size), start_page, None)
+
+
+def wait_block(refs, sizes, s, block, slot):
+    """Wait for all pages of a block at once: one wait for as many bytes as they have together."""
+    num_tokens = valid_tokens(refs.kv_lens[s], block, sizes.block_tokens)
+    rows = refs.buffers.at[slot, pl.ds(0, num_tokens)]
+    # A wait moves nothing. Its descriptor only says how many bytes to wait for, and on what.
+    pltpu.make_async_copy(rows, rows, refs.sems.at[slot]).wait()
+
+
+def page_copy(refs, page, page_row, slot, buffer_row, rows):
+    """The copy of some rows of a page to some rows of a buffer; it is not started yet."""
+    return pltpu.make_async_copy(
+        refs.kv_cache.at[page, pl.ds(page_row, rows)],
+        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
+        refs.sems.at[slot],
+    )
+
+
+# --- Its computation ------------------------------------------------------------------------------
+
+
+def attend_block(states, q_ref, keys: KeyBlock, sm_scale):
+    """Take a block of keys and values into the online softmax of every KV head.
+
+    Args:
+        states: a list of SoftmaxState, one a KV head, of [q rows, lanes].
+        q_ref: VMEM [num_kv_heads, q rows, lanes].
+        keys: the block.
+        sm_scale: factor on the scores, f32[].
 
     Returns:
-        [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
-
-    >>> reference(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
-    ...           jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
-    Array([1., 0.], dtype=float32)
+        The states with the block taken in.
     """
-    table = jnp.asarray(page_indices).reshape(len(queries), -1)
-    attend = partial(paged_attention, num_kv_heads=num_kv_heads, sm_scale=sm_scale)
+    new_states = []
+    for h, state in enumerate(states):
+        k, v = (x.astype(q_ref.dtype) for x in read_kv_head(keys.buffers_ref, keys.slot, h))
+        scores = dot(q_ref[h], k, contract=(1, 1)) * sm_scale  # [q rows, block_tokens]
+        scores = jnp.where(keys.visible, scores, MASK_VALUE)
+        new_states.append(softmax_step(state, scores, zero_tail(v, keys.num_valid)))
+    return new_states
 
-    def one_sequence(sequence):
-        query, kv_len, pages = sequence
-        return attend(query[None], kv_cache, pages, kv_len, kv_len - 1)[0]
 
-    rows = jax.lax.map(one_sequence, (queries, jnp.asarray(kv_lens), table))
-    return rows.astype(queries.dtype)
+def read_kv_head(buffers_ref, slot, h):
+    """K and V of one head out of a buffer: two arrays [block_tokens, lanes], by value.
+
+    Combined head 2h is K and 2h + 1 is V; `packing` of them share a 32-bit word, so reading one
+    makes the compiler shift and mask every word. Rung 8 reads both at once instead.
+    """
+    packing = buffers_ref.shape[3]
+    (k_row, k_part), (v_row, v_part) = divmod(2 * h, packing), divmod(2 * h + 1, packing)
+    return buffers_ref[slot, :, k_row, k_part], buffers_ref[slot, :, v_row, v_part]
+
+
+# --- The call -------------------------------------------------------------------------------------
 
 
 def paged_decode(
@@ -282,202 +413,30 @@ def find_next_live(kv_lens):
     return jax.lax.cummin(here, reverse=True)
 
 
-def _decode_kernel(  # refs without a comment are those of `Refs`
-    kv_lens_ref,
-    page_indices_ref,
-    next_live_ref,
-    scale_ref,  # SMEM f32[1]: sm_scale
-    q_ref,  # VMEM [num_kv_heads, group, lanes], by the automatic pipeline
-    kv_cache_ref,
-    out_ref,  # VMEM [num_kv_heads, group, lanes]
-    buffers_ref,
-    sems,
-    slot_ref,
-    *,
-    sizes,
-):
-    refs = Refs(
-        kv_lens_ref, page_indices_ref, next_live_ref, kv_cache_ref, buffers_ref, sems, slot_ref
-    )
-    s = pl.program_id(0)
+def reference(queries, kv_cache, kv_lens, page_indices, *, num_kv_heads, sm_scale=None):
+    """What `paged_decode` must compute, one sequence after the other, in plain JAX (rung 2).
 
-    @pl.when(s == 0)
-    def _():
-        slot_ref[0] = 0
-        start_block(refs, sizes, next_live_ref[0], 0, 0)
-
-    def one_block(b, states):
-        slot = slot_ref[0]
-        # Start first, wait second: this block's copies are on their way since the last step, and
-        # the HBM must never wait for the computation to end.
-        start_block(refs, sizes, *successor(refs, sizes, s, b), 1 - slot)
-        wait_block(refs, sizes, s, b, slot)
-        num_valid = valid_tokens(kv_lens_ref[s], b, sizes.block_tokens)
-        slot_ref[0] = 1 - slot
-        col = jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[1], sizes.block_tokens), 1)
-        keys = KeyBlock(buffers_ref, slot, num_valid, visible=col < num_valid)
-        return attend_block(states, q_ref, keys, scale_ref[0])
-
-    states = [empty_state(*q_ref.shape[1:])] * sizes.num_kv_heads
-    num_blocks = cdiv(kv_lens_ref[s], sizes.block_tokens)  # 0 for an idle sequence
-    states = jax.lax.fori_loop(0, num_blocks, one_block, states)
-    for h, state in enumerate(states):
-        out_ref[h] = finish(state, out_ref.dtype)
-
-
-def valid_tokens(kv_len, block, block_tokens):
-    """Tokens of a block that exist: all, but for the last one.
-
-    >>> [int(valid_tokens(21, block, 8)) for block in range(3)]
-    [8, 8, 5]
-    """
-    return jnp.minimum(kv_len - block * block_tokens, block_tokens)
-
-
-def successor(refs, sizes, s, block):
-    """The block after (s, block): the next of this sequence, or the first of the next live one.
-
-    `refs` needs only kv_lens and next_live, and arrays will do: `timeline` walks the same way.
-
-    >>> lens = jnp.array([9, 0, 3])
-    >>> refs = Refs(lens, None, find_next_live(lens), *[None] * 4)
-    >>> sizes = Sizes(3, 2, 4, block_tokens=8, num_kv_heads=1)
-    >>> [tuple(int(x) for x in successor(refs, sizes, *at)) for at in [(0, 0), (0, 1), (2, 0)]]
-    [(0, 1), (2, 0), (3, 0)]
-    """
-    last = (block + 1) * sizes.block_tokens >= refs.kv_lens[s]
-    return jnp.where(last, refs.next_live[s + 1], s), jnp.where(last, 0, block + 1)
-
-
-def start_block(refs, sizes, s, block, slot):
-    """Start the copies of all pages of a block into buffer `slot`; none if s is past the last."""
-
-    @pl.when(s < sizes.num_seqs)
-    def _():
-        num_tokens = valid_tokens(refs.kv_lens[s], block, sizes.block_tokens)
-        first_entry = s * sizes.pages_per_seq + block * (sizes.block_tokens // sizes.page_size)
-
-        def start_page(p, _):
-            page = refs.page_indices[first_entry + p]
-            # The tail of the last page belongs to nobody: not a byte of it is moved.
-            rows = jnp.minimum(num_tokens - p * sizes.page_size, sizes.page_size)
-            page_copy(refs, page, 0, slot, p * sizes.page_size, rows).start()
-
-        jax.lax.fori_loop(0, cdiv(num_tokens, sizes.page_size), start_page, None)
-
-
-def wait_block(refs, sizes, s, block, slot):
-    """Wait for all pages of a block at once: one wait for as many bytes as they have together."""
-    num_tokens = valid_tokens(refs.kv_lens[s], block, sizes.block_tokens)
-    rows = refs.buffers.at[slot, pl.ds(0, num_tokens)]
-    # A wait moves nothing. Its descriptor only says how many bytes to wait for, and on what.
-    pltpu.make_async_copy(rows, rows, refs.sems.at[slot]).wait()
-
-
-def page_copy(refs, page, page_row, slot, buffer_row, rows):
-    """The copy of some rows of a page to some rows of a buffer; it is not started yet."""
-    return pltpu.make_async_copy(
-        refs.kv_cache.at[page, pl.ds(page_row, rows)],
-        refs.buffers.at[slot, pl.ds(buffer_row, rows)],
-        refs.sems.at[slot],
-    )
-
-
-class KeyBlock(NamedTuple):
-    """A block of keys and values in one of the buffers, and who may see it."""
-
-    buffers_ref: object  # VMEM [2, block_tokens, rows, packing, lanes]
-    slot: object  # which buffer
-    num_valid: object  # tokens of the block that exist; the rest of the buffer is stale
-    visible: object  # bool[q rows, block_tokens], True where the row of q sees the key
-
-
-def attend_block(states, q_ref, keys: KeyBlock, sm_scale):
-    """Take a block of keys and values into the online softmax of every KV head.
-
-    Args:
-        states: a list of SoftmaxState, one a KV head, of [q rows, lanes].
-        q_ref: VMEM [num_kv_heads, q rows, lanes].
-        keys: the block.
-        sm_scale: factor on the scores, f32[].
+    Args: see `paged_decode`.
 
     Returns:
-        The states with the block taken in.
+        [num_seqs, num_q_heads, head_dim] in the dtype of queries; zeros for idle slots.
+
+    >>> reference(jnp.ones((2, 4, 64)), jnp.ones((3, 8, 4, 1, 128)), jnp.array([9, 0]),
+    ...           jnp.array([2, 0, 7, 7]), num_kv_heads=2)[:, 0, 0]
+    Array([1., 0.], dtype=float32)
     """
-    new_states = []
-    for h, state in enumerate(states):
-        k, v = (x.astype(q_ref.dtype) for x in read_kv_head(keys.buffers_ref, keys.slot, h))
-        scores = dot(q_ref[h], k, contract=(1, 1)) * sm_scale  # [q rows, block_tokens]
-        scores = jnp.where(keys.visible, scores, MASK_VALUE)
-        new_states.append(softmax_step(state, scores, zero_tail(v, keys.num_valid)))
-    return new_states
+    table = jnp.asarray(page_indices).reshape(len(queries), -1)
+    attend = partial(paged_attention, num_kv_heads=num_kv_heads, sm_scale=sm_scale)
+
+    def one_sequence(sequence):
+        query, kv_len, pages = sequence
+        return attend(query[None], kv_cache, pages, kv_len, kv_len - 1)[0]
+
+    rows = jax.lax.map(one_sequence, (queries, jnp.asarray(kv_lens), table))
+    return rows.astype(queries.dtype)
 
 
-def read_kv_head(buffers_ref, slot, h):
-    """K and V of one head out of a buffer: two arrays [block_tokens, lanes], by value.
-
-    Combined head 2h is K and 2h + 1 is V; `packing` of them share a 32-bit word, so reading one
-    makes the compiler shift and mask every word. Rung 8 reads both at once instead.
-    """
-    packing = buffers_ref.shape[3]
-    (k_row, k_part), (v_row, v_part) = divmod(2 * h, packing), divmod(2 * h + 1, packing)
-    return buffers_ref[slot, :, k_row, k_part], buffers_ref[slot, :, v_row, v_part]
-
-
-class Event(NamedTuple):
-    """One thing that the kernel does, in order: "start", "wait" or "compute"."""
-
-    kind: str
-    seq: int
-    block: int  # which block of the sequence
-    slot: int  # which buffer
-    num_tokens: int  # of the block
-    num_copies: int  # copies that it starts, or waits that it takes
-
-
-def timeline(kv_lens, *, page_size, block_tokens):
-    """What the kernel starts, waits for and computes, in its order: the picture, as data.
-
-    Args:
-        kv_lens: int[num_seqs], tokens of each sequence; 0 is an idle slot.
-        page_size, block_tokens: tokens of a page and of a block.
-
-    Returns:
-        A list of `Event`; the columns below are its fields.
-
-    >>> for event in timeline([9, 0, 3], page_size=4, block_tokens=8):
-    ...     print(*event)
-    start 0 0 0 8 2
-    start 0 1 1 1 1
-    wait 0 0 0 8 1
-    compute 0 0 0 8 0
-    start 2 0 0 3 1
-    wait 0 1 1 1 1
-    compute 0 1 1 1 0
-    wait 2 0 0 3 1
-    compute 2 0 0 3 0
-    """
-    kv_lens = np.asarray(kv_lens, np.int32)
-    sizes = Sizes(len(kv_lens), 0, page_size, block_tokens, 0)
-    next_live = np.asarray(find_next_live(jnp.asarray(kv_lens)))
-    refs = Refs(kv_lens, None, next_live, None, None, None, None)
-    events, slot = [], 0
-
-    def note(kind, s, block, slot, num_copies):
-        if s < sizes.num_seqs:
-            num_tokens = int(valid_tokens(kv_lens[s], block, block_tokens))
-            num_copies = cdiv(num_tokens, page_size) if kind == "start" else num_copies
-            events.append(Event(kind, int(s), int(block), slot, num_tokens, num_copies))
-
-    s, block = int(next_live[0]), 0
-    note("start", s, block, slot, 0)
-    while s < sizes.num_seqs:
-        after = tuple(int(x) for x in successor(refs, sizes, s, block))
-        note("start", *after, 1 - slot, 0)
-        note("wait", s, block, slot, 1)
-        note("compute", s, block, slot, 0)
-        (s, block), slot = after, 1 - slot
-    return events
+# --- As a rung ------------------------------------------------------------------------------------
 
 
 def attention(

@@ -52,6 +52,93 @@ class SoftmaxState(NamedTuple):
     acc: jax.Array  # f32[rows, head_dim], sum of exp(score - row_max) * value
 
 
+# --- The kernel -----------------------------------------------------------------------------------
+
+
+def _flash_kernel(
+    lens_ref,  # SMEM i32[2]: q_len, kv_len
+    scale_ref,  # SMEM f32[1]: sm_scale
+    q_ref,  # VMEM [block_q * group, head_dim]
+    k_ref,  # VMEM [block_kv, head_dim]
+    v_ref,  # VMEM [block_kv, head_dim]
+    out_ref,  # VMEM [block_q * group, head_dim]
+    *state_refs,  # VMEM, a SoftmaxState of references that lives from one key block to the next
+    group,
+    **blocks,
+):
+    q_block, kv_block = pl.program_id(1), pl.program_id(2)
+    q_len, kv_len = lens_ref[0], lens_ref[1]
+
+    @pl.when(kv_block == 0)
+    def _():
+        write_state(state_refs, empty_state(*out_ref.shape))
+
+    @pl.when(kv_block < end_kv_block(q_block, q_len, kv_len, **blocks))
+    def _():
+        scores = dot(q_ref[...], k_ref[...], contract=(1, 1)) * scale_ref[0]  # [rows, block_kv]
+        row, col = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+        kv_position = kv_block * blocks["block_kv"] + col
+        q_position = kv_len - q_len + q_block * blocks["block_q"] + row // group
+        visible = kv_position < kv_len
+        if blocks["causal"]:
+            visible &= kv_position <= q_position
+        scores = jnp.where(visible, scores, MASK_VALUE)
+        values = zero_tail(v_ref[...], kv_len - kv_block * blocks["block_kv"])
+        write_state(state_refs, softmax_step(read_state(state_refs), scores, values))
+
+    @pl.when(kv_block == pl.num_programs(2) - 1)
+    def _():
+        out = finish(read_state(state_refs), out_ref.dtype)
+        row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
+        real = q_block * blocks["block_q"] + row // group < q_len
+        out_ref[...] = jnp.where(real, out, jnp.zeros_like(out))
+
+
+def end_kv_block(q_block, q_len, kv_len, *, block_q, block_kv, causal):
+    """One past the last key block that a query block sees: where its walk over the keys ends.
+
+    Args:
+        q_block: which block of queries, a number or a traced scalar, like the lengths.
+        q_len, kv_len: tokens; the queries are the last q_len of kv_len.
+        block_q, block_kv: tokens of a block.
+        causal: whether the causal mask is on.
+
+    Two blocks of queries, the last of a sequence of 13; see the picture at the top of the file:
+
+    >>> [end_kv_block(i, 8, 13, block_q=4, block_kv=4, causal=True) for i in range(2)]
+    [3, 4]
+    """
+    end = kv_len
+    if causal:
+        # The last query of the block has position kv_len - q_len + its index, and sees itself.
+        end = _minimum(kv_len, kv_len - q_len + (q_block + 1) * block_q)
+    return cdiv(end, block_kv)
+
+
+def zero_tail(values, num_valid):
+    """Replace rows from `num_valid` on by zeros, in values [keys, head_dim].
+
+    Their weights are zero already, but stale memory may hold NaN, and `0 * NaN` is NaN.
+
+    >>> zero_tail(jnp.array([[1.0], [jnp.nan]]), 1)
+    Array([[1.],
+           [0.]], dtype=float32)
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    return jnp.where(row < num_valid, values, jnp.zeros_like(values))
+
+
+def read_state(state_refs) -> SoftmaxState:
+    """The state by value; `state_refs` are three references in the order of SoftmaxState."""
+    return SoftmaxState(*(ref[...] for ref in state_refs))
+
+
+def write_state(state_refs, state: SoftmaxState):
+    """Keep the state in VMEM for the next grid step; `state_refs` as for `read_state`."""
+    for ref, part in zip(state_refs, state, strict=True):
+        ref[...] = part
+
+
 def empty_state(rows, head_dim) -> SoftmaxState:
     """The state before the first key.
 
@@ -128,70 +215,7 @@ def dot(a, b, contract):
     )
 
 
-def check_query_dtype(dtype):
-    """Refuse queries in a dtype that rungs 4 to 6 do not compute with.
-
-    The softmax's weights are rounded to the dtype of the queries before they meet the values: in
-    float8, to 4 bits. A float8 *cache* costs nothing of the kind, it is widened when it is read.
-
-    >>> check_query_dtype(jnp.float8_e5m2)
-    Traceback (most recent call last):
-        ...
-    ValueError: the queries are float8_e5m2, but must be float32 or bfloat16: cast them. A float8 \
-cache may stay as it is.
-    """
-    name = jnp.dtype(dtype).name
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"the queries are {name}, but must be float32 or bfloat16: cast them. A float8 cache "
-            "may stay as it is."
-        )
-
-
-def end_kv_block(q_block, q_len, kv_len, *, block_q, block_kv, causal):
-    """One past the last key block that a query block sees: where its walk over the keys ends.
-
-    Args:
-        q_block: which block of queries, a number or a traced scalar, like the lengths.
-        q_len, kv_len: tokens; the queries are the last q_len of kv_len.
-        block_q, block_kv: tokens of a block.
-        causal: whether the causal mask is on.
-
-    Two blocks of queries, the last of a sequence of 13; see the picture at the top of the file:
-
-    >>> [end_kv_block(i, 8, 13, block_q=4, block_kv=4, causal=True) for i in range(2)]
-    [3, 4]
-    """
-    end = kv_len
-    if causal:
-        # The last query of the block has position kv_len - q_len + its index, and sees itself.
-        end = _minimum(kv_len, kv_len - q_len + (q_block + 1) * block_q)
-    return cdiv(end, block_kv)
-
-
-def block_map(q_len, kv_len, *, block_q, block_kv, causal=True):
-    """The picture of the grid: what happens to each pair of blocks.
-
-    Args:
-        q_len, kv_len: tokens.
-        block_q, block_kv: tokens of a block.
-        causal: whether the causal mask is on.
-
-    Returns:
-        str[num_q_blocks, num_kv_blocks]: "#" all visible, "+" partly, "." skipped.
-
-    >>> for row in block_map(8, 13, block_q=4, block_kv=4):
-    ...     print(*row)
-    # + + .
-    # # + +
-    """
-    grid = np.full((cdiv(q_len, block_q), cdiv(kv_len, block_kv)), ".")
-    for i, row in enumerate(grid):
-        end = end_kv_block(i, q_len, kv_len, block_q=block_q, block_kv=block_kv, causal=causal)
-        first_query = kv_len - q_len + i * block_q  # the position that sees least
-        whole = (min(kv_len, first_query + 1) if causal else kv_len) // block_kv
-        row[:end], row[:whole] = "+", "#"
-    return grid
+# --- The call -------------------------------------------------------------------------------------
 
 
 def flash_attention(
@@ -260,6 +284,26 @@ def flash_attention(
     )
 
 
+def check_query_dtype(dtype):
+    """Refuse queries in a dtype that rungs 4 to 6 do not compute with.
+
+    The softmax's weights are rounded to the dtype of the queries before they meet the values: in
+    float8, to 4 bits. A float8 *cache* costs nothing of the kind, it is widened when it is read.
+
+    >>> check_query_dtype(jnp.float8_e5m2)
+    Traceback (most recent call last):
+        ...
+    ValueError: the queries are float8_e5m2, but must be float32 or bfloat16: cast them. A float8 \
+cache may stay as it is.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"the queries are {name}, but must be float32 or bfloat16: cast them. A float8 cache "
+            "may stay as it is."
+        )
+
+
 def check_block(name, tokens):
     if not isinstance(tokens, (int, np.integer)) or tokens < 1:
         raise ValueError(
@@ -317,67 +361,29 @@ def _kv_block_index(h, i, j, lens_ref, scale_ref, **blocks):
     return h, jnp.clip(j, 0, jnp.maximum(end - 1, 0)), 0
 
 
-def _flash_kernel(
-    lens_ref,  # SMEM i32[2]: q_len, kv_len
-    scale_ref,  # SMEM f32[1]: sm_scale
-    q_ref,  # VMEM [block_q * group, head_dim]
-    k_ref,  # VMEM [block_kv, head_dim]
-    v_ref,  # VMEM [block_kv, head_dim]
-    out_ref,  # VMEM [block_q * group, head_dim]
-    *state_refs,  # VMEM, a SoftmaxState of references that lives from one key block to the next
-    group,
-    **blocks,
-):
-    q_block, kv_block = pl.program_id(1), pl.program_id(2)
-    q_len, kv_len = lens_ref[0], lens_ref[1]
+def block_map(q_len, kv_len, *, block_q, block_kv, causal=True):
+    """The picture of the grid: what happens to each pair of blocks.
 
-    @pl.when(kv_block == 0)
-    def _():
-        write_state(state_refs, empty_state(*out_ref.shape))
+    Args:
+        q_len, kv_len: tokens.
+        block_q, block_kv: tokens of a block.
+        causal: whether the causal mask is on.
 
-    @pl.when(kv_block < end_kv_block(q_block, q_len, kv_len, **blocks))
-    def _():
-        scores = dot(q_ref[...], k_ref[...], contract=(1, 1)) * scale_ref[0]  # [rows, block_kv]
-        row, col = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-        kv_position = kv_block * blocks["block_kv"] + col
-        q_position = kv_len - q_len + q_block * blocks["block_q"] + row // group
-        visible = kv_position < kv_len
-        if blocks["causal"]:
-            visible &= kv_position <= q_position
-        scores = jnp.where(visible, scores, MASK_VALUE)
-        values = zero_tail(v_ref[...], kv_len - kv_block * blocks["block_kv"])
-        write_state(state_refs, softmax_step(read_state(state_refs), scores, values))
+    Returns:
+        str[num_q_blocks, num_kv_blocks]: "#" all visible, "+" partly, "." skipped.
 
-    @pl.when(kv_block == pl.num_programs(2) - 1)
-    def _():
-        out = finish(read_state(state_refs), out_ref.dtype)
-        row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
-        real = q_block * blocks["block_q"] + row // group < q_len
-        out_ref[...] = jnp.where(real, out, jnp.zeros_like(out))
-
-
-def read_state(state_refs) -> SoftmaxState:
-    """The state by value; `state_refs` are three references in the order of SoftmaxState."""
-    return SoftmaxState(*(ref[...] for ref in state_refs))
-
-
-def write_state(state_refs, state: SoftmaxState):
-    """Keep the state in VMEM for the next grid step; `state_refs` as for `read_state`."""
-    for ref, part in zip(state_refs, state, strict=True):
-        ref[...] = part
-
-
-def zero_tail(values, num_valid):
-    """Replace rows from `num_valid` on by zeros, in values [keys, head_dim].
-
-    Their weights are zero already, but stale memory may hold NaN, and `0 * NaN` is NaN.
-
-    >>> zero_tail(jnp.array([[1.0], [jnp.nan]]), 1)
-    Array([[1.],
-           [0.]], dtype=float32)
+    >>> for row in block_map(8, 13, block_q=4, block_kv=4):
+    ...     print(*row)
+    # + + .
+    # # + +
     """
-    row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
-    return jnp.where(row < num_valid, values, jnp.zeros_like(values))
+    grid = np.full((cdiv(q_len, block_q), cdiv(kv_len, block_kv)), ".")
+    for i, row in enumerate(grid):
+        end = end_kv_block(i, q_len, kv_len, block_q=block_q, block_kv=block_kv, causal=causal)
+        first_query = kv_len - q_len + i * block_q  # the position that sees least
+        whole = (min(kv_len, first_query + 1) if causal else kv_len) // block_kv
+        row[:end], row[:whole] = "+", "#"
+    return grid
 
 
 def _minimum(a, b):
@@ -386,17 +392,9 @@ def _minimum(a, b):
 
 
 def attention(
-    queries,
-    keys,
-    values,
-    kv_cache,
-    batch,
-    *,
-    sm_scale=1.0,
-    block_q=128,
-    block_kv=512,
+    queries, keys, values, kv_cache, batch, *, sm_scale=1.0, block_q=128, block_kv=512,
     interpret=None,
-):
+):  # fmt: skip
     """The ladder's signature around `flash_attention`: store, gather each sequence, attend.
 
     The kernel itself knows neither pages nor ragged batches, so every sequence is gathered to

@@ -130,3 +130,33 @@ def rotate_half_rope(x, cos, sin, *, interpret=False):
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         interpret=interpret,
     )(x, cos, sin)
+
+
+def steps_of(timeline, token_bytes):
+    """What a kernel with two buffers does, in its order.
+
+    Args:
+        timeline: recorded from a kernel whose scratch is called buffers, sems and store_sems.
+        token_bytes: of K and V of one token in the cache.
+
+    Returns:
+        ("compute", buffer), and (kind, buffer, tokens, copies) with the kinds start and wait for
+        what comes into a buffer, store and wait_store for what leaves it. Copies that are started
+        together for one buffer are one step.
+    """
+    computes = {compute.first: compute.rows[0] for compute in timeline.computes}
+    steps = []
+    for event in timeline.events:
+        name, _, index = event.semaphore.partition("[")
+        if event.order in computes:
+            steps.append(("compute", int(computes[event.order][-2])))
+        elif event.kind in ("start", "wait") and name in ("sems", "store_sems"):
+            store = {"start": "store", "wait": "wait_store"}
+            kind = store[event.kind] if name == "store_sems" else event.kind
+            buffer, tokens = int(index[0]), event.num_bytes // token_bytes
+            copies = 1 if event.kind == "start" else len(event.copies)
+            if event.kind == "start" and steps and steps[-1][:2] == (kind, buffer):
+                _, _, more_tokens, more_copies = steps.pop()
+                tokens, copies = tokens + more_tokens, copies + more_copies
+            steps.append((kind, buffer, tokens, copies))
+    return steps

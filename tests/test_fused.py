@@ -10,8 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat, fused, interpreter
+from rpa.lab.copies.timeline import record_dmas
 from rpa.paging import get_kv_cache_shape
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
+from tests import dma_programs as programs
 from tests import mutants
 from tests.batches import Shape, bits, make_case
 from tests.kernel_harness import MODES, ON_WAIT, assert_compiles, check, run
@@ -88,22 +90,41 @@ def test_too_many_new_tokens_are_refused_or_nan_but_stored():
     np.testing.assert_array_equal(bits(cache), case.expected_cache())
 
 
-def test_timeline_follows_the_three_rules():
-    for lengths in LENGTHS.values():
-        q_lens, kv_lens = ([pair[i] for pair in lengths] for i in (0, 1))
-        busy, stored = {}, 0
-        for event in fused.timeline(q_lens, kv_lens, page_size=4, block_tokens=8):
-            if event.kind == "start":
-                assert event.slot not in busy, "a buffer is filled while it is in use"
-                busy[event.slot] = {"compute"}
-            elif event.kind == "store":
-                busy[event.slot].add("wait_store")
-                stored += event.num_tokens
-            elif event.kind != "wait":
-                busy[event.slot].remove(event.kind)
-                if not busy[event.slot]:
-                    del busy[event.slot]
-        assert not busy and stored == sum(q_lens)
+NAMES = {"scratch[0]": "buffers", "scratch[1]": "sems", "scratch[2]": "store_sems"}
+
+
+def recorded_steps(lengths):
+    case = make_case(SMALL, lengths)
+    with record_dmas(NAMES) as timeline:
+        run(partial(fused.attention, interpret=ON_WAIT.params, **OPTIONS), *case.arrays, case.batch)
+    return programs.steps_of(timeline, case.kv_cache[0, 0].nbytes)
+
+
+def test_a_block_is_stored_while_it_is_computed_and_left_alone_until_then():
+    """In pages of 4 and blocks of 8: the last token of each sequence is new."""
+    assert recorded_steps([(1, 9), (1, 3)]) == [
+        ("start", 0, 8, 2), ("start", 1, 1, 1), ("wait", 0, 8, 2), ("compute", 0),
+        ("start", 0, 3, 2), ("wait", 1, 1, 1), ("store", 1, 1, 1), ("compute", 1),
+        ("wait_store", 1, 1, 1), ("wait", 0, 3, 2), ("store", 0, 1, 1), ("compute", 0),
+        ("wait_store", 0, 1, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_copies_follow_the_three_rules(lengths):
+    busy, stored = {}, 0
+    for kind, buffer, *tokens in recorded_steps(lengths):
+        if kind == "start":
+            assert buffer not in busy, "a buffer is filled while it is in use"
+            busy[buffer] = {"compute"}
+        elif kind == "store":
+            busy[buffer].add("wait_store")
+            stored += tokens[0]
+        elif kind != "wait":
+            busy[buffer].remove(kind)
+            if not busy[buffer]:
+                del busy[buffer]
+    assert not busy and stored == sum(q_len for q_len, _ in lengths)
 
 
 # --- Seeded faults ------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ from rpa import chips, lab
 from rpa.__main__ import main
 from rpa.cli.predict import describe, table, to_json
 from rpa.lab import peers
-from rpa.lab.bench import published
-from rpa.lab.predict import calibration
+from rpa.lab.bench import measured, published
+from rpa.lab.bench.timed_runs import timed_runs
+from rpa.lab.predict import calibration, waits
 from rpa.lab.predict.batch import Prediction, predict_batch
 from rpa.lab.schedule import cases
 from rpa.lab.schedule.execution import CannotRun, Execution
+from rpa.lab.schedule.machine import Event
 from rpa.ragged import RaggedBatch
 
 needs_libtpu = pytest.mark.skipif(
@@ -71,17 +73,18 @@ def test_published_timings_are_printed_with_their_error():
     assert table([(timing, double)]).splitlines()[1].split()[-3::2] == ["+100%", "+50%"]
     assert to_json(double)["time_us"] == pytest.approx(2 * timing.time_us, rel=1e-3)
     assert "predicted, not measured" in describe(double)
-    assert "fitted to 10 published timings" in describe(double)
+    assert "fitted to 58 published timings" in describe(double)
 
 
-@needs_libtpu
-@needs_peers
-@pytest.mark.full
 def test_the_calibration_is_the_fit_to_all_timings_and_holds_for_those_left_out(capsys):
     assert main(["lab", "predict", "--calibrate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert calibration.Calibration(**found["best"]) == calibration.FITTED
     assert calibration.rms(found["left_out"]) < 0.1
+    assert calibration.rms(found["errors"]) < 0.1
+    plausible = tuple(calibration.Calibration(**each) for each in found["plausible"])
+    assert plausible == calibration.PLAUSIBLE
+    assert 0.88 <= np.mean(found["covered"]) <= 0.95  # of timings left out with their source
 
 
 def test_a_timing_that_is_left_out_does_not_choose_its_own_fit():
@@ -120,3 +123,46 @@ def test_published_batches_are_what_was_published(timing):
     assert int(batch.cu_q_lens[-1]) == timing.num_seqs * timing.q_len
     num_tokens, num_pages = int(batch.cu_q_lens[-1]), len(batch.page_indices)
     batch.validate(num_tokens=num_tokens, num_pages=num_pages, page_size=timing.page_size)
+
+
+def test_a_range_holds_its_time_and_many_rates_are_the_single_ones():
+    each = timed_runs()[20]
+    low_us, high_us = calibration.range_us([each.run], "tpu7x")
+    assert low_us < calibration.FITTED.time_us([each.run], "tpu7x") < high_us
+    many = calibration.times_of([each.run], "tpu7x")
+    for i in (0, 700, len(calibration.GRID) - 1):
+        assert many[i] == pytest.approx(calibration.GRID[i].time_us([each.run], "tpu7x"))
+
+
+def test_few_bytes_in_flight_are_read_slowly_and_writes_are_slow():
+    def took(*events, **rates):
+        run = Execution(np.ones(10, int), events=tuple(events))
+        return waits.cycles_with_waits(run, bytes_per_cycle=1e6, **rates)
+
+    read, wait = Event(0, "hbm_to_vmem", 2_000_000, 1), Event(1, "wait", 2_000_000, 1)
+    write = Event(0, "vmem_to_hbm", 2_000_000, 1)
+    assert took(read, wait) == 11 and took(write, wait) == 11
+    assert took(read, wait, few_bytes_part=0.5) == 13 and took(write, wait, write_part=0.5) == 13
+    # The third of these starts with 4 MB in flight.
+    others = [Event(0, "hbm_to_vmem", 2_000_000, 2)] * 2
+    assert took(*others, read, wait, few_bytes_part=0.5) == 10 + 9
+
+
+def test_a_measured_file_is_compared_and_fitted(tmp_path, monkeypatch):
+    row = {"case": "decode", "lab_kernel": "rpa", "lengths": [[1, 300]] * 2}
+    row |= {"timing": {"median_s": 9e-6}, "calibrated_us": 8.0, "low_us": 6.5, "high_us": 9.5}
+    sizes = {"model": "llama-3-8b", "page_size": 128, "dtype": "bfloat16", "kv_dtype": "bfloat16"}
+    found = {"schema": measured.SCHEMA, "machine": {"chip": "tpu7x"}, "workload": sizes}
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(found | {"rows": [row, row | {"lab_kernel": None}]}))
+    (kept,) = measured.read(file)
+    assert kept.is_in_range and kept.time_us == pytest.approx(9.0)
+    monkeypatch.setattr(measured, "_times", lambda row: np.full(len(calibration.GRID), 9.0))
+    _, sources = measured.refit([kept])
+    assert sources[-1] == measured.SOURCE and len(sources) == len(timed_runs()) + 1
+    file.write_text(json.dumps(found | {"machine": {"chip": None}, "rows": [row]}))
+    with pytest.raises(ValueError, match="measured on a CPU"):
+        measured.read(file)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="no file of"):
+        measured.read(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -64,6 +65,39 @@ def _calls(name):
     x = jax.ShapeDtypeStruct((8, 128), np.float32)
     copy = pl.pallas_call(lambda x_ref, o_ref: None, out_shape=x, name=name)
     return pallas_calls.pallas_calls(jax.make_jaxpr(lambda x: copy(copy(x)))(x))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_body_of_a_scan_is_followed_as_often_as_it_runs(reverse):
+    out = jax.ShapeDtypeStruct((8, 128), np.float32)
+    copy = pl.pallas_call(lambda i_ref, x_ref, o_ref: None, out_shape=out, name="copy")
+
+    def function(i, x):
+        def layer(carry, k):
+            i, x = carry
+            x = copy(i + k, x)
+            return (i + 1, x), i * 10
+
+        (i, x), seen = jax.lax.scan(layer, (i, x), np.arange(3, dtype=np.int32), reverse=reverse)
+        return copy(seen + jnp.searchsorted(np.array([1, 4, 9, 16]), i), x)
+
+    i = np.int32(5)
+    closed = jax.make_jaxpr(function)(i, np.zeros((8, 128), np.float32))
+    found = [call.operands[0].tolist() for call in pallas_calls.pallas_calls(closed, {0: i})]
+    if reverse:  # the last k first: 5 + 2, 6 + 1, 7 + 0
+        assert found == [7, 7, 7, [72, 62, 52]]
+    else:
+        assert found == [5, 7, 9, [52, 62, 72]]
+    assert len(pallas_calls.pallas_calls(closed)) == 4
+
+
+def test_a_kernel_in_a_loop_of_unknown_length_is_refused_in_words():
+    out = jax.ShapeDtypeStruct((8, 128), np.float32)
+    copy = pl.pallas_call(lambda x_ref, o_ref: None, out_shape=out)
+    loop = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: copy(x), x)  # noqa: E731
+    closed = jax.make_jaxpr(loop)(3, out)
+    with pytest.raises(execution.CannotRun, match=r"kernel inside `while`.*call it outside"):
+        pallas_calls.pallas_calls(closed)
 
 
 def test_a_kernel_without_a_name_is_told_in_words():
@@ -250,7 +284,7 @@ def test_refusals_are_in_words():
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("kernel", cases.KERNELS)
 def test_command_prints_one_json_object(capfd, kernel, case):
-    if kernel != "rpa" and peers.absence(kernel):
+    if kernel in peers.PROGRAMS and peers.absence(kernel):
         pytest.skip(peers.absence(kernel))
     command = ["lab", "schedule", "--chip", "v6e", "--case", case, "--kernel", kernel, "--json"]
     assert main(command) == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpa import fused, interpreter, ladder, ragged_paged_attention, streamed, tiled
+from rpa import fused, interpreter, ladder, plain, ragged_paged_attention, streamed, tiled
 from rpa.__main__ import main
 from rpa.figures.traffic import where_bytes_go
 from rpa.lab import peers
@@ -72,6 +72,7 @@ OPTIONS = {
     "tiled": {"block_q": 8, "block_kv": 8},
     "streamed": {"block_tokens": 16},
     "fused": {"block_tokens": 16},
+    "plain": {"block_q": 4, "block_kv": 16},
     "kernel": {"d_block_sizes": (1, 16, 1, 8), "m_block_sizes": (4, 16, 4, 16)},
 }
 
@@ -83,7 +84,7 @@ def rung(name, *, interpreted):
         backend = "interpret" if interpreted else "tpu"
         fixed = {"backend": backend, "donate": False, "validate": False, "sm_scale": 0.125}
         return lambda *args: ragged_paged_attention(*args, **fixed, **OPTIONS[name])
-    module = {"tiled": tiled, "streamed": streamed, "fused": fused}[name]
+    module = {"tiled": tiled, "streamed": streamed, "fused": fused, "plain": plain}[name]
 
     def attention(q, k, v, cache, *metadata):
         batch, options = RaggedBatch(*metadata), OPTIONS[name]
@@ -121,7 +122,7 @@ DECODES = [(1, 30), (0, 8), (1, 1), (1, 17)]
 SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("tiled", "streamed")]
 
 
-@pytest.mark.parametrize("name", [*SLOW, "fused", "kernel"])
+@pytest.mark.parametrize("name", [*SLOW, "fused", "plain", "kernel"])
 def test_a_rung_dry_and_interpreted_alike(name):
     check_alike(name, DECODES if name in ("streamed", "fused") else MIXED, seed=1)
 
@@ -138,7 +139,7 @@ def lengths(most_q):
 @pytest.mark.full
 @settings(max_examples=25, deadline=None)
 @given(lengths(8), st.integers(0, 99))
-def test_rung_7_dry_and_interpreted_alike_on_generated_batches(pairs, seed):
+def test_rung_8_dry_and_interpreted_alike_on_generated_batches(pairs, seed):
     check_alike("kernel", pairs, seed)
 
 
@@ -185,6 +186,16 @@ def test_rung_6_by_hand():
 
 
 def test_rung_7_by_hand():
+    batch, _ = RaggedBatch.from_lengths([1, 6], [29, 20], [[3, 1, 0, 2], [4, 5, 6]])
+    moved = bytes_of(count("plain", batch, SMALL, block_q=4, block_kv=16))
+    # Query blocks of 1, 4 and 2 tokens. The last two see 18 and 20 keys, 14 of them cached.
+    assert moved["KV read"] == (28 + 14 + 14) * TOKEN
+    assert moved["new KV"] == (1 + 4 + 6) * TOKEN, "each block takes the new tokens it sees"
+    assert moved["cache write"] == 7 * TOKEN
+    assert moved["q"] == moved["o"] == 7 * 2 * ROW
+
+
+def test_rung_8_by_hand():
     batch, _ = RaggedBatch.from_lengths([1, 6], [29, 20], [[3, 1, 0, 2], [4, 5, 6]])
     sizes = {"d_block_sizes": (1, 16, 1, 16), "m_block_sizes": (4, 16, 4, 16)}
     moved = bytes_of(count("kernel", batch, SMALL, **sizes))

@@ -117,6 +117,27 @@ def test_the_limits_leave_room_for_rounding_the_output(path):
     assert check(by_reference, path)[1] == ""
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in selftest.PATHS if path.plain_too], ids=lambda path: path.kv_dtype
+)
+def test_rung_7_passes(path):
+    assert check(selftest.by_rung_7, path)[1] == ""
+
+
+def test_rung_7_is_among_the_results_and_has_a_remedy_of_its_own():
+    def refuse(*args, **options):
+        raise ValueError("Mosaic failed to compile")
+
+    with mock.patch.object(selftest.plain, "attention", refuse):
+        results = list(selftest.run(False, by_reference))
+    seventh = [result for result in results if result.path.startswith("rung 7: ")]
+    assert [result.wrong for result in results if result not in seventh] == [""] * 4
+    assert len(seventh) == 2
+    for result in seventh:
+        assert "Mosaic failed to compile" in result.wrong
+        assert result.fix.startswith("Do not use rung 7") and "rung 7: " in selftest.line(result)
+
+
 def test_the_dma_check_passes_and_names_zeros():
     assert selftest.check_dma(False) == ({}, 0.0, "", "")
     with mock.patch.object(selftest, "copy_rows", lambda *_, **__: jnp.zeros((8, 256))):

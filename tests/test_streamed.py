@@ -11,8 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import interpreter, streamed
+from rpa.lab.copies.timeline import record_dmas
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import ref_ragged_paged_attention
+from tests import dma_programs as programs
 from tests import mutants
 from tests.batches import Shape, make_case
 from tests.kernel_harness import (
@@ -108,20 +110,38 @@ def test_more_than_one_new_token_is_refused_or_nan():
     assert np.isfinite(output[0]).all() and np.isnan(output[1:4]).all() and not output[4:].any()
 
 
-def test_timeline_fills_no_buffer_that_is_in_use():
+def recorded_steps(kv_lens):
+    case = decode_case(SMALL, kv_lens)
+    with record_dmas() as timeline:
+        attend = partial(streamed.attention, block_tokens=8, interpret=ON_WAIT.params)
+        run(attend, *case.arrays, case.batch)
+    return programs.steps_of(timeline, case.kv_cache[0, 0].nbytes)
+
+
+def test_the_next_block_is_on_its_way_before_this_one_is_waited_for():
+    """In pages of 4 and blocks of 8: 9 tokens are 8 and 1; the idle sequence does not occur."""
+    assert recorded_steps([9, 0, 3]) == [
+        ("start", 0, 8, 2), ("start", 1, 1, 1), ("wait", 0, 8, 2), ("compute", 0),
+        ("start", 0, 3, 1), ("wait", 1, 1, 1), ("compute", 1),
+        ("wait", 0, 3, 1), ("compute", 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_lens", KV_LENS.values(), ids=KV_LENS)
+def test_no_buffer_is_filled_while_it_is_in_use(kv_lens):
     """Every block is started once, before it is waited for, into a buffer that is free."""
-    for kv_lens in KV_LENS.values():
-        holds, started = {}, 0
-        for event in streamed.timeline(kv_lens, page_size=4, block_tokens=8):
-            block = (event.seq, event.block)
-            if event.kind == "start":
-                assert event.slot not in holds
-                holds[event.slot] = block
-                started += event.num_tokens
-            assert holds[event.slot] == block
-            if event.kind == "compute":
-                del holds[event.slot]
-        assert not holds and started == sum(kv_lens)
+    holds, started = {}, 0
+    for kind, buffer, *tokens_and_copies in recorded_steps(kv_lens):
+        if kind == "start":
+            assert buffer not in holds
+            holds[buffer] = tokens_and_copies
+            started += tokens_and_copies[0]
+        elif kind == "wait":
+            assert holds[buffer] == tokens_and_copies
+        else:
+            assert kind == "compute"
+            del holds[buffer]
+    assert not holds and started == sum(kv_lens)
 
 
 # --- Seeded faults ------------------------------------------------------------------------------

@@ -29,12 +29,17 @@ def ladder_table() -> str:
         "|---:|---|---:|---|---:|---|",
     ]
     for rung in LADDER:
-        row = rows[rung.name]
-        file = f"rpa/{comparison.RACERS[rung.name].code}"
+        row, where = rows[rung.name], comparison.RACERS[rung.name].code
+        file = f"rpa/{where}"
         (lesson,) = (ROOT / "notebooks").glob(f"{rung.number:02d}_*.ipynb")
         link = f"[{rung.number}](notebooks/{lesson.name})"
         cells = (
-            *(rung.number, f"[{file}]({file})", f"{row['lines']:,}", rung.changes),
+            *(
+                rung.number,
+                f"[{file}]({file})",
+                f"{comparison.lines_of_code(where):,}",
+                rung.changes,
+            ),
             *(f"{row['num_bytes'] / found['least_bytes']:.2f}", link),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -65,8 +70,11 @@ def save_pictures() -> None:
 def _ladder():
     from rpa.figures import comparison as pictures
     from rpa.lab.bench import comparison
+    from rpa.ladder import LADDER
 
-    return pictures.ladder(comparison.recorded())
+    found, rungs = comparison.recorded(), [rung.name for rung in LADDER]
+    # Without the peers: next to them belongs at which blocks they are, which `lab gain` says.
+    return pictures.ladder(found | {"rows": [r for r in found["rows"] if r["name"] in rungs]})
 
 
 PARTS = {"picture": picture, "ladder": ladder_table}

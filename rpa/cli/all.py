@@ -59,8 +59,8 @@ def main(args) -> int:
 
 def scope_of(chips=None, quick=False) -> tuple[Scope, list[str]]:
     """What is asked for of what is there, and why the other kernels are not."""
-    reasons = {name: peers.absence(name) for name in KERNELS if name != "rpa"}
-    there = [name for name in KERNELS if reasons.get(name) is None]
+    reasons = {name: peers.absence(name) for name in KERNELS if name in peers.PROGRAMS}
+    there = ["rpa", *(name for name, reason in reasons.items() if reason is None)]
     if quick:
         chips, there = chips or ["tpu7x"], [name for name in there if name != "batched"]
     scope = Scope(tuple(chips or Scope().chips), tuple(there), quick)

@@ -2,17 +2,21 @@
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from rpa import chips
 from rpa.cli.options import add_options, whole
+from rpa.cli.predict import ends
 from rpa.lab.bench import on_device
-from rpa.lab.predict.calibration import FITTED
+from rpa.lab.bench.measured import SCHEMA
+from rpa.lab.compile.compiler import compile_versions
 from rpa.ladder import LADDER
 
 OPTIONS = ("model", "dtype", "kv_dtype", "page_size", "num_seqs", "kv_len")
@@ -25,9 +29,8 @@ CONVENTION = (
 )
 
 PREDICTION = (
-    "Predicted, us: from the compiled schedule and its copies, nothing fitted. Calibrated: with\n"
-    f"copies at {FITTED.hbm_efficiency:.0%} of HBM's peak and {FITTED.latency_us:g} us of latency, "
-    "fitted to published timings of a TPU7x."
+    "Predicted, us: from the compiled schedule and its copies at peak, nothing fitted. On a chip:\n"
+    "with five numbers fitted to published timings of a TPU7x, and the range of nine in ten."
 )
 
 
@@ -46,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--peer", choices=list(on_device.PEERS), action="append", default=[])
     parser.add_argument(
         "--no-prediction", action="store_true", help="on a TPU, do not predict the same batches"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write all of it as JSON; on a TPU by default, to rpa-bench-CHIP.json",
     )
     add_options(parser, "json")
 
@@ -71,6 +79,12 @@ def main(args) -> int:
         print(CONVENTION)
         print(PREDICTION if chips.current() else on_device.NO_PREDICTION)
         print(table(rows))
+    chip = chips.current()
+    out = args.out or (f"rpa-bench-{chip.name}.json" if chip else None)
+    if out is not None:
+        Path(out).write_text(json.dumps(as_json(workload, rows), indent=2) + "\n", "utf-8")
+        if not args.json:
+            print(f"written to {out}; to send it in: .github/ISSUE_TEMPLATE/tpu-timings.md")
     return 0
 
 
@@ -85,12 +99,31 @@ def machine() -> dict:
 def as_json(workload, rows) -> dict:
     """All that was measured, as one object; times in seconds."""
     return {
+        "schema": SCHEMA,
         "machine": machine(),
+        "versions": compile_versions() | {"tpu-inference": version_of("tpu-inference")},
         "workload": dataclasses.asdict(workload),
         "convention": CONVENTION,
         "prediction": PREDICTION if chips.current() else on_device.NO_PREDICTION,
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [row_as_json(workload, row) for row in rows],
     }
+
+
+def row_as_json(workload, row) -> dict:
+    """A row and what was timed; blocks are the kernel's own, of which nothing was passed."""
+    return dataclasses.asdict(row) | {
+        "lab_kernel": on_device.PREDICTED.get(row.kernel),
+        "lengths": on_device.batch_lengths(row.case, workload),
+        "blocks": "own",
+    }
+
+
+def version_of(package) -> str | None:
+    """The installed version of a package, None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def in_words(w) -> str:
@@ -107,12 +140,12 @@ def table(rows) -> str:
 
     >>> absent = on_device.Row("decode", "rung 4 tiled", note="not here")
     >>> print(table([absent]))  # doctest: +NORMALIZE_WHITESPACE
-    case     kernel       time us  middle half of samples   MBU   MFU  predicted calibrated
+    case     kernel       time us  middle half of samples   MBU   MFU  predicted on a chip range
     decode   rung 4 tiled       -                                                 not here
     """
     lines = [
         f"{'case':8} {'kernel':16} {'time us':>10}  {'middle half of samples':22} {'MBU':>5} "
-        f"{'MFU':>5} {'predicted':>10} {'calibrated':>10}"
+        f"{'MFU':>5} {'predicted':>10} {'on a chip':>10} {'range':>19}"
     ]
     for row in rows:
         t = row.timing
@@ -121,7 +154,7 @@ def table(rows) -> str:
         lines.append(
             f"{row.case:8} {row.kernel:16} {time_us:>10}  {half:22} {percent(row.mbu):>5} "
             f"{percent(row.mfu):>5} {microseconds(row.predicted_us):>10} "
-            f"{microseconds(row.calibrated_us):>10}  {row.note}".rstrip()
+            f"{microseconds(row.calibrated_us):>10} {ends(row):>19}  {row.note}".rstrip()
         )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 
+from rpa.cli.options import whole
 from rpa.lab.chip import ChipError, run
 from rpa.lab.chip.machine import MODELS
 
@@ -22,12 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="execute every tiny kernel, and print the table of operations",
     )
     what.add_argument(
-        "--hunt", type=int, metavar="N", help="run N generated problems of rung 8 a chip"
+        "--hunt",
+        type=whole(1, 10**6),
+        metavar="N",
+        help="run N generated problems of rung 8 a chip",
     )
     what.add_argument(
         "--selftest", action="store_true", help="run every layout path of rung 8's self-test"
     )
-    parser.add_argument("--first", type=int, default=0, help="number of the first problem")
+    parser.add_argument(
+        "--first", type=whole(0, 10**9), default=0, help="number of the first problem"
+    )
 
 
 def main(args) -> int:

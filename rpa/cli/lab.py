@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "timeline": "record a kernel's copies: a table, a player, a trace for Perfetto",
     "steps": "say what each optimisation of rung 8 is worth on three chips",
     "predict": "say how long a batch takes on a chip that is not here",
+    "gain": "what a user gains over v3 and batched, both well configured",
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",
     "tune": "sweep rung 8's block sizes, and judge its defaults",

@@ -39,6 +39,10 @@ GENERATIONS = {"v5e": 5, "v5p": 5, "v6e": 6, "tpu7x": 7}
 V3_BLOCKS_TPU7X = (256, 1024, 128, 512)
 """Blocks of v3's mixed kernel on TPU7x: its own default takes more VMEM than the chip has."""
 
+COMPILER_FLAGS = "--xla_tpu_use_dynamic_smem_negotiation=true"
+"""What tpu-inference adds to `LIBTPU_INIT_ARGS` at import, as a user of it gets. `batched` moves
+scalars out of SMEM all the time without it and takes a quarter more bundles; v3 moves none."""
+
 _V3 = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
 _BATCHED = "tpu_inference.kernels.experimental.batched_rpa."
 _JAX = "jax.experimental.pallas.ops.tpu.ragged_paged_attention."

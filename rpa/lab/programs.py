@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import jax
 
+from rpa import plain as _plain
 from rpa.lab.compile.functions import import_path
 from rpa.paging import cdiv, get_kv_cache_shape
 from rpa.ragged import RaggedBatch
-from rpa.shapes import MODELS, AttentionShape
+from rpa.shapes import MODELS as MODELS
+from rpa.shapes import AttentionShape, heads_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Workload:
     """Sizes of a batch in which all sequences are alike.
 
     Attributes:
-        model: a name in MODELS.
+        model: a name in `rpa.shapes.MODELS`, or (num_q_heads, num_kv_heads, head_dim).
         dtype, kv_dtype: of queries, and of the cache.
         page_size: tokens of a page.
         num_seqs: sequences.
@@ -24,7 +26,7 @@ class Workload:
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
     """
 
-    model: str = "llama-3-8b"
+    model: str | tuple[int, int, int] = "llama-3-8b"
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     page_size: int = 16
@@ -35,7 +37,7 @@ class Workload:
 
     @property
     def heads(self):
-        return MODELS[self.model]
+        return heads_of(self.model)
 
     @property
     def layer(self) -> AttentionShape:
@@ -108,11 +110,32 @@ def fused(w: Workload) -> Program:
     return Program("rpa.fused:fused_attention", args, kwargs, donate_argnums=(3,))
 
 
+def whole_call(w: Workload) -> tuple:
+    """Shapes of what rungs 7 and 8 take: queries, keys, values, cache and the metadata."""
+    num_tokens = w.num_seqs * w.q_len
+    return w.queries(num_tokens), w.kv(num_tokens), w.kv(num_tokens), w.kv_cache, *w.metadata
+
+
+def plain(w: Workload) -> Program:
+    """Rung 7, with the cache donated."""
+    return Program("rpa.lab.programs:plain_attention", whole_call(w), donate_argnums=(3,))
+
+
+def plain_attention(
+    queries, keys, values, kv_cache, *metadata, blocks=(None, None), chip=None, **options
+):
+    """Rung 7 compiled for a TPU, called as rung 8 is; `blocks` are block_q and block_kv."""
+    block_q, block_kv = blocks  # the chip does not matter to it: it is one program for all
+    batch = RaggedBatch(*metadata)
+    return _plain.attention(
+        *(queries, keys, values, kv_cache, batch),
+        **(options | {"block_q": block_q, "block_kv": block_kv, "interpret": False}),
+    )
+
+
 def kernel(w: Workload) -> Program:
     """Rung 8, with the cache donated."""
-    num_tokens = w.num_seqs * w.q_len
-    new = w.kv(num_tokens)
-    args = (w.queries(num_tokens), new, new, w.kv_cache, *w.metadata)
+    args = whole_call(w)
     return Program(
         "rpa.kernel.api:ragged_paged_attention", args, {"backend": "tpu"}, donate_argnums=(3,)
     )
@@ -139,6 +162,7 @@ PROGRAMS: dict[str, Callable[[Workload], Program]] = {
     "tiled": tiled,
     "streamed": streamed,
     "fused": fused,
+    "plain": plain,
     "kernel": kernel,
 }
 """By the name of the rung's file."""

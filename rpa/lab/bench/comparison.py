@@ -29,7 +29,7 @@ from rpa.lab import peers
 from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.compile.compiler import compile_versions
 from rpa.lab.copies import traffic
-from rpa.lab.predict.waits import cycles_with_waits
+from rpa.lab.predict.calibration import AT_PEAK, FITTED, range_us
 from rpa.lab.schedule.cases import measure
 from rpa.lab.schedule.pallas_calls import pallas_calls
 from rpa.lab.schedule.schedule import schedule_for
@@ -69,6 +69,7 @@ class Racer:
         takes: "batch" or "metadata".
         kwargs: further arguments, what JSON can hold; `chip` is added for peers.
         kernel: pattern of the name of the kernel that runs a decode.
+        flags: further flags of the compiler.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Racer:
     takes: str = "batch"
     kwargs: tuple = ()
     kernel: str = ""
+    flags: str = ""
 
 
 COMPILED = (("interpret", False),)
@@ -87,8 +89,9 @@ RACERS = {
     "tiled": Racer("4 tiled", "tiled.py"),
     "streamed": Racer("5 streamed", "streamed.py", "rpa.streamed:attention", kwargs=COMPILED),
     "fused": Racer("6 fused", "fused.py", "rpa.fused:attention", kwargs=COMPILED),
+    "plain": Racer("7 plain", "plain.py", "rpa.plain:attention", kwargs=COMPILED),
     "kernel": Racer(
-        *("7 kernel", "kernel", "rpa.kernel.api:ragged_paged_attention", "metadata"),
+        *("8 kernel", "kernel", "rpa.kernel.api:ragged_paged_attention", "metadata"),
         *((("backend", "tpu"),), "^rpa_decode$"),
     ),
     "v3": Racer("v3", peers._V3, "rpa.lab.peers:v3", "metadata", kernel="^RPAd"),
@@ -96,6 +99,7 @@ RACERS = {
         *("batched", "tpu_inference.kernels.experimental.batched_rpa", "rpa.lab.peers:batched"),
         *("metadata",),
         kernel="^RPAd",
+        flags=peers.COMPILER_FLAGS,
     ),
     "jax": Racer("jax v2", peers._JAX + "kernel"),
 }
@@ -180,18 +184,26 @@ def predict(racer: Racer, chip, batch, timeout_s=1200.0) -> "Predicted":
     kwargs = dict(racer.kwargs) | {"sm_scale": LAYER.head_dim**-0.5}
     if racer.takes == "metadata":
         kwargs["chip"] = chip
-    return predict_kernel(racer.schedule, args, kwargs, racer.kernel, chip, timeout_s)
+    return predict_kernel(
+        *(racer.schedule, args, kwargs, racer.kernel, chip, timeout_s), flags=racer.flags
+    )
 
 
 class Predicted(NamedTuple):
-    """One kernel on one chip: microseconds with waits, bundles, HBM bytes of its own copies."""
+    """One kernel on one chip: microseconds at peak, bundles, HBM bytes of its own copies; and the
+    calibrated time with its range (`rpa.lab.predict.calibration`)."""
 
     time_us: float
     bundles: int
     hbm_bytes: int
+    calibrated_us: float
+    low_us: float
+    high_us: float
 
 
-def predict_kernel(function, args, kwargs, kernel, chip, timeout_s=1200.0) -> Predicted:
+def predict_kernel(
+    function, args, kwargs, kernel, chip, timeout_s=1200.0, *, flags=""
+) -> Predicted:
     """How long one kernel of a function takes: predicted from its schedule.
 
     Args:
@@ -201,6 +213,7 @@ def predict_kernel(function, args, kwargs, kernel, chip, timeout_s=1200.0) -> Pr
         kernel: pattern that finds exactly one of its kernels.
         chip: anything that `rpa.chips.chip` knows.
         timeout_s: end the compiler after this many seconds; some of the older ones need minutes.
+        flags: further flags of the compiler.
 
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile, or not in time.
@@ -208,11 +221,16 @@ def predict_kernel(function, args, kwargs, kernel, chip, timeout_s=1200.0) -> Pr
     """
     known = chips.chip(chip)
     schedule = schedule_for(
-        known.name, function, *args, kwargs=kwargs, kernel=kernel, timeout_s=timeout_s
+        *(known.name, function, *args),
+        kwargs=kwargs,
+        kernel=kernel,
+        timeout_s=timeout_s,
+        flags=flags,
     )
     run = schedule.execute(*args, keep_events=True)
-    cycles = cycles_with_waits(run, known.hbm_bytes_per_s / known.clock_hz)
-    return Predicted(cycles / known.clock_hz * 1e6, run.bundles, run.hbm_bytes)
+    at_peak_us, calibrated_us = (float(c.time_us([run], known)) for c in (AT_PEAK, FITTED))
+    ends_us = range_us([run], known)
+    return Predicted(at_peak_us, run.bundles, run.hbm_bytes, calibrated_us, *ends_us)
 
 
 def kernel_names(function, *args, **kwargs) -> list[str]:
@@ -239,7 +257,7 @@ def prefill_chunks() -> list[dict]:
     """Bundles of 128 query x 512 KV tokens in a prefill, rung 8 and v3, beside the MATMUL floor."""
     rows = []
     for chip in CHIPS:
-        for name, kernel in (("7 kernel", "rpa"), ("v3", "v3")):
+        for name, kernel in (("8 kernel", "rpa"), ("v3", "v3")):
             found = measure(kernel, "mixed", chip)
             bundles = round(found.bundles_per_chunk)
             rows.append({"title": name, "chip": chip, "bundles": bundles, "floor": found.floor})

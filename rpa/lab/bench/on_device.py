@@ -68,7 +68,8 @@ class Row:
             over the bytes that the HBM could move in the time; None on a device without a peak.
         mfu: FLOP of the batch, as causal, over the peak's in the time, in the dtype of queries.
         predicted_us, calibrated_us: microseconds that the lab says for this batch on this chip
-            (`rpa.lab.predict`); None where it cannot say.
+            (`rpa.lab.predict`), at peak and on a chip; None where it cannot say.
+        low_us, high_us: the range of the latter.
         note: what else there is to say.
     """
 
@@ -79,10 +80,17 @@ class Row:
     mfu: float | None = None
     predicted_us: float | None = None
     calibrated_us: float | None = None
+    low_us: float | None = None
+    high_us: float | None = None
     note: str = ""
 
 
-PREDICTED = {"rung 8 kernel": "rpa", "peer v3": "v3", "peer batched": "batched"}
+PREDICTED = {
+    "rung 7 plain": "plain",
+    "rung 8 kernel": "rpa",
+    "peer v3": "v3",
+    "peer batched": "batched",
+}
 """What the lab calls the contenders that it can predict."""
 
 NO_PREDICTION = "There is no prediction for a CPU: the lab predicts from the schedule of a TPU."
@@ -136,7 +144,9 @@ def with_prediction(row: Row, w: Workload, batch: RaggedBatch, chip) -> Row:
         predicted = predict_batch(PREDICTED[row.kernel], chip, batch, **sizes)
     except (NoSchedule, CannotRun) as error:
         return replace(row, note=f"{row.note} no prediction: {error}".strip())
-    return replace(row, predicted_us=predicted.time_us, calibrated_us=predicted.calibrated_us)
+    names = ("calibrated_us", "low_us", "high_us")
+    found = {name: getattr(predicted, name) for name in names}
+    return replace(row, predicted_us=predicted.time_us, **found)
 
 
 def measure(w: Workload, batch: RaggedBatch, contender) -> Timing | None:

@@ -1,17 +1,15 @@
 """Timings of the peers' kernels on real TPUs that somebody published, beside what the lab predicts.
 
 The one check of `rpa.lab.predict` that is possible without a TPU: the same kernels at the same
-shapes and block sizes, compiled here. Whatever the error is, it is printed.
+shapes and block sizes, compiled here. Whatever the error is, it is printed. The fit takes more
+timings, of kernels that exclude these versions: `rpa.lab.bench.timed_runs`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from rpa.lab.batches import make_batch
-from rpa.lab.predict.batch import Prediction, predict_batch, run_batch, workload_of
-from rpa.lab.predict.calibration import GRID
+from rpa.lab.predict.batch import Prediction, predict_batch, workload_of
 from rpa.lab.programs import Workload
 from rpa.ragged import RaggedBatch
 
@@ -116,15 +114,3 @@ def predict(timing: Timing, **assumptions) -> Prediction:
         options=timing.options,
         **assumptions,
     )
-
-
-def refit(timings=TIMINGS) -> Iterator[np.ndarray]:
-    """Each timing as every calibration of `rpa.lab.predict.calibration.GRID` predicts it:
-    f64[len(GRID)].
-
-    Raises:
-        As `compare`.
-    """
-    for t in timings:
-        runs = run_batch(t.kernel, t.chip, t.batch, t.sizes, blocks=t.blocks, options=t.options)
-        yield np.array([calibration.time_us(runs, t.chip) for calibration in GRID])

@@ -73,14 +73,23 @@ def load(path: str):
     >>> load("rpa.paging:cdiv")(7, 2)
     4
     """
-    path = import_path(path)
-    where, _, name = path.rpartition(":")
-    module = _run_file(Path(where)) if is_file(path) else importlib.import_module(where)
+    where, _, name = import_path(path).rpartition(":")
+    module = load_module(path)
     if not callable(getattr(module, name, None)):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         own = [n for n in functions if getattr(module, n).__module__ == module.__name__]
         raise ValueError(f"{where} has no function {name}; it has: {', '.join(own) or 'none'}.")
     return getattr(module, name)
+
+
+def load_module(path: str):
+    """The module of a function's name, imported; a file is run anew.
+
+    >>> load_module("rpa.paging:cdiv").__name__
+    'rpa.paging'
+    """
+    where = import_path(path).rpartition(":")[0]
+    return _run_file(Path(where)) if is_file(path) else importlib.import_module(where)
 
 
 def module_of(path: str):

@@ -73,7 +73,7 @@ def write_answer(answer, work, spec):
     """Write what `work()` returns, or its error, and the files that it depends on."""
     loaded = {}
     try:
-        functions.load(spec["function"])
+        functions.load_module(spec["function"])
         # As they are now: who edits a file while the compiler works does not change what it has.
         loaded = loaded_files(spec)
         result = work()

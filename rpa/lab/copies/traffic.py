@@ -22,7 +22,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from rpa import chips, fused, interpreter, ladder, streamed, tiled
+from rpa import chips, fused, interpreter, ladder, plain, streamed, tiled
 from rpa.kernel import ragged_paged_attention
 from rpa.lab import peers
 from rpa.lab.compile.functions import is_own, load
@@ -324,6 +324,7 @@ RUNGS = {
     "tiled": lambda batch: partial(tiled.attention, interpret=False),
     "streamed": lambda batch: partial(streamed.attention, interpret=False),
     "fused": lambda batch: partial(fused.attention, interpret=False),
+    "plain": lambda batch: partial(plain.attention, interpret=False),
     "kernel": lambda batch: _compiled_kernel,
     "v3": lambda batch: _v3,
 }

@@ -2,15 +2,17 @@
 
     time = (bundles executed + cycles stalled in waits) / clock
 
-Nothing in it is fitted. The bundles are those of the compiled kernel, run on the batch's own
-lengths and page table; its copies are put on a queue with HBM's bandwidth in the cycle in which the
-kernel starts them, and a wait stalls until its copy has arrived. So compute and DMA overlap as the
-kernel overlaps them. Two numbers about HBM are assumptions, and arguments: the part of the peak
-bandwidth that copies reach, and their latency. `rpa.lab.bench.published` compares with timings of
-real TPUs, and `rpa.lab.predict.calibration` fits the two to them; what follows from it is
-`calibrated_us`.
+Nothing in `time_us` is fitted: it is the time at peak, which no chip reaches. The bundles are those
+of the compiled kernel, run on the batch's own lengths and page table; its copies are put on a queue
+with HBM's bandwidth in the cycle in which the kernel starts them, and a wait stalls until its copy
+has arrived. So compute and DMA overlap as the kernel overlaps them. Two numbers about HBM are
+assumptions, and arguments: the part of the peak bandwidth that copies reach, and their latency.
 
-Not in it: launching the kernel, instruction fetch, and what XLA does before and after it.
+What a chip takes is `calibrated_us`, within `low_us` to `high_us`: five numbers fitted to published
+timings of real TPUs (`rpa.lab.predict.calibration`). `rpa.lab.bench.published` compares both times
+with them.
+
+In neither of them: what XLA does before and after the kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +24,9 @@ from rpa import chips
 from rpa.chips import attention_cost
 from rpa.lab.batches import metadata_of
 from rpa.lab.compile.functions import is_own
-from rpa.lab.predict.calibration import FITTED, Calibration
+from rpa.lab.predict.calibration import FITTED, Calibration, range_us
 from rpa.lab.programs import Workload
-from rpa.lab.schedule.cases import check_products, compile_kernel
+from rpa.lab.schedule.cases import KERNELS, check_products, compile_kernel
 from rpa.lab.schedule.execution import Execution
 from rpa.ladder import kv_lens_of, q_lens_of
 from rpa.paging import cdiv
@@ -43,7 +45,9 @@ class Prediction:
         least_bytes: every array once, without padding (`rpa.chips.attention_cost`).
         flops: of both products, as causal.
         calibrated_us: microseconds with what was fitted to published timings,
-            `rpa.lab.predict.calibration.FITTED`.
+            `rpa.lab.predict.calibration.FITTED`: what a chip takes most likely.
+        low_us, high_us: the range that holds nine of ten chips' times, as far as published timings
+            tell; None where nothing was calibrated.
     """
 
     kernel: str
@@ -54,6 +58,8 @@ class Prediction:
     least_bytes: int
     flops: int
     calibrated_us: float | None = None
+    low_us: float | None = None
+    high_us: float | None = None
 
     @property
     def time_us(self) -> float:
@@ -106,11 +112,11 @@ def predict_batch(
     A range of the batch without sequences is not counted, although its kernel is launched.
 
     Args:
-        kernel: "rpa", "v3" or "batched": a name in `rpa.lab.schedule.cases.KERNELS`; or your own,
-            "file.py:function", which takes the whole batch in one kernel.
+        kernel: a name in `rpa.lab.schedule.cases.KERNELS`; or your own, "file.py:function", which
+            takes the whole batch in one kernel.
         chip: anything that `rpa.chips.chip` knows.
         batch: NumPy arrays, as `RaggedBatch.from_lengths` makes them.
-        model: a name in `rpa.shapes.MODELS`.
+        model: a name in `rpa.shapes.MODELS`, or (num_q_heads, num_kv_heads, head_dim).
         page_size: tokens of a page.
         dtype, kv_dtype: of queries, and of the cache.
         blocks: {"decode": sizes, "mixed": sizes} of the kernel, its own default where missing.
@@ -134,13 +140,17 @@ def predict_batch(
     )
     runs = run_batch(kernel, known, batch, sizes, blocks=blocks, options=options)
     bundles = sum(run.bundles for run in runs)
-    assumed = Calibration(hbm_efficiency, latency_us).time_us(runs, known) * 1e-6 * known.clock_hz
+    assumed_us = Calibration(hbm_efficiency, latency_us).time_us(runs, known)
+    assumed = float(assumed_us) * 1e-6 * known.clock_hz
     cost = _cost(batch, sizes)
+    low_us, high_us = range_us(runs, known)
     return Prediction(
         *(kernel, known.name, bundles, assumed - bundles, sum(run.hbm_bytes for run in runs)),
         least_bytes=cost.hbm_bytes,
         flops=cost.flops,
-        calibrated_us=FITTED.time_us(runs, known),
+        calibrated_us=float(FITTED.time_us(runs, known)),
+        low_us=low_us,
+        high_us=high_us,
     )
 
 
@@ -157,8 +167,12 @@ def run_batch(
         As `predict_batch`.
     """
     runs = []
-    # A kernel of one's own computes decodes and the rest alike, in one call.
-    for case in ["all"] if is_own(kernel) else cases_of(batch):
+    cases = cases_of(batch)
+    if is_own(kernel):
+        cases = ["all"]  # decodes and the rest alike, in one call
+    elif len(set(KERNELS[kernel].names.values())) == 1:
+        cases = cases[-1:]  # one kernel takes both kinds of sequence
+    for case in cases:
         schedule, program = compile_kernel(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from rpa import chips
-from rpa.shapes import MODELS
+from rpa.shapes import heads_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def floors(
     Args:
         lengths: (q_len, kv_len) of each sequence.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.shapes.MODELS`.
+        model: a name in `rpa.shapes.MODELS`, or its three numbers of heads.
         dtype, kv_dtype: of queries, and of the cache.
 
     Returns:
@@ -116,7 +116,7 @@ def floors(
     >>> both.time_us < decode.time_us + prefill.time_us
     True
     """
-    known, heads = chips.chip(chip), MODELS[model]
+    known, heads = chips.chip(chip), heads_of(model)
     lengths = [length for length in lengths if length[0]]  # an idle slot costs nothing
     if not lengths:
         raise ValueError("lengths have no new token, so there is nothing to compute or to move.")

@@ -69,6 +69,7 @@ class KernelChoice:
         blocks: by case, the keyword argument for its blocks.
         default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
         asks_for_chip: whether it takes the name of the chip.
+        flags: further flags of the compiler.
     """
 
     program: Callable
@@ -76,6 +77,7 @@ class KernelChoice:
     blocks: dict[str, str]
     default_blocks: Callable = lambda *_: None
     asks_for_chip: bool = True
+    flags: str = ""
 
 
 def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
@@ -91,6 +93,11 @@ KERNELS = {
         {"decode": "d_block_sizes", "mixed": "m_block_sizes"},
         rung_8_blocks,
     ),
+    "plain": KernelChoice(
+        programs.plain,
+        {"decode": "^plain_attention$", "mixed": "^plain_attention$"},
+        {"decode": "blocks", "mixed": "blocks"},
+    ),
     "v3": KernelChoice(
         peers.PROGRAMS["v3"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
@@ -100,6 +107,7 @@ KERNELS = {
         peers.PROGRAMS["batched"],
         {"decode": "^RPAd", "mixed": "^RPAm"},
         {"decode": "decode_block_sizes", "mixed": "prefill_block_sizes"},
+        flags=peers.COMPILER_FLAGS,
     ),
 }
 """What the command `lab schedule` knows by name."""
@@ -231,7 +239,7 @@ def measure(
         kernel: a name in KERNELS, or "file.py:function" (see `kernel_choice`).
         case: a name in CASES.
         chip: anything that `rpa.chips.chip` knows.
-        model: a name in `rpa.shapes.MODELS`.
+        model: a name in `rpa.shapes.MODELS`, or its three numbers of heads.
         page_size: tokens of a page.
         kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
@@ -278,7 +286,8 @@ def measure(
         per_sequence = (more - chunks.bundles * SHORT / (LONG - SHORT)) / n
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
     known = chips.chip(chip).name
-    chosen = KERNELS[kernel].default_blocks(program, known, case) if blocks is None else blocks
+    choice = kernel_choice(kernel)
+    chosen = choice.default_blocks(program, known, case) if blocks is None else blocks
     return Measured(
         *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
@@ -321,6 +330,7 @@ def compile_kernel(
         kwargs=kwargs,
         kernel=choice.names[case],
         use_cache=use_cache,
+        flags=choice.flags,
     )
     return schedule, program
 
@@ -384,11 +394,15 @@ def _inside(span, other):
 
 
 def innermost(schedule, run) -> int:
-    """Bundles executed in the innermost loops that multiply."""
+    """Bundles executed in the loops that multiply and have no loop inside that multiplies."""
+
+    def loops_in(span):
+        return [s for _, s in span.walk() if s.kind == "loop" and _matmuls(schedule, s)]
+
     return sum(
         int(run.hits[span.start : span.end].sum())
-        for _, span in schedule.loops.walk()
-        if span.is_innermost_loop and _matmuls(schedule, span)
+        for span in loops_in(schedule.loops)
+        if loops_in(span) == [span]
     )
 
 

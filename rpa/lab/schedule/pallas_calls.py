@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from rpa.lab.schedule.values import CannotRun
+
 
 class PallasCall(NamedTuple):
     """One `pallas_call` of a traced function."""
@@ -35,7 +37,9 @@ class _Unknown(NamedTuple):
 
 
 def pallas_calls(closed, known=None, results=None) -> list[PallasCall]:
-    """The kernels of a traced function, in order, also inside nested jits.
+    """The kernels of a traced function, in order, also inside nested jits and scans.
+
+    A kernel in the body of a scan is found once per iteration.
 
     Args:
         closed: what `jax.make_jaxpr` returns.
@@ -45,6 +49,10 @@ def pallas_calls(closed, known=None, results=None) -> list[PallasCall]:
 
     Returns:
         For each kernel its operands, known or not.
+
+    Raises:
+        rpa.lab.schedule.execution.CannotRun: if a kernel is inside a loop or a branch whose
+            iterations are not known from the program alone.
 
     >>> from jax.experimental import pallas as pl
     >>> copy = lambda i_ref, x_ref, o_ref: None
@@ -95,17 +103,61 @@ class _Walk(NamedTuple):
         if eqn.primitive.name == "pallas_call":
             self.found.append(PallasCall(_kernel_name(eqn), eqn, inputs))
             return self.results.get(len(self.found) - 1, unknown)
-        if eqn.primitive.name == "with_memory_space_constraint":
-            return inputs  # means nothing where the values are followed: on the host
-        all_known = self.evaluate and not any(isinstance(value, _Unknown) for value in inputs)
-        # The body of a loop is a jaxpr, too, and runs more than once: it is evaluated as it is.
-        is_loop = eqn.primitive.name == "scan"
-        if isinstance(inner, core.ClosedJaxpr) and not (is_loop and all_known):
+        if eqn.primitive.name in ("with_memory_space_constraint", "forward_only"):
+            return inputs  # they pass their operands on, known or not
+        if eqn.primitive.name == "scan":
+            return self._scan(eqn, inputs)
+        if isinstance(inner, core.ClosedJaxpr):
             return self.outputs(inner.jaxpr, inner.consts, inputs)
-        if not all_known:
+        if _has_kernel(eqn):
+            raise CannotRun(
+                f"There is a kernel inside `{eqn.primitive.name}`, and how often it runs there is "
+                f"not known before the program runs: call it outside, or inside `lax.scan`."
+            )
+        if not self.evaluate or any(isinstance(value, _Unknown) for value in inputs):
             return unknown
         result = eqn.primitive.bind(*inputs, **eqn.params)
         return result if eqn.primitive.multiple_results else [result]
+
+    def _scan(self, eqn, inputs):
+        """What a scan returns: its body is followed as often as it runs."""
+        has_kernel = _has_kernel(eqn)
+        unknown = [isinstance(value, _Unknown) for value in inputs]
+        if not has_kernel and (not self.evaluate or all(unknown)):
+            return [_Unknown(var.aval) for var in eqn.outvars]
+        if not has_kernel and not any(unknown):
+            return eqn.primitive.bind(*inputs, **eqn.params)
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        first_x = num_consts + num_carry
+        consts, carry, xs = inputs[:num_consts], inputs[num_consts:first_x], inputs[first_x:]
+        avals = [var.aval for var in body.jaxpr.invars[first_x:]]  # of one iteration's x
+        ys = [None] * length
+        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            now = [
+                _Unknown(aval) if isinstance(x, _Unknown) else x[i]
+                for x, aval in zip(xs, avals, strict=True)
+            ]
+            found = self.outputs(body.jaxpr, body.consts, [*consts, *carry, *now])
+            carry, ys[i] = found[:num_carry], found[num_carry:]
+        return [*carry, *map(_stack, zip(*ys, strict=True), eqn.outvars[num_carry:])]
+
+
+def _stack(values, var):
+    """The values of one output of a scan's iterations as one array, if all of them are known."""
+    if not values or any(isinstance(value, _Unknown) for value in values):
+        return _Unknown(var.aval)
+    return np.stack(values).astype(var.aval.dtype)
+
+
+def _has_kernel(eqn):
+    """Whether a `pallas_call` is somewhere inside an equation's own programs."""
+    for param in jax.tree.leaves(list(eqn.params.values())):
+        jaxpr = getattr(param, "jaxpr", param)  # of a ClosedJaxpr
+        for inner in getattr(jaxpr, "eqns", ()):
+            if inner.primitive.name == "pallas_call" or _has_kernel(inner):
+                return True
+    return False
 
 
 def _kernel_name(eqn):

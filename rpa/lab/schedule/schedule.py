@@ -184,7 +184,7 @@ class Schedule:
 
 
 def schedule_for(
-    chip, fn, *args, kwargs=None, kernel="", timeout_s=1200.0, use_cache=True
+    chip, fn, *args, kwargs=None, kernel="", timeout_s=1200.0, use_cache=True, flags=""
 ) -> Schedule:
     """The schedule of one Pallas kernel of `fn(*args, **kwargs)`.
 
@@ -198,6 +198,7 @@ def schedule_for(
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         kwargs: static keyword arguments, only what JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
+        flags: further flags of the compiler, as in `LIBTPU_INIT_ARGS`.
         timeout_s: end the compiler after this many seconds; with dumps it is slow.
         use_cache: False compiles again.
 
@@ -217,6 +218,8 @@ def schedule_for(
         "format": FORMAT,
         "home": str(Path(__file__).parents[3]),
     }
+    if flags:
+        spec["flags"] = flags
     directory = _directory()
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
     entry = directory / f"{key}.json"
@@ -259,7 +262,7 @@ def _compile(spec, args, timeout_s):
         raise NoSchedule(*words.no_libtpu(platform.system(), platform.machine()))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     with tempfile.TemporaryDirectory() as dump:
-        flags = dumps.FLAGS.format(directory=dump)
+        flags = f"{dumps.FLAGS.format(directory=dump)} {spec.get('flags', '')}".strip()
         answer = ask_worker(
             *(spec | {"dump": dump}, shapes, timeout_s, "rpa.lab.schedule.worker"),
             environment={"LIBTPU_INIT_ARGS": flags},

@@ -64,7 +64,8 @@ def _listing(spec, call, mesh) -> str:
     with jax.set_mesh(mesh):
         lowered = jax.jit(functools.partial(_alone, call), donate_argnums=aliased).lower(*shapes)
     # What the compiler is given, with its own version, decides what it makes of it.
-    text = f"{FORMAT} {spec['versions']['libtpu']} {spec['topology']} {lowered.as_text()}"
+    compiler = f"{spec['versions']['libtpu']} {spec.get('flags', '')}".strip()
+    text = f"{FORMAT} {compiler} {spec['topology']} {lowered.as_text()}"
     listing = Path(spec["directory"]) / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
     with _alone_with(listing):
         if spec["fresh"] or not listing.exists():
