@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rpa import doctor
 from rpa.dense import Truth, relative_error, scaled_error
+from rpa.doctor import accelerator_is_visible
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
 from rpa.models.scheduler import Request, Scheduler, Step
@@ -508,7 +508,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
     """Run the demo; returns the exit code."""
     start = time.perf_counter()
-    if jax.config.jax_platforms is None and not doctor.accelerator_is_visible():
+    if jax.config.jax_platforms is None and not accelerator_is_visible():
         # A libtpu that looks for a TPU in vain prints pages of errors.
         jax.config.update("jax_platforms", "cpu")
     bar = tqdm(total=MEASURED_STEP + 3 + len(LADDER), bar_format="{desc:<28}{bar}{elapsed}")
