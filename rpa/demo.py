@@ -325,8 +325,8 @@ class Row:
 def measure(rung, scene: Scene) -> Row:
     """Run one rung on the scene: attention of its layers against their truth, then the whole model.
 
-    A kernel is shown on one layer, because the interpreter is slow, and a rung that only decodes
-    on the decode sequences of the batch; the note of the row says so.
+    A kernel is shown on one layer, because the interpreter is slow (the note says how long all of
+    them would take), and a rung that only decodes on the decode sequences of the batch.
     """
     batch = scene.step.batch
     refused = rung.refuses(batch)
@@ -344,6 +344,11 @@ def measure(rung, scene: Scene) -> Row:
     notes = []
     if rung.is_kernel:
         notes.append("one layer" + ("" if on_tpu() else ", interpreted"))
+        if scene.run_model is not None and not on_tpu():
+            all_layers_s = layer_ms / 1e3 * len(scene.layers)
+            notes[-1] += (
+                f": no next tokens, all {len(scene.layers)} take about {all_layers_s:.0f} s"
+            )
     if refused:
         notes.append(f"decode part only: {refused}")
     return Row(
