@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rpa import doctor
 from rpa.cli.options import output_folder
 from rpa.dense import Truth, relative_error, scaled_error
+from rpa.doctor import accelerator_is_visible
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
 from rpa.models.scheduler import Request, Scheduler, Step
@@ -326,8 +326,8 @@ class Row:
 def measure(rung, scene: Scene) -> Row:
     """Run one rung on the scene: attention of its layers against their truth, then the whole model.
 
-    A kernel is shown on one layer, because the interpreter is slow, and a rung that only decodes
-    on the decode sequences of the batch; the note of the row says so.
+    A kernel is shown on one layer, because the interpreter is slow (the note says how long all of
+    them would take), and a rung that only decodes on the decode sequences of the batch.
     """
     batch = scene.step.batch
     refused = rung.refuses(batch)
@@ -345,6 +345,11 @@ def measure(rung, scene: Scene) -> Row:
     notes = []
     if rung.is_kernel:
         notes.append("one layer" + ("" if on_tpu() else ", interpreted"))
+        if scene.run_model is not None and not on_tpu():
+            all_layers_s = layer_ms / 1e3 * len(scene.layers)
+            notes[-1] += (
+                f": no next tokens, all {len(scene.layers)} take about {all_layers_s:.0f} s"
+            )
     if refused:
         notes.append(f"decode part only: {refused}")
     return Row(
@@ -537,7 +542,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
     """Run the demo; returns the exit code."""
     start = time.perf_counter()
-    if jax.config.jax_platforms is None and not doctor.accelerator_is_visible():
+    if jax.config.jax_platforms is None and not accelerator_is_visible():
         # A libtpu that looks for a TPU in vain prints pages of errors.
         jax.config.update("jax_platforms", "cpu")
     bar = tqdm(total=MEASURED_STEP + 3 + len(LADDER), bar_format="{desc:<28}{bar}{elapsed}")

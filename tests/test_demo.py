@@ -69,3 +69,42 @@ def test_the_oracle_stores_tokens_like_the_rungs_do():
     )
     written = tuple(case.new_slots.T)
     np.testing.assert_array_equal(on_host[written][..., :64], np.asarray(stored)[written][..., :64])
+
+
+class WordTokenizer:
+    """Tokens are words of a table; the demo needs no more of a tokenizer."""
+
+    end_token_id = 0
+    words = ("<|im_end|>", "<|im_start|>user\n", "Why?", "Because", "not.\n")
+
+    def decode(self, token_ids):
+        return " ".join(self.words[token] for token in token_ids)
+
+
+def test_the_answers_go_on_from_the_step_and_end_at_the_end_token():
+    """The model writes token 3 twice, then 4, and from then on the end token."""
+    requests = [
+        demo.Request("a", [1, 2, 0], 3),
+        demo.Request("b", [1, *[2] * 120, 0], 122),  # two chunks: still in its prompt at the step
+    ]
+    scheduler = demo._scheduler(requests, demo.PagePool(demo.NUM_PAGES, demo.PAGE_SIZE))
+    rows = []
+
+    def serve(step, kv_cache):
+        rows.append(len(step.token_ids))
+        logits = np.zeros((demo.MAX_NUM_SEQS, 5))
+        for s, request in enumerate(step.requests):
+            written = len(request.token_ids) - request.prompt_len
+            logits[s, 3 if written < 2 else 4 if written == 2 else 0] = 1
+        return logits, kv_cache
+
+    step = scheduler.plan(demo.MEASURED_STEP)
+    model = SimpleNamespace(config=SimpleNamespace(num_layers=1), tokenizer=WordTokenizer())
+    answers = demo.write_answers(model, scheduler, step, np.full(demo.MAX_NUM_SEQS, 3), serve, None)
+    assert answers[0] == ("a", "Why?", "Because Because not.")
+    assert answers[1][0] == "b" and answers[1][2] == "Because Because not."
+    assert len(answers[1][1]) == demo.PROMPT_END and answers[1][1].endswith("Why? Why?")
+    # The chunks take the whole budget; with all requests decoding a step has a row for each.
+    assert rows[:2] == [demo.TOKEN_BUDGET] * 2 and set(rows[2:]) == {demo.MAX_NUM_SEQS}
+    assert len(rows) == 1 + demo.ANSWER_TOKENS
+    assert scheduler.token_budget == demo.TOKEN_BUDGET and len(requests[0].token_ids) == 3
