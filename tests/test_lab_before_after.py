@@ -27,5 +27,5 @@ def test_another_file_is_refused_before_anything_is_compiled(tmp_path, capsys, t
     if text is not None:
         file.write_text(text)
     options = ["--chip", "all", "--case", "all", "--against", str(file)]
-    assert main(["lab", "schedule", *options]) == 1
+    assert main(["lab", "schedule", *options]) == 2
     assert "but must be the name of a kernel, or a file that --save has" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def meaning_of(error: Exception, line: str = "") -> str | None:
     >>> meaning_of(ValueError("Only interpret mode is supported on CPU backend."))[:38]
     'Your pallas_call is to be compiled, an'
     """
-    said = f"{type(error).__name__}: {error}\n{line}"
+    said = f"{type(error).__name__}: {text_of(error)}\n{line}"
     return next((words for pattern, words in MEANINGS if re.search(pattern, said)), None)
 
 

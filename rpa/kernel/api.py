@@ -156,7 +156,7 @@ def ragged_paged_attention(
         "attention_sink": attention_sink,
     }
     check_arguments(*tokens, batch, **semantics, sm_scale=sm_scale, out_dtype=out_dtype)
-    chunk_prefill_size = as_length(chunk_prefill_size)
+    semantics["chunk_prefill_size"] = chunk_prefill_size = as_length(chunk_prefill_size)
     backend, interpret_params = _choose_backend(backend)
     if backend == "reference":
         semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}

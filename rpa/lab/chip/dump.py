@@ -99,7 +99,7 @@ def _compile(specs, chip):
             "this version to KNOWN_LIBTPU and run `python -m rpa lab chip --conformance`."
         )
     with tempfile.TemporaryDirectory() as dump:
-        order = {"kernels": specs, "function": "rpa.lab.chip.worker:", "dump": dump}
+        order = {"kernels": specs, "function": "rpa.lab.chip.worker:main", "dump": dump}
         answer = ask_worker(
             *(order, (), TIMEOUT_S),
             worker="rpa.lab.chip.worker",
