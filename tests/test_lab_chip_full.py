@@ -77,80 +77,89 @@ def test_generated_problems(name):
 # --- Seeded faults --------------------------------------------------------------------------------
 
 ROWS = layout.WordRows
-ROW, LOAD, STORE = ROWS._row, ROWS._load, ROWS._store
+LOAD, STORE, STRIDES = ROWS.load, ROWS.store, ROWS._strides
 
 
-def _strides(first, n, stride, folds):
-    return [pl.ds(first * folds + f, n, stride=stride * folds) for f in range(folds)]
+def _on_chip(wrong, right):
+    """The wrong method where values are bitcast on a chip; the interpreter never comes there."""
+    return lambda self, *args: (right if self._matrix is None else wrong)(self, *args)
 
 
-def _halves_swapped(words):
-    return (words << 16) | (words >> 16)
+def _wrong_load(change):
+    """`load` whose words are changed after they are loaded."""
+    return "load", _on_chip(lambda self, *args: change(LOAD(self, *args)), LOAD)
 
 
-def _rows_rotated(self, first, n, stride):
-    return jnp.roll(LOAD(self, first, n, stride), 1, axis=0)
+def _wrong_store(change):
+    def wrong(self, slot, token, word, words, *stride):
+        STORE(self, slot, token, word, change(words), *stride)
+
+    return "store", _on_chip(wrong, STORE)
 
 
-def _folds_reversed(self, first, n, stride):
-    strides = self._strides(first, n, stride)[::-1]
-    return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
+def _neighbours(self, slot, token, word, n, stride):
+    return [
+        pl.ds(rows.start, n, stride=self._folds)
+        for rows in STRIDES(self, slot, token, word, n, stride)
+    ]
 
 
-def _only_the_first_fold(self, first, stride, words):
-    rows = self._strides(first, len(words), stride)[0]
+def _halves_not_skipped(self, slot, token, word, n, stride):
+    stride = stride or self._words
+    return [
+        pl.ds(rows.start, n, stride=stride) for rows in STRIDES(self, slot, token, word, n, stride)
+    ]
+
+
+def _only_the_first_fold(self, slot, token, word, words, stride=None):
+    rows = self._strides(slot, token, word, len(words), stride)[0]
     self._matrix[rows] = words[:, :128]
+
+
+def _folds_reversed(self, slot, token, word, n, stride=None):
+    strides = self._strides(slot, token, word, n, stride)[::-1]
+    return jnp.concatenate([self._matrix[rows] for rows in strides], axis=1)
 
 
 BFLOAT16, FLOAT8, WIDE = selftest.PATHS[5], selftest.PATHS[7], selftest.PATHS[4]
 FAULTS = {
     "word index: the next word row": (
-        *("_row", lambda self, slot, token, word: ROW(self, slot, token, (word + 1) % 2)),
+        "_strides",
+        lambda self, slot, token, word, *rest: STRIDES(self, slot, token, (word + 1) % 2, *rest),
         BFLOAT16,
     ),
     "word index: tokens one word row apart": (
-        *(
-            "_row",
-            lambda self, slot, token, word: slot * self._tokens * self._words + token + word,
-        ),
+        "_strides",
+        lambda self, slot, token, word, *rest: STRIDES(self, slot, 0, word + token, *rest),
         BFLOAT16,
     ),
     "word index: the other buffer": (
-        *("_row", lambda self, slot, token, word: ROW(self, 0 * slot, token, word)),
+        "_strides",
+        lambda self, slot, *rest: STRIDES(self, 0 * slot, *rest),
         FLOAT8,
     ),
-    "stride: neighbours instead of every stride-th row": (
-        *("_strides", lambda self, first, n, stride: _strides(first, n, 1, self._folds)),
+    "stride: neighbours instead of every stride-th row": ("_strides", _neighbours, BFLOAT16),
+    "stride: halves of wide rows not skipped": ("_strides", _halves_not_skipped, WIDE),
+    "row order: every row at the next one's place": (
+        *_wrong_load(lambda words: jnp.roll(words, 1, axis=0)),
         BFLOAT16,
     ),
-    "stride: halves of wide rows not skipped": (
-        *(
-            "_strides",
-            lambda self, first, n, stride: [
-                pl.ds(first * self._folds + f, n, stride=stride) for f in range(self._folds)
-            ],
-        ),
+    "row order: halves of wide rows exchanged": ("load", _on_chip(_folds_reversed, LOAD), WIDE),
+    "row order: only half of a wide row stored": (
+        "store",
+        _on_chip(_only_the_first_fold, STORE),
         WIDE,
     ),
-    "row order: every row at the next one's place": ("_load", _rows_rotated, BFLOAT16),
-    "row order: halves of wide rows exchanged": ("_load", _folds_reversed, WIDE),
-    "row order: only half of a wide row stored": ("_store", _only_the_first_fold, WIDE),
     "packing: values exchanged in loaded words": (
-        *("_load", lambda self, first, n, stride: _halves_swapped(LOAD(self, first, n, stride))),
+        *_wrong_load(lambda words: (words << 16) | (words >> 16)),
         BFLOAT16,
     ),
     "packing: values exchanged in stored words": (
-        *(
-            "_store",
-            lambda self, first, stride, words: STORE(self, first, stride, _halves_swapped(words)),
-        ),
+        *_wrong_store(lambda words: (words << 16) | (words >> 16)),
         WIDE,
     ),
     "packing: bytes turned in loaded words": (
-        "_load",
-        lambda self, first, n, stride: (
-            (LOAD(self, first, n, stride) << 8) | (LOAD(self, first, n, stride) >> 24)
-        ),
+        *_wrong_load(lambda words: (words << 8) | (words >> 24)),
         FLOAT8,
     ),
 }
