@@ -77,7 +77,22 @@ def _ladder():
     return pictures.ladder(found | {"rows": [r for r in found["rows"] if r["name"] in rungs]})
 
 
-PARTS = {"picture": picture, "ladder": ladder_table}
+def numbers() -> str:
+    """Predicted time of a decode step over the best peer's, and whether a chip would bear it out."""
+    from rpa.lab.bench import gain
+
+    found = gain.gains(gain.recorded())
+    chips = list(dict.fromkeys(row["chip"] for row in found))
+    lines = [f"| decode of | {' | '.join(chips)} |", "|---" + "|---:" * len(chips) + "|"]
+    for case in dict.fromkeys(row["case"] for row in found):
+        ratios = [f"{row['of best peer']:.2f}" for row in found if row["case"] == case]
+        lines.append(f"| {case} | {' | '.join(ratios)} |")
+    sure = [row for row in found if row["established"] != "no"]
+    verdict = f"Established, because the ranges do not overlap: {len(sure)} of {len(found)}."
+    return "\n".join([*lines, "", verdict])
+
+
+PARTS = {"picture": picture, "ladder": ladder_table, "numbers": numbers}
 """What stands between `<!-- name -->` and `<!-- end -->` in README.md, and what writes it."""
 
 
