@@ -78,7 +78,7 @@ def _ladder():
 
 
 def numbers() -> str:
-    """Predicted time of a decode step over the best peer's, and whether a chip would bear it out."""
+    """Predicted time of a decode over the best peer's, and whether a chip would bear it out."""
     from rpa.lab.bench import gain
 
     found = gain.gains(gain.recorded())
