@@ -546,6 +546,19 @@ def scalars(n_ref, out_ref):
         out_ref[2] = 3
 
 
+# Two values per word, laid side by side: whole rows, the halves of their words, and back to rows.
+unary(
+    "halves_side_by_side",
+    lambda x: x.astype(jnp.float32).reshape(16, 256),
+    floats(16, 2, 128, dtype=BF16, seed=8),
+)
+unary(
+    "rows_of_heads",
+    lambda x: x.reshape(4, 4, 128).swapaxes(0, 1).reshape(16, 128),
+    floats(16, 128, seed=9),
+)
+
+
 def _bits_and_conditions(n):
     """Eight numbers from eight numbers; the same for a ref of scalars and for an array."""
     a, b, c = n[0], n[1], n[2]

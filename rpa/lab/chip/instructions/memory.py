@@ -77,6 +77,22 @@ def load_rows(operation, offset):
 
 
 @by_operation(
+    "vst_sublane_shuffle", form=r"% into %( \+ %)?", attributes=["sublane_offsets"], machine=True
+)
+def store_rows(operation, offset):
+    """Sublanes exchanged in pairs: only there is the row of a sublane the sublane of a row too."""
+    rows = [int(n) for n in operation.attributes["sublane_offsets"].split(",")]
+    if [rows[row] for row in rows if row < SUBLANES] != list(range(SUBLANES)):
+        raise UnknownOperation(f"{operation.text[:200]!r} does not exchange sublanes in pairs.")
+
+    def store(machine, value, *values):
+        address, sublanes = _place(values, offset, None)
+        machine.memory.store(address, to_words(value)[rows], sublanes)
+
+    return store
+
+
+@by_operation(
     *["vector_store", "vector_store_slane_stride"],
     form="% into " + _PLACE,
     attributes=["sublane_count", "sublane_stride"],

@@ -56,7 +56,7 @@ def pack_float8(operation):
     return pack
 
 
-_UNPACKED = (*_PACKED, "f8e4m3b11", "f8e4m3fn_bf16", "f8e5m2_bf16")
+_UNPACKED = (*_PACKED, "interleaved_b16", "f8e4m3b11", "f8e4m3fn_bf16", "f8e5m2_bf16")
 
 
 @by_operation("vunpack", form="%", attributes=["format", "sublane_idx"])
@@ -66,7 +66,10 @@ def unpack(operation):
     if kind not in _UNPACKED:
         raise UnknownOperation(f"{operation.text[:200]!r} unpacks a format that is not known.")
     count, dtype = rows_and_dtype(operation.result_type)
-    first = count * int(operation.attributes["sublane_idx"])
+    part = int(operation.attributes["sublane_idx"])
+    if kind == "interleaved_b16":  # the low or the high bits of every word
+        return lambda x: x[part::2].astype(dtype)
+    first = count * part
     if kind == "f8e4m3b11":
         return lambda x: widen_float8(x[first : first + count], bias_11=True)
     return lambda x: x[first : first + count].astype(dtype)

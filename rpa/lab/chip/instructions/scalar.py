@@ -44,6 +44,7 @@ for _name, _function in {
     "smul.u32": lambda x, y: wrap(x * y),
     "sdiv.s32": divide,
     "sfloordiv.s32": _floor_divide,
+    "sfloorrem.s32": lambda x, y: wrap(x - _floor_divide(x, y) * y),
     "srem.s32": lambda x, y: wrap(x - divide(x, y) * y),
     "srem.u32": lambda x, y: wrap(_unsigned(x) % _unsigned(y)),
     "smin.s32": lambda x, y: min(x, y),
