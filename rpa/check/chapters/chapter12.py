@@ -448,11 +448,18 @@ class _Given(pltpu.InterpretParams):
 
 def _gives_away(jaxpr, argument) -> bool:
     """Whether a trace donates this argument to a function that it calls."""
-    return any(
-        donated and variable is jaxpr.invars[argument]
-        for eqn in jaxpr.eqns
-        for variable, donated in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
-    )
+    same = {jaxpr.invars[argument]}  # the variables that stand for it
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "forward_only":  # passes its operands on
+            same |= {o for i, o in zip(eqn.invars, eqn.outvars, strict=True) if _is_in(i, same)}
+        donated = zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+        if any(is_donated and _is_in(variable, same) for variable, is_donated in donated):
+            return True
+    return False
+
+
+def _is_in(atom, variables) -> bool:
+    return any(atom is variable for variable in variables)  # a literal has no hash
 
 
 def _attend(queries, keys, values, kv_cache, batch, *, sm_scale=SCALE, store=True, mask=True,
