@@ -13,7 +13,7 @@ round,
 So some keys go one way and the others the other way, at the same time. V stays weights: to go
 through it would have to be transposed. K Q^T is [keys, 16], and the XLU turns it back: one register
 of results for 8 keys, however many heads share the product. So it pays where they are many
-(`Plan.swaps_operands`).
+(`Tricks.swaps_operands`).
 
 The MXU takes its work in the order of the program. If all turned keys of a long product came first,
 MATMUL would work alone, and then MATPUSH; in cells of CELL_TOKENS they overlap.
@@ -22,7 +22,7 @@ MATMUL would work alone, and then MATPUSH; in cells of CELL_TOKENS they overlap.
 
 An MXU of 256 x 256 multiplies a product with a depth or a width of 128 no faster than one of 256.
 At head_dim 128 both products of attention leave half of it idle: Q K^T is 128 deep, P V is 128
-wide. On a 128 x 128 MXU (v5e) nothing is idle, and `Plan.uses_idle_mxu` says no.
+wide. On a 128 x 128 MXU (v5e) nothing is idle, and `Tricks.uses_idle_mxu` says no.
 
 The vector unit has no time to spare: it touches every score some seven times. So two things that it
 did are given to the idle halves:

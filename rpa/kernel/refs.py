@@ -109,7 +109,7 @@ def vmem_buffers(plan):
     state = (slots if plan.is_decode else t.num_q_subs, t.num_groups, t.rows)
     idle = plan.tricks.uses_idle_mxu
     # An odd distance from token to token, often one row more than needed: reading one head of many
-    # tokens takes every so-manieth row, and at an even distance those lie in few of VMEM's banks.
+    # tokens takes every n-th row, and at an even distance those lie in few of VMEM's banks.
     kv = (slots, plan.blocks.bkv, p.kv_words | 1, packing_of(p.kv_dtype), p.lanes)
     buffers = {"kv_buffer": (kv, p.kv_dtype)}
     for name, dtype in [("q_buffer", p.q_dtype), ("o_buffer", p.out_dtype)]:

@@ -54,10 +54,8 @@ class Copies:
         self.is_decode, self.marks_contiguous = plan.is_decode, plan.tricks.marks_contiguous
         self.bq, self.num_tokens = plan.blocks.bq, plan.problem.num_tokens
         self.page_size, self.kv_words = plan.problem.page_size, plan.problem.kv_words
-        self.stores, self.has_window = (
-            plan.problem.update_kv_cache,
-            not plan.tricks.marks_contiguous,
-        )
+        self.stores = plan.problem.update_kv_cache
+        self.has_window = plan.problem.sliding_window is not None
 
     def clear(self):
         """Reset the in-flight counters."""

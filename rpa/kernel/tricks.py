@@ -6,14 +6,14 @@ another chip is named; the rows behind them are in docs/ablations.md, under the 
 | trick | what | when | worth |
 |---|---|---|---|
 | `heads_per_group` | several KV heads share one block-diagonal product | one query token | 1,706 bundles per 1,024 tokens; 1,954 with half as many ("Decode: what did not help") |
-| `items_per_iteration` | two or four KV blocks, mostly of two sequences, overlap | decode | 1,896 for 2,188 ("Decode: the way of the data") |
-| `products_unrolled` | two or four products per KV block overlap | decode | 394 for 553 with one KV head ("Decode with one KV head a chip") |
-| `qk_ahead` | P V of a product follows some later Q K^T | always | 1,501 for 1,567 ("Decode: the way of the data") |
-| `swaps_operands` | a part of K is streamed, with Q^T stationary | decode of 384 lanes or more | 1,428 for 1,522 ("Decode: swapped operands") |
-| `uses_idle_mxu` | the idle half of a wide MXU scales and sums | 128 lanes on a 256 x 256 MXU | 5,010 for 5,138, masked 5,354 for 6,042 ("Mixed and prefill") |
+| `items_per_iteration` | two or four KV blocks, mostly of two sequences, overlap | decode | 1,896 instead of 2,188 ("Decode: the way of the data") |
+| `products_unrolled` | two or four products per KV block overlap | decode | 394 instead of 553 with one KV head ("Decode with one KV head a chip") |
+| `qk_ahead` | P V of a product follows some later Q K^T | always | 1,501 instead of 1,567 ("Decode: the way of the data") |
+| `swaps_operands` | a part of K is streamed, with Q^T stationary | decode of 384 lanes or more | 1,428 instead of 1,522 ("Decode: swapped operands") |
+| `uses_idle_mxu` | the idle half of a wide MXU scales and sums | 128 lanes on a 256 x 256 MXU | 5,010 instead of 5,138, masked 5,354 instead of 6,042 ("Mixed and prefill") |
 | `masks_always` | no second copy of the code without a mask | small or float8 kernels | 15.1 CPU seconds to compile for 18.4 ("Time to compile") |
-| `small_q_sub` | small tiles for query blocks of few tokens | large tiles | a tile of 32 tokens 1,151 for 3,111 ("Mixed and prefill") |
-| `marks_contiguous` | a KV block of contiguous pages is one copy | no window | 596 for 949, one KV head, pages of 16 ("Decode: the way of the data") |
+| `small_q_sub` | small tiles for query blocks of few tokens | large tiles | a tile of 32 tokens 1,151 instead of 3,111 ("Mixed and prefill") |
+| `marks_contiguous` | a KV block of contiguous pages is one copy | no window | 596 instead of 949, one KV head, pages of 16 ("Decode: the way of the data") |
 | `iterations_ahead` | copies run three (two) iterations ahead | VMEM has room | 0.90 of HBM's peak for 0.62 ("Decode: how far ahead copies run") |
 
 Two more are layouts: strided loads of 32-bit words at an odd distance (`layout.WordRows`), and the
