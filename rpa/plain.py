@@ -22,17 +22,18 @@ positions 24 to 27; together they see keys 0 to 27, of which 0 to 19 are in the 
 
     a query block    reads keys `kv_start` to `kv_end` in *KV blocks* of `block_kv` tokens: under a
                      causal mask it sees nothing later, through a sliding window nothing earlier
-    a new token      is copied from `new_kv` into the KV blocks of every query block that sees it.
-                     The query block that has its query also stores it, out of the KV block that it
-                     is in anyway. Nothing reads it from the cache in this call
+    a new token      is copied from `new_kv` by every query block that sees it. Exactly one of them,
+                     the one that holds the token's query, also stores it in its page, straight
+                     from the buffer. No query block reads it back from the cache, so no read can
+                     overtake the write: rung 6's rule "order"
     a page           is read as far as it holds cached tokens, once for each query block that sees
                      it: a larger `block_q` reads the cached part of a prompt less often
-    an idle slot     does not occur
+    an idle slot     has no query block, so nothing is read, computed or stored for it
 
-Copies run as in rung 6: while one KV block is computed, the next one is on its way, of the same
-query block or of the next. The queries of a query block come with its first KV block, and its
-output leaves after the last one. Both copies have as many rows as there are queries: the rows of
-other sequences are never touched, and a decode moves one row, not `block_q`.
+Copies overlap as in rung 6: while one KV block is computed, the next is in flight, whether it
+belongs to the same query block or to the next one. The queries of a query block come with its first
+KV block, and its output leaves after the last one. Both copies move exactly as many rows as there
+are queries: rows of other sequences stay untouched, and a decode moves one row, not `block_q`.
 
 What is left to rung 8 is speed, and very long page tables: this kernel masks every block, reads K
 and V by value, and keeps the page table in SMEM (1 MiB, so 262,144 pages for all sequences).
@@ -107,7 +108,8 @@ def _kernel(*refs, options):
         refs.slot[0] = refs.stored[0] = refs.stored[1] = 0
         start_copies(refs, options, 0, 0, 0)
 
-    # A decode is computed as one token and not as block_q of them, most of which would be padding.
+    # Two versions are compiled, for one token and for block_q, because shapes are static: a decode
+    # must not pay for block_q rows of padding.
     q_len = refs.work.q_len[b]
     pl.when(q_len == 1)(partial(attend_query_block, refs, options, b, 1))
     pl.when(q_len > 1)(partial(attend_query_block, refs, options, b, options.block_q))
@@ -118,6 +120,7 @@ def attend_query_block(refs, options, b, num_tokens):
     q_copy(refs, b).wait()
     start_tiles(refs, options, num_tokens)
 
+    # A `pl.loop` whose body is compiled once, see `rpa.compat`.
     @compat.loop_once(0, cdiv(refs.work.kv_end[b] - refs.work.kv_start[b], options.block_kv))
     def _(kv_block):
         slot = refs.slot[0]
@@ -128,6 +131,7 @@ def attend_query_block(refs, options, b, num_tokens):
         refs.slot[0] = 1 - slot
         attend_kv_block(refs, options, b, kv_block, slot, num_tokens)
 
+    # Rule "reuse" again: o_buffer is overwritten only once its last output has left.
     pl.when(b > 0)(lambda: o_copy(refs, b - 1).wait())
     finish_tiles(refs, options, num_tokens)
     o_copy(refs, b).start()
@@ -154,7 +158,7 @@ def successor(refs, options, b, kv_block):
 
 
 def start_copies(refs, options, b, kv_block, slot):
-    """Start all copies of a KV block, and of the queries with the first; none behind the last."""
+    """Start all copies of a KV block, and of the queries with the first; none after the last."""
     work = refs.work
 
     @pl.when(work.q_len[b] > 0)
@@ -232,7 +236,8 @@ def start_tiles(refs, options, num_tokens):
     for h in range(refs.q_tiles.shape[0]):
         queries = refs.q_buffer[:num_tokens, pl.ds(h * group, group)]
         refs.q_tiles[h, :rows] = queries.reshape(rows, lanes).astype(refs.q_tiles.dtype)
-        # A sink is a key without a value, and no sink is one of weight 0.
+        # A sink is a key without a value: row_max starts at its score, row_sum at exp(0) = 1.
+        # Without sinks the score is MASK_VALUE, and the first real key rescales that 1 to 0.
         sinks = [refs.sinks[h * group + g] for g in range(group)]
         sink = sum(jnp.where(row % group == g, sink, 0.0) for g, sink in enumerate(sinks))
         state = tiled.empty_state(rows, lanes)._replace(row_max=sink, row_sum=jnp.ones_like(sink))
@@ -240,12 +245,12 @@ def start_tiles(refs, options, num_tokens):
 
 
 def attend_kv_block(refs, options, b, kv_block, slot, num_tokens):
-    """Take a KV block into the online softmax of every head."""
+    """Fold a KV block into the online softmax of every head."""
     start, end = key_range(refs, options, b, kv_block)
     rows, heads = num_tokens * options.group, range(refs.q_tiles.shape[0])
     mask = visible(refs, options, b, start, rows)
-    # Each step for all heads, and then the next: a head need not wait for another, so while the
-    # result of one is on its way the others keep the machine busy.
+    # Loop over heads inside each step: heads are independent, so the compiler can overlap one
+    # head's latency with another's work.
     kv = [read_head(refs, options, slot, h) for h in heads]
     scores = [masked_scores(refs, options, h, kv[h][0], mask) for h in heads]
     values = [tiled.zero_tail(kv[h][1], end - start) for h in heads]
@@ -271,6 +276,8 @@ def masked_scores(refs, options, h, k, mask):
     scores = tiled.dot(refs.q_tiles[h, : len(mask)], k, contract=(1, 1)) * refs.scales[0]
     if options.has_soft_cap:
         scores = refs.scales[1] * jnp.tanh(scores / refs.scales[1])
+    # A row that has seen only masked keys sums weights of exp(0); its first visible key rescales
+    # them to 0. Every real query sees itself.
     return jnp.where(mask, scores, tiled.MASK_VALUE)
 
 
@@ -310,7 +317,7 @@ def state_of(refs, h, rows):
 class WorkList(NamedTuple):
     """The query blocks of a batch in the order of execution, i32[max_blocks + 1] each.
 
-    Entries behind the last query block have q_len 0; there is at least one.
+    Entries past the last query block have q_len 0; there is at least one.
     """
 
     seq: jax.Array  # its sequence
@@ -339,10 +346,12 @@ def work_list(batch, num_tokens, options) -> WorkList:
     [(21, 29), (17, 28), (21, 30)]
     """
     starts, q_lens, kv_lens = streamed.live_lengths(batch)
-    # More new tokens than tokens cannot be. Under jit nothing refuses it: such a sequence is idle.
+    # q_len > kv_len is invalid, but under jit nothing has checked it: such a sequence is idle.
     q_lens = jnp.where(kv_lens >= q_lens, q_lens, 0)
     num_blocks = cdiv(q_lens, options.block_q)  # of each sequence
     end_blocks = jnp.cumsum(num_blocks, dtype=jnp.int32)  # one past the last of each sequence
+    # At most one partial block per sequence. The grid has this static size; surplus steps do
+    # nothing.
     max_blocks = min(num_tokens, cdiv(num_tokens, options.block_q) + batch.max_num_seqs)
     b = jnp.arange(max_blocks + 1, dtype=jnp.int32)
     exists = b < end_blocks[-1]
@@ -498,7 +507,7 @@ def _attention(
         input_output_aliases={len(jax.tree.leaves(scalars)) + 2: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            # Unasked a kernel gets a part of the chip's VMEM. This much every chip has.
+            # By default a kernel may use only part of VMEM: ask for all of the smallest chip's.
             vmem_limit_bytes=min(chip.vmem_bytes for chip in chips.CHIPS.values()),
         ),
         name="plain_attention",
