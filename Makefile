@@ -68,9 +68,11 @@ test-full: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m full tests
 	$(MAKE) --no-print-directory rehearse
 
+# Two notebooks at once, side by side: neither may collect answers into the one my_rpa.py there.
 nbtest: env
 	$(BIN)/python -m course.build --check
 	$(BIN)/python tools/update_readme.py --check
+	RPA_PROGRESS=off RPA_YOURS=off \
 	XLA_FLAGS="$$XLA_FLAGS $$($(BIN)/python -m rpa.check.sandbox.fast_compile)" \
 	  $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks solutions
 
