@@ -77,7 +77,7 @@ print(plain.table(work))
 # %% [markdown]
 # Read a row as a sentence. The fourth: "queries 10 to 13 belong to sequence 3 and stand at its
 # positions 36 to 39; together they see keys 0 to 39, of which 0 to 27 are in the cache". Sequence 2
-# is idle and does not occur.
+# is idle: it has no row.
 #
 # Data can be checked. Two things must hold: each new token is in exactly one query block, and each
 # query block reads what the mask of chapter 1 says:

@@ -86,7 +86,9 @@ _compiling = []
 
 @contextlib.contextmanager
 def compiled():
-    """Let `choose_interpret(None)` compile in the body: the lab asks for what a chip would run.
+    """Let `choose_interpret(None)` compile in the body, where no mesh says so: nothing is lowered.
+
+    The lab traces a kernel as a chip would run it, and only follows its copies on the host.
 
     >>> with compiled():
     ...     choose_interpret(None)

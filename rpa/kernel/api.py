@@ -207,6 +207,9 @@ def ragged_paged_attention(
     return interpreter.run_alone(call) if backend == "interpret" else call()
 
 
+_SIGNATURE = inspect.signature(ragged_paged_attention)  # once: every call asks for it
+
+
 def prepare(*arrays, **options) -> tuple[Plan, ...]:
     """The kernels that a call runs, each as a resolved `Plan`; nothing is computed or compiled.
 
@@ -225,7 +228,7 @@ def prepare(*arrays, **options) -> tuple[Plan, ...]:
     >>> [(plan.case.label, *plan.blocks) for plan in plans]
     [('decode', 1, 1024, 1, 512), ('mixed', 64, 2048, 64, 512)]
     """
-    bound = inspect.signature(ragged_paged_attention).bind(*arrays, **options)
+    bound = _SIGNATURE.bind(*arrays, **options)
     bound.apply_defaults()
     given, problem = bound.arguments, _problem(**bound.arguments)
     chip = _chip(given["chip"])

@@ -1,7 +1,7 @@
-"""Kernels of the interpreter compiled in haste: a check runs each of them for a moment.
+"""Compile interpreted kernels with optimisation off: a check runs each of them once.
 
 To compile rung 8 for a CPU takes most of the time of a check that runs it. What makes a program
-fast is left out; the numbers stay the same but for the last bits of float32.
+fast is left out; the numbers stay the same except for the last bits of float32.
 
 `python -m rpa.check.sandbox.fast_compile` prints XLA_FLAGS with which a whole process compiles so:
 all tests, and the notebooks in `make test`.

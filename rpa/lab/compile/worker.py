@@ -14,7 +14,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rpa
-from rpa import interpreter
 from rpa.lab.compile import functions
 from rpa.lab.compile.compiler import file_hash
 
@@ -28,7 +27,7 @@ def compile_spec(spec, shapes) -> dict:
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
     start = _clocks()
     # Inside the mesh pltpu.get_tpu_info() and Pallas itself see this chip, not the host's CPU.
-    with jax.set_mesh(mesh), interpreter.compiled():
+    with jax.set_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
     traced = _clocks()
     compiled = lowered.compile()

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rpa import compat, interpreter
+from rpa import compat
 from rpa.lab.compile import functions, words, worker
 from rpa.lab.schedule import feeds, pallas_calls
 from rpa.lab.schedule.dumps import FORMAT, parse_dump, write_listing
@@ -39,7 +39,7 @@ def compile_kernel(spec, args) -> dict:
     function = functools.partial(functions.load(spec["function"]), **spec["kwargs"])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
     mesh = Mesh(np.array(topology.devices[:1]), "x")
-    with jax.set_mesh(mesh), interpreter.compiled():
+    with jax.set_mesh(mesh):
         traced = jax.make_jaxpr(function)(*args)
     calls = pallas_calls.pallas_calls(traced)
     target = choose(calls, spec["kernel"])
