@@ -171,7 +171,7 @@ def kind_of(plan, step):
     """What the mask does to a step: pair by pair, on the host."""
     seq = traversal.sequence(plan, metadata, step[0])
     block = traversal.query_block(plan, seq, step[1])
-    queries = int(block.position) + np.arange(int(block.num_rows))
+    queries = int(block.position) + np.arange(int(block.q_len))
     keys = step[2] * plan.blocks.bkv + np.arange(plan.blocks.bkv)
     return "interior" if dense.visible(queries, keys).all() else "masked"
 

@@ -95,7 +95,7 @@ def test_default_blocks_are_legal(case, page_size):
         sizes = blocks.default_block_sizes(problem, case, None)
         b = (sizes.bq, sizes.bkv, sizes.bq_c, sizes.bkv_c)
         assert blocks.check_block_sizes("default", b, problem) == sizes
-        plan = Plan(problem, case, sizes, interpret=False, is_last=True)
+        plan = Plan(problem, case, sizes)
         # A chunk holds all entries of a block, wherever in a tile of 128 words they begin.
         table = plan.table
         assert table.chunk_words >= table.whole_pages + 127
@@ -104,38 +104,34 @@ def test_default_blocks_are_legal(case, page_size):
 
 def test_shrinking_keeps_blocks_legal_and_ends():
     problem = make_problem((64, 8), 256, kv="float32", page_size=16, pages_per_seq=4096)
-
-    def make_plan(sizes):
-        return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
-
-    big = BlockSizes(128, 8192, 128, 1024)
+    big = Plan(problem, Case.MIXED, BlockSizes(128, 8192, 128, 1024))
     for limit_mib in (256, 64, 48, 32):
-        plan = blocks.shrink_to_fit(make_plan, big, limit_mib * 2**20)
+        plan = blocks.shrink_to_fit(replace(big, vmem_limit_bytes=limit_mib * 2**20))
         b = plan.blocks
         assert sum(blocks.vmem_bytes(plan).values()) <= limit_mib * 2**20
         blocks.check_block_sizes("shrunk", (b.bq, b.bkv, b.bq_c, b.bkv_c), problem)
     with pytest.raises(ValueError, match="default blocks of the mixed kernel, .* MiB of VMEM"):
-        blocks.shrink_to_fit(make_plan, big, 2**20)
+        blocks.shrink_to_fit(replace(big, vmem_limit_bytes=2**20))
 
 
 def test_copies_run_as_far_ahead_as_vmem_allows():
     problem = make_problem((32, 8), 128, page_size=128, pages_per_seq=64)
     sizes = BlockSizes(1, 1024, 1, 512)
-    plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False, max_q_len=1)
+    plan = Plan(problem, Case.DECODE, sizes, max_q_len=1)
     needed = [
         sum(blocks.vmem_bytes(replace(plan, iterations_ahead=ahead)).values())
         for ahead in (1, 2, 3)
     ]
     assert needed == sorted(needed)
     for limit, ahead in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
-        assert blocks.plan_ahead(plan, limit).iterations_ahead == ahead
+        assert blocks.plan_ahead(replace(plan, vmem_limit_bytes=limit)).iterations_ahead == ahead
 
 
 def test_decode_stacks_heads_until_the_rows_are_full():
-    """(num_q_heads, num_kv_heads): KV heads in one dot."""
+    """(num_q_heads, num_kv_heads): KV heads in one product."""
     expected = {(32, 8): 4, (8, 1): 1, (9, 3): 3, (12, 2): 2, (32, 32): 4, (64, 8): 2}
     for heads, heads_per_group in expected.items():
         problem = make_problem(heads, 128)
         sizes = BlockSizes(1, 128, 1, 128)
-        plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=False)
+        plan = Plan(problem, Case.DECODE, sizes)
         assert plan.tricks.heads_per_group == heads_per_group

@@ -39,7 +39,7 @@ def test_which_plans_have_an_idle_half(chip, bq, head_dim, dtype, expected):
     problem = make_problem((8, 2), head_dim, q=dtype, kv=dtype)
     case = Case.DECODE if bq == 1 else Case.MIXED
     blocks, mxu_size = BlockSizes(bq, 16, bq, 16), chips.chip(chip).mxu_size
-    plan = Plan(problem, case, blocks, interpret=False, is_last=True, mxu_size=mxu_size)
+    plan = Plan(problem, case, blocks, mxu_size=mxu_size)
     assert plan.tricks.uses_idle_mxu == expected
 
 

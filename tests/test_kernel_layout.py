@@ -99,7 +99,7 @@ class _Words(ValueRef):
 
 def make_plan(heads=(4, 2), head_dim=128, blocks=PREFILL, **options):
     problem = make_problem(heads, head_dim, **options)
-    return Plan(problem, Case.MIXED, blocks, interpret=True, is_last=True)
+    return Plan(problem, Case.MIXED, blocks, interpret=True)
 
 
 def random_values(shape, dtype, seed=0):
@@ -109,9 +109,8 @@ def random_values(shape, dtype, seed=0):
 def query_buffer(plan):
     """A q buffer with random queries in slot 1, and the queries [tokens, kv, group, lanes]."""
     p, tokens = plan.problem, plan.tiles.buffer_tokens
-    heads = random_values((tokens, p.num_kv_heads, p.padded_q_per_kv, p.lanes), p.q_dtype)
-    packing = packing_of(p.q_dtype)
-    shape = (tokens, p.head_words(p.q_dtype), packing, p.lanes)
+    heads = random_values((tokens, p.num_kv_heads, p.padded_q_per_kv, p.head_lanes), p.q_dtype)
+    shape = (tokens, *p.q_shape(p.q_dtype))
     buffer = np.zeros((2, *shape), p.q_dtype)
     buffer[1] = heads.reshape(shape)
     return buffer, heads.astype(np.float32)
@@ -139,8 +138,7 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
     plan = make_plan(HEADS[name], head_dim=240, q=q, out=out, blocks=blocks)
     p = plan.problem
     buffer, heads = query_buffer(plan)
-    words = (p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
-    o_shape = (2, plan.tiles.buffer_tokens, *words)
+    o_shape = (2, plan.tiles.buffer_tokens, *p.q_shape(p.out_dtype))
     o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
     for q_sub in range(plan.tiles.num_q_subs):
         for group in range(plan.tiles.num_groups):
@@ -162,10 +160,10 @@ def kv_buffer(plan, k, v):
     """A KV buffer with keys and values in slot 1, and NaN wherever no token is copied."""
     p = plan.problem
     nan = jnp.dtype(p.kv_dtype).type(np.nan)
-    shape = (2, len(k), p.kv_words | 1, packing_of(p.kv_dtype), p.lanes)
+    shape = (2, len(k), p.kv_shape[0] | 1, packing_of(p.kv_dtype), p.head_lanes)
     buffer = np.full(shape, nan, p.kv_dtype)
     packed = pack_kv(jnp.asarray(k), jnp.asarray(v), share_lanes=p.shares_lanes)
-    buffer[1, :, : p.kv_words] = np.asarray(packed)
+    buffer[1, :, : p.kv_shape[0]] = np.asarray(packed)
     return buffer
 
 
@@ -186,7 +184,7 @@ def test_keys_and_values(name, dtype, blocks):
             by_words = layout.load_kv(plan.tiles, WordRows(ChipRef(buffer), False), *args)
             for loaded, from_words, given in zip(by_value, by_words, (k, v), strict=True):
                 np.testing.assert_array_equal(loaded, from_words)
-                expected = np.zeros((8, count, p.lanes), np.float32)
+                expected = np.zeros((8, count, p.head_lanes), np.float32)
                 heads = slice(group * count, (group + 1) * count)
                 expected[: kept.stop - 8, :, : p.head_dim] = given[kept, heads]
                 got = np.asarray(loaded).astype(np.float32)
@@ -232,7 +230,7 @@ def test_block_diagonal_heads(name):
     """Each row meets only its own KV head, and only its own columns come out."""
     plan = make_plan(HEADS[name], blocks=DECODE)
     owners = row_owners(plan, 0, 0)
-    tile = random_values((plan.tiles.rows, plan.problem.lanes), "float32")
+    tile = random_values((plan.tiles.rows, plan.problem.head_lanes), "float32")
     spread = np.asarray(layout.spread_heads(plan.tiles, jnp.asarray(tile)))
     blocks = spread.reshape(plan.tiles.rows, plan.tiles.heads_per_group, -1)
     for row, (_, head, _) in enumerate(owners):

@@ -25,7 +25,7 @@ def test_every_key_has_its_score(num_keys, mxu_size):
     assert any(is_swapped for *_, is_swapped in parts) == swaps_some
     rng = np.random.default_rng(num_keys)
     q, k = (rng.integers(-8, 9, (n, 16)).astype(np.float32) for n in (4, num_keys))
-    scores = mxu.product(jnp.asarray(q), jnp.asarray(k), mxu_size, lambda a, b: a @ b.T)
+    scores = mxu.product(jnp.asarray(q), jnp.asarray(k), mxu_size)
     np.testing.assert_array_equal(scores, q @ k.T)
 
 
@@ -49,16 +49,11 @@ def test_output_where_operands_are_swapped(chip):
 )
 def test_which_products_swap_operands(heads, head_dim, dtype, expected):
     problem = make_problem(heads, head_dim, q=dtype, kv=dtype)
-    plan = Plan(
-        *(problem, Case.DECODE, BlockSizes(1, 1024, 1, 512)),
-        interpret=False,
-        is_last=True,
-        max_q_len=1,
-    )
+    plan = Plan(problem, Case.DECODE, BlockSizes(1, 1024, 1, 512), max_q_len=1)
     assert plan.tricks.swaps_operands == expected
 
 
 def test_only_a_decode_swaps_operands():
     blocks = BlockSizes(8, 1024, 8, 512)
-    plan = Plan(make_problem((32, 8), 128), Case.MIXED, blocks, interpret=False, is_last=True)
+    plan = Plan(make_problem((32, 8), 128), Case.MIXED, blocks)
     assert not plan.tricks.swaps_operands

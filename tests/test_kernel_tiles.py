@@ -24,7 +24,7 @@ four tokens after a full one."""
 def make_plan(num_heads, bq_c, dtype="bfloat16"):
     problem = make_problem(num_heads, 128, q=dtype, kv=dtype)
     sizes = BlockSizes(256, 1024, bq_c, 512)
-    return Plan(problem, Case.MIXED, sizes, interpret=False, is_last=True)
+    return Plan(problem, Case.MIXED, sizes)
 
 
 def check_few_tokens(mode=ON_WAIT):
@@ -38,11 +38,11 @@ def test_query_blocks_of_few_tokens(mode):
     check_few_tokens(mode)
 
 
-TILE, NUM_Q_SUBS, PARTS_OF_TILE = Tiled._tile, Tiled._num_q_subs, Tiled._parts_of_tile
+TILE, NUM_Q_SUBS, PARTS_OF_TILE = Tiled._state, Tiled._num_q_subs, Tiled._parts_of_tile
 WRONG_TILES = {
     "all small tiles in one place": (
         Tiled,
-        "_tile",
+        "_state",
         lambda self, q_sub, *rest: TILE(
             self, 0 * q_sub if self.plan.has_small_tiles else q_sub, *rest
         ),
@@ -107,8 +107,8 @@ def test_the_last_tile_is_cut_where_its_mask_begins_anew(q_per_kv, dtype, parts)
         def __getitem__(self, index):
             return index
 
-    refs = Ref(q_tiles=Ref(), row_max=Ref(), acc=Ref(), row_sum=Ref(), scalars=None)
-    tiled = Tiled(plan, refs, q_rows=None, o_rows=None, kv_rows=None)
+    refs = Ref(q_tiles=Ref(), row_max=Ref(), acc=Ref(), row_sum=Ref(), scalars=None, sinks=None)
+    tiled = Tiled(plan, refs, buffers=None)
     first, last = (tiled._parts_of_tile(0, group) for group in (0, 1))
     assert len(first) == 1 and len(last) == parts
     rows = [part.q[2] for part in last]

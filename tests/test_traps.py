@@ -173,13 +173,7 @@ def test_13_default_blocks_fit_in_vmem(chip):
         problem = make_problem(heads, head_dim, kv=dtype, page_size=16, pages_per_seq=8192)
         for case in (Case.DECODE, Case.MIXED):
             sizes = blocks.default_block_sizes(problem, case, None)
-            plan = blocks.shrink_to_fit(
-                lambda sizes, problem=problem, case=case: Plan(
-                    problem, case, sizes, interpret=False, is_last=True
-                ),
-                sizes,
-                limit,
-            )
+            plan = blocks.shrink_to_fit(Plan(problem, case, sizes, vmem_limit_bytes=limit))
             assert sum(blocks.vmem_bytes(plan).values()) <= limit
 
 
@@ -202,7 +196,7 @@ def test_14_page_table_needs_no_room_in_smem():
     for pages_per_seq in (64, 65_536):
         problem = make_problem((32, 8), 128, page_size=16, pages_per_seq=pages_per_seq)
         sizes = blocks.default_block_sizes(problem, Case.DECODE, 1)
-        plan = Plan(problem, Case.DECODE, sizes, interpret=False, is_last=True)
+        plan = Plan(problem, Case.DECODE, sizes)
         words.append(plan.table.chunk_words)
     assert words[0] == words[1] <= 2 * TABLE_TILE_WORDS
 

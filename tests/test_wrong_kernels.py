@@ -69,8 +69,9 @@ def changed(function, **changes):
     return wrong
 
 
-PAGE_COPY, STORE_IN_PAGE = Copies._page_copy, Copies._store_in_page
+PAGE_COPY, START_STORE = Copies._page_copy, Copies._start_store
 MASK, ACCUMULATE, LOAD_KV = ScoreTile.mask, Tiled.accumulate, layout.load_kv
+QUERY_BLOCK = traversal.query_block
 WRONG_PARTS = {
     "page index off by one": (
         Copies,
@@ -110,7 +111,9 @@ WRONG_PARTS = {
     "cached prefix ignored by the mask": (
         traversal,
         "query_block",
-        changed(traversal.query_block, position=lambda block: block.position - block.first_new),
+        lambda plan, seq, index: QUERY_BLOCK(plan, seq, index)._replace(
+            position=QUERY_BLOCK(plan, seq, index).position - seq.num_cached
+        ),
     ),
     "last key of the last block left out": (
         traversal,
@@ -128,24 +131,28 @@ WRONG_PARTS = {
         changed(traversal.sequence, q_start=lambda seq: seq.q_start + seq.q_len),
     ),
     "padding rows not written": (Copies, "write_zero_rows", lambda self, num_used: None),
-    "new tokens not stored": (Copies, "start_stores", lambda self, item: None),
+    "new tokens not stored": (
+        Copies,
+        "_start_store",
+        lambda self, item, source, position, num_tokens: None,
+    ),
     "new tokens stored one row early": (
         Copies,
-        "_store_in_page",
-        lambda self, item, position, num_tokens: STORE_IN_PAGE(
-            self, item, jnp.maximum(position - 1, 0), num_tokens
+        "_start_store",
+        lambda self, item, source, position, num_tokens: START_STORE(
+            self, item, source, jnp.maximum(position - 1, 0), num_tokens
         ),
     ),
     "accumulator not rescaled": (
         Tiled,
         "accumulate",
-        lambda self, p, v, decay, tile: ACCUMULATE(self, p, v, jnp.ones_like(decay), tile),
+        lambda self, p, v, decay, state: ACCUMULATE(self, p, v, jnp.ones_like(decay), state),
     ),
-    "state not reset": (Tiled, "reset", lambda self, tile, group: None),
+    "state not reset": (Tiled, "reset", lambda self, state, group: None),
     "reads the other buffer": (
         layout,
         "load_kv",
-        lambda tiles, rows, slot, *rest: LOAD_KV(tiles, rows, 1 - slot, *rest),
+        lambda tiles, buffer, slot, *rest: LOAD_KV(tiles, buffer, 1 - slot, *rest),
     ),
 }
 WRONG_WINDOWS = {

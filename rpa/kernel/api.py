@@ -193,7 +193,6 @@ def ragged_paged_attention(
     scales = tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale)))
     options = launch.Options(
         interpret_params=interpret_params,
-        vmem_limit_bytes=_vmem_limit(vmem_limit_bytes, _chip(chip)),
         disable_bounds_checks=disable_bounds_checks,
         disable_semaphore_checks=disable_semaphore_checks,
     )
@@ -231,21 +230,18 @@ def prepare(*arrays, **options) -> tuple[Plan, ...]:
     bound = _SIGNATURE.bind(*arrays, **options)
     bound.apply_defaults()
     given, problem = bound.arguments, _problem(**bound.arguments)
-    chip = _chip(given["chip"])
-    interpret = _choose_backend(given["backend"])[0] == "interpret"
-    limit = _vmem_limit(given["vmem_limit_bytes"], chip)
-    plans, cases = [], cases_of(given["chunk_prefill_size"])
-    for case, max_q_len in cases:
-        is_last = case is cases[-1][0]
-        make_plan = partial(_make_plan, problem, case, max_q_len, is_last, interpret, chip)
+    machine = _machine(given["backend"], given["chip"], given["vmem_limit_bytes"])
+    plans = []
+    for case, max_q_len in cases_of(given["chunk_prefill_size"]):
         name = f"{case.label[0]}_block_sizes"
         if given[name] is None:
             sizes = blocks.default_block_sizes(problem, case, max_q_len)
-            plans.append(blocks.shrink_to_fit(make_plan, sizes, limit))
+            plan = blocks.shrink_to_fit(Plan(problem, case, sizes, max_q_len, **machine))
         else:
             sizes = blocks.check_block_sizes(name, given[name], problem)
-            plans.append(blocks.plan_ahead(make_plan(sizes), limit))
-            blocks.check_fits(name, plans[-1], limit)
+            plan = blocks.plan_ahead(Plan(problem, case, sizes, max_q_len, **machine))
+            blocks.check_fits(name, plan)
+        plans.append(plan)
     return tuple(plans)
 
 
@@ -342,7 +338,13 @@ def _as_float32(scale):
     return np.float32(scale) if isinstance(scale, (int, float, np.number)) else scale
 
 
-def _vmem_limit(vmem_limit_bytes, chip):
+def _machine(backend, chip, vmem_limit_bytes):
+    """What a `Plan` has to know of the machine; where there is no chip, its defaults."""
+    known = {"interpret": _choose_backend(backend)[0] == "interpret"}
+    chip = chips.current() if chip is None else chips.chip(chip)
+    if chip is not None:
+        known["mxu_size"], known["vmem_limit_bytes"] = chip.mxu_size, chip.vmem_bytes
+        known["native_float8"] = chip.peak("float8_e4m3fn") > chip.peak()
     if vmem_limit_bytes is not None:
         is_number = isinstance(vmem_limit_bytes, (int, float, np.number))
         if not (is_number and 0 < vmem_limit_bytes < float("inf")):  # False for NaN
@@ -350,21 +352,5 @@ def _vmem_limit(vmem_limit_bytes, chip):
                 f"vmem_limit_bytes is {vmem_limit_bytes!r}, but must be positive, a number "
                 "of bytes; None is all of the chip's VMEM."
             )
-        return int(vmem_limit_bytes)
-    if chip is None:
-        # No TPU and no name: what fits the smallest VMEM fits everywhere.
-        return min(each.vmem_bytes for each in chips.CHIPS.values())
-    return chip.vmem_bytes
-
-
-def _chip(name):
-    """The chip of that name; None is the attached one, if it is a TPU."""
-    return chips.chip(name) if name is not None else chips.current()
-
-
-def _make_plan(problem, case, max_q_len, is_last, interpret, chip, sizes):
-    machine = {}
-    if chip is not None:
-        machine["mxu_size"] = chip.mxu_size
-        machine["native_float8"] = chip.peak("float8_e4m3fn") > chip.peak()
-    return Plan(problem, case, sizes, interpret, is_last, max_q_len, **machine)
+        known["vmem_limit_bytes"] = int(vmem_limit_bytes)
+    return known

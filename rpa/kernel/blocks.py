@@ -4,6 +4,7 @@ A larger KV block means fewer waits and fewer iterations of the loops; a larger 
 the KV cache less often. Both cost VMEM, of which a TPU7x core has half as much as a v5e.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -46,13 +47,13 @@ def vmem_bytes(plan: Plan):
 
 def _bytes_of_values(plan):
     """Scores, weights, K and V of the tiles that are in work at once, most of them spilled."""
-    t = plan.tiles
+    t, bkv_c = plan.tiles, plan.blocks.bkv_c
     if plan.is_decode:
         products = plan.tricks.items_per_iteration * plan.tricks.products_unrolled * t.num_groups
-        k_and_v = 2 * t.kv_sub * t.lanes * t.compute_dtype.itemsize
-        return min(plan.tricks.qk_ahead + 1, products) * (8 * t.rows * t.kv_sub + k_and_v)
+        k_and_v = 2 * bkv_c * t.group_lanes * plan.problem.compute_dtype.itemsize
+        return min(plan.tricks.qk_ahead + 1, products) * (8 * t.rows * bkv_c + k_and_v)
     # The tile in work and the one that waits.
-    return 4 * (4 * t.rows * t.kv_sub + 4 * t.kv_sub * t.lanes)
+    return 16 * bkv_c * (t.rows + t.group_lanes)
 
 
 def check_block_sizes(name, sizes, problem):
@@ -107,7 +108,7 @@ def default_block_sizes(problem, case, max_q_len):
         if p.sliding_window is not None:
             most = min(most, align(p.sliding_window, whole))  # a block begins where the window does
         bkv_c = min(most, _down(DECODE_COLUMNS, whole))
-        token_bytes = p.kv_words * 4 * p.lanes
+        token_bytes = math.prod(p.kv_shape) * p.kv_dtype.itemsize
         bkv = min(align(most, bkv_c), max(bkv_c, _down(KV_BLOCK_BYTES // token_bytes, bkv_c)))
         bkv = min(bkv, PRODUCTS * bkv_c)
         return BlockSizes(1, bkv, 1, bkv_c)
@@ -123,54 +124,39 @@ def _down(x, multiple):
     return max(multiple, x // multiple * multiple)
 
 
-def plan_ahead(plan: Plan, vmem_limit_bytes) -> Plan:
-    """A plan with as many iterations ahead as fit, at least one.
+def plan_ahead(plan: Plan) -> Plan:
+    """The same plan with as many iterations ahead as fit in VMEM; with one, whether it fits or not.
 
-    Args:
-        plan: with its blocks; how far it runs ahead does not matter.
-        vmem_limit_bytes: VMEM that the plan may take; one turn ahead it may take more.
+    How far it runs ahead before does not matter.
     """
     most = tricks.DECODE_ITERATIONS_AHEAD if plan.is_decode else tricks.ITERATIONS_AHEAD
-    for iterations in range(most, 1, -1):
-        ahead = replace(plan, iterations_ahead=iterations)
-        if _fits(ahead, vmem_limit_bytes):
-            return ahead
-    return replace(plan, iterations_ahead=1)
+    ahead = [replace(plan, iterations_ahead=iterations) for iterations in range(most, 0, -1)]
+    return next(filter(_fits, ahead), ahead[-1])
 
 
-def _fits(plan, vmem_limit_bytes):
-    return sum(vmem_bytes(plan).values()) <= vmem_limit_bytes
+def _fits(plan):
+    return sum(vmem_bytes(plan).values()) <= plan.vmem_limit_bytes
 
 
-def shrink_to_fit(make_plan, sizes, vmem_limit_bytes):
-    """Halve default sizes until they fit: first the KV block, then the tile.
-
-    Args:
-        make_plan: BlockSizes to Plan.
-        sizes: the `BlockSizes` to begin with.
-        vmem_limit_bytes: VMEM that the plan may take.
-
-    Returns:
-        The first Plan that fits.
+def shrink_to_fit(plan: Plan) -> Plan:
+    """The same plan with default blocks halved until they fit: first the KV block, then the tile.
 
     Raises:
         ValueError: if not even the smallest blocks fit.
     """
-    plan = plan_ahead(make_plan(sizes), vmem_limit_bytes)
-    while not _fits(plan, vmem_limit_bytes):
-        smaller = _smaller(plan)
-        if smaller is None:
-            check_fits("default blocks", plan, vmem_limit_bytes)
-        plan = plan_ahead(make_plan(smaller), vmem_limit_bytes)
+    plan = plan_ahead(plan)
+    while not _fits(plan) and (smaller := _smaller(plan)):
+        plan = plan_ahead(replace(plan, blocks=smaller))
+    check_fits("default blocks", plan)
     return plan
 
 
 def _smaller(plan):
+    """The next smaller blocks, None after the smallest."""
     b, page_size = plan.blocks, plan.problem.page_size
-    if b.bkv > b.bkv_c and b.bkv // 2 % b.bkv_c == 0:
-        return b._replace(bkv=b.bkv // 2)
     if b.bkv > b.bkv_c:
-        return b._replace(bkv=b.bkv_c)
+        halves = b.bkv // 2 % b.bkv_c == 0
+        return b._replace(bkv=b.bkv // 2 if halves else b.bkv_c)
     if b.bkv_c > LANES and b.bkv_c % 2 == 0 and b.bkv_c // 2 % page_size == 0:
         return b._replace(bkv=b.bkv_c // 2, bkv_c=b.bkv_c // 2)
     if b.bq > SUBLANES:
@@ -179,21 +165,20 @@ def _smaller(plan):
     return None
 
 
-def check_fits(name, plan, vmem_limit_bytes):
-    """Raise if a plan needs more VMEM than there is, and say which block to shrink.
+def check_fits(name, plan):
+    """Raise if a plan needs more VMEM than it may take, and say which block to shrink.
 
     Args:
         name: what the sizes are called in the message.
         plan: the `Plan`.
-        vmem_limit_bytes: VMEM that it may take.
 
     Raises:
         ValueError: with the bytes of every buffer, largest first.
     """
+    if _fits(plan):
+        return
     sizes = vmem_bytes(plan)
     total = sum(sizes.values())
-    if total <= vmem_limit_bytes:
-        return
     kv_bytes = sizes["kv_buffer"]
     q_bytes = total - kv_bytes - sizes["compiler"]
     largest, what = max((kv_bytes, "bkv"), (q_bytes, "bq"), (sizes["compiler"], "bkv_c and bq_c"))
@@ -203,6 +188,6 @@ def check_fits(name, plan, vmem_limit_bytes):
     raise ValueError(
         f"{name} of the {plan.case.label} kernel, (bq, bkv, bq_c, bkv_c) = "
         f"{tuple(plan.blocks)}, need {total / 2**20:.1f} MiB of VMEM, but "
-        f"{vmem_limit_bytes / 2**20:.1f} MiB are there: shrink {what}, which takes "
+        f"{plan.vmem_limit_bytes / 2**20:.1f} MiB are there: shrink {what}, which takes "
         f"{largest / 2**20:.1f} MiB. (MiB: {listed}.)"
     )

@@ -23,6 +23,11 @@ class Case(enum.Enum):
         self.first_entry = first
         self.last_entry = last
 
+    @property
+    def is_last(self):
+        """Whether it is the last kernel of a call, which fills the rows of no sequence."""
+        return self.last_entry == 2
+
     def bounds(self, distribution):
         """First sequence, and one past the last.
 

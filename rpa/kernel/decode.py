@@ -16,7 +16,7 @@ a short sequence costs less than a long one. Its partner decides what is compute
 what is merged: results do not depend on which sequences share an iteration.
 """
 
-from functools import reduce
+from functools import partial, reduce
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,13 +29,10 @@ from rpa.paging import LANES
 class Decode:
     """What a decode kernel computes."""
 
-    def __init__(self, plan, refs, copies):
-        self.refs, self.copies, self.tiles, self.tricks = refs, copies, plan.tiles, plan.tricks
-        self.has_sinks, self.debug_mode = plan.problem.has_sinks, plan.problem.debug_mode
-        self.q_rows = layout.WordRows(refs.q_buffer, plan.interpret)
-        self.o_rows = layout.WordRows(refs.o_buffer, plan.interpret)
-        self.kv_rows = layout.WordRows(refs.kv_buffer, plan.interpret)
-        self.softmax = softmax.Softmax(plan, refs.scalars)
+    def __init__(self, plan, refs, buffers, copies):
+        self.refs, self.buffers, self.copies = refs, buffers, copies
+        self.tiles, self.bkv_c, self.tricks = plan.tiles, plan.blocks.bkv_c, plan.tricks
+        self.softmax = softmax.Softmax(plan, refs)
 
     def __call__(self, items):
         """Attention of one query token each to the KV blocks of the items of an iteration."""
@@ -49,21 +46,14 @@ class Decode:
             self._finish(items, ends)
 
     def _wait(self, item):
-        @pl.when(item.exists & (item.is_first != 0))
-        def _():
-            if self.debug_mode:
-                pl.debug_print("rpa: queries from row {}, position {}", item.row, item.position)
-            self.copies.wait_queries(item)
-
-        @pl.when(item.exists)
-        def _():
-            self.copies.wait_kv(item)
+        pl.when(item.exists & (item.is_first != 0))(partial(self.copies.wait_queries, item))
+        pl.when(item.exists)(partial(self.copies.wait_kv, item))
 
     def _attend(self, items):
         """Cut the blocks into sub-blocks, and compute each for all items together."""
         counts = [item.num_tokens for item in items]
         most, least = reduce(jnp.maximum, counts), reduce(jnp.minimum, counts)
-        columns, unrolled = self.tiles.kv_sub, self.tricks.products_unrolled
+        columns, unrolled = self.bkv_c, self.tricks.products_unrolled
         whole = columns * unrolled
 
         def attend_sub_block(token):
@@ -98,7 +88,7 @@ class Decode:
         """
         pending = []
         for product in range(num_products):
-            token = first + product * self.tiles.kv_sub
+            token = first + product * self.bkv_c
             for group in range(self.tiles.num_groups):
                 for item in items:
                     result = self._qk_softmax(item, token, group, is_masked)
@@ -113,29 +103,27 @@ class Decode:
 
         Returns:
             m, l: f32[rows, 128], maximum and partial sums; p: f32[rows, bkv_c], weights;
-            v: [bkv_c, lanes] in the compute dtype.
+            v: [bkv_c, group_lanes] in the compute dtype.
         """
         t, mask_limits, num_valid = self.tiles, None, None
         if is_masked:
-            num_valid = jnp.clip(item.num_tokens - token, 0, t.kv_sub)
-            column = lax.broadcasted_iota(jnp.int32, (t.rows, t.kv_sub), 1)
+            num_valid = jnp.clip(item.num_tokens - token, 0, self.bkv_c)
+            column = lax.broadcasted_iota(jnp.int32, (t.rows, self.bkv_c), 1)
             mask_limits = jnp.where(column < num_valid, jnp.inf, -jnp.inf)
-        k, v = layout.load_kv(t, self.kv_rows, item.kv_slot, token, group, num_valid)
-        q = self.softmax.queries(layout.load_q_tile(t, self.q_rows, item.q_slot, 0, group))
+        k, v = layout.load_kv(t, self.buffers.kv, item.kv_slot, token, group, num_valid)
+        q = self.softmax.queries(layout.load_q_tile(t, self.buffers.q, item.q_slot, 0, group))
         s = self.softmax.scores(q, k, mask_limits)
         m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), softmax.LOWEST_MAX)
         m = jnp.broadcast_to(m, (t.rows, LANES))
-        p = jnp.exp2(s - softmax.widen(m, t.kv_sub))
+        p = jnp.exp2(s - softmax.widen(m, self.bkv_c))
         return m, softmax.lane_sums(p), p, v
 
     def _pv_merge(self, item, token, group, m, total, p, v):
         """Multiply by the values, and merge with what the sequence has summed up before."""
-        index = (item.q_slot, group)
-        refs = self.refs
-        m_ref, l_ref, acc_ref = (ref.at[index] for ref in (refs.row_max, refs.row_sum, refs.acc))
+        state = (self.refs.row_max, self.refs.row_sum, self.refs.acc)
+        m_ref, l_ref, acc_ref = (ref.at[item.q_slot, group] for ref in state)
         is_first = (item.is_first != 0) & (token == 0)
-        sinks = self.refs.sinks[group] if self.has_sinks else None
-        m_start, l_start = self.softmax.nothing_seen(sinks)
+        m_start, l_start = self.softmax.nothing_seen(group)
         m_before = jnp.where(is_first, m_start, m_ref[...])
         l_before = jnp.where(is_first, l_start, l_ref[...])
         acc_before = jnp.where(is_first, 0.0, acc_ref[...])
@@ -157,10 +145,10 @@ class Decode:
             for item in items:
                 index = (item.q_slot, group)
                 output = self.softmax.normalise(self.refs.acc[index], self.refs.row_sum[index])
-                layout.store_o_tile(self.tiles, self.o_rows, item.q_slot, 0, group, output)
+                layout.store_o_tile(self.tiles, self.buffers.o, item.q_slot, 0, group, output)
         for item, is_end in zip(items, ends, strict=True):
 
             @pl.when(is_end)
             def _(item=item):
                 self.copies.wait_store_of_token(item)
-                self.copies.start_output(item.q_slot, item.row, item.num_rows)
+                self.copies.start_output(item.q_slot, item.q_row, item.q_len)

@@ -16,7 +16,6 @@ class Options(NamedTuple):
     """How the kernels are run; hashable, a static argument of `call_plans`."""
 
     interpret_params: pltpu.InterpretParams | None
-    vmem_limit_bytes: int
     disable_bounds_checks: bool
     disable_semaphore_checks: bool
 
@@ -60,26 +59,30 @@ def call_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, 
 
 def _call(plan, arrays, options) -> Refs:
     """One `pallas_call`: from the inputs among the `Refs` to the outputs."""
+    shapes = refs.outputs(plan)
+    inputs, outputs = _names(arrays), _names(shapes)
     hbm = compat.hbm_memory_space(plan.interpret)
     spaces = {name: hbm if space is HBM else space for name, space in Refs.__annotations__.items()}
-    specs = Refs(**{name: pl.BlockSpec(memory_space=space) for name, space in spaces.items()})
-    in_hbm = [name for name in _names(arrays) if spaces[name] is hbm]
+    in_hbm = [name for name in inputs if spaces[name] is hbm]
     placed = {name: compat.keep_in_hbm(getattr(arrays, name), plan.interpret) for name in in_hbm}
-    shapes = refs.outputs(plan)
+
+    def specs(names):
+        return Refs(**{name: pl.BlockSpec(memory_space=spaces[name]) for name in names})
+
     (results,) = pl.pallas_call(
         partial(loop.kernel, plan),
-        in_specs=(_only(specs, arrays),),
-        out_specs=(_only(specs, shapes),),
+        in_specs=(specs(inputs),),
+        out_specs=(specs(outputs),),
         out_shape=(shapes,),
         scratch_shapes=(refs.scratch(plan),),
         input_output_aliases={
-            _names(arrays).index(before): _names(shapes).index(after)
+            inputs.index(before): outputs.index(after)
             for before, after in refs.ALIASES.items()
-            if before in _names(arrays) and after in _names(shapes)
+            if before in inputs and after in outputs
         },
         interpret=options.interpret_params if plan.interpret else False,
         compiler_params=compat.compiler_params(
-            vmem_limit_bytes=options.vmem_limit_bytes,
+            vmem_limit_bytes=plan.vmem_limit_bytes,
             disable_bounds_checks=options.disable_bounds_checks,
             disable_semaphore_checks=options.disable_semaphore_checks,
         ),
@@ -91,8 +94,3 @@ def _call(plan, arrays, options) -> Refs:
 def _names(some):
     """Names of the fields that some `Refs` have, in order: JAX numbers them so."""
     return [name for name, value in some._asdict().items() if value is not None]
-
-
-def _only(specs, some):
-    """Specs of the fields that some `Refs` have."""
-    return Refs(**{name: getattr(specs, name) for name in _names(some)})

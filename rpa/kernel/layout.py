@@ -14,6 +14,7 @@ order: first the index in the word (0 .. row_packing), then the word row, then t
 is put together from whole strided loads, and no value moves from one register row to another.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -89,8 +90,8 @@ def _word_values(words, dtype):
 class WordRows:
     """The word rows of a buffer in VMEM, to load and to store.
 
-    One is made for each buffer at the start of the kernel: JAX works out anew what a bitcast of a
-    ref is whenever one is written down, and a third of the time to trace the kernel went there.
+    One is made for each buffer at the start of the kernel: JAX works out what a bitcast of a ref is
+    whenever one is written down, and a third of the time to trace the kernel went there.
 
     Attributes:
         dtype: of the values in the words.
@@ -133,33 +134,48 @@ class WordRows:
         return [pl.ds(first * folds + fold, n, stride=stride) for fold in range(folds)]
 
 
+class Buffers(NamedTuple):
+    """The word rows of the three kinds of buffer, made once per kernel."""
+
+    q: WordRows
+    o: WordRows
+    kv: WordRows
+
+    @classmethod
+    def of(cls, refs, interpret):
+        """Those of some `Refs`."""
+        return cls(
+            *(WordRows(r, interpret) for r in (refs.q_buffer, refs.o_buffer, refs.kv_buffer))
+        )
+
+
 # --- Tiles -----------------------------------------------------------------------------------
 
 
-def load_q_tile(tiles, rows, slot, q_sub, group):
+def load_q_tile(tiles, buffer, slot, q_sub, group):
     """The queries of one head group, f32[rows, head_lanes].
 
     Args:
         tiles: `plan.Tiles`.
-        rows: `WordRows` of the q buffer.
+        buffer: `WordRows` of the q buffer.
         slot, q_sub, group: which buffer, which bq_c tokens of the block, which head group.
     """
-    packing = packing_of(rows.dtype)
+    packing = packing_of(buffer.dtype)
     parts = []
-    for index in range(tiles.row_packing):
+    for index in range(tiles.problem.row_packing):
         word, inner = divmod(index, packing)
         for r in _row_sets(tiles, packing, q_sub, group):
-            words = rows.load(slot, r.token, r.word + word, r.n, r.stride)
-            parts.append(unpack(words, inner, rows.dtype, jnp.float32))
+            words = buffer.load(slot, r.token, r.word + word, r.n, r.stride)
+            parts.append(unpack(words, inner, buffer.dtype, jnp.float32))
     return jnp.concatenate(parts, axis=0)
 
 
-def store_o_tile(tiles, rows, slot, q_sub, group, tile):
+def store_o_tile(tiles, buffer, slot, q_sub, group, tile):
     """Write the output of one head group, f32[rows, head_lanes], to the o buffer.
 
     It undoes `load_q_tile`.
     """
-    packing = packing_of(rows.dtype)
+    packing = packing_of(buffer.dtype)
     row_sets = _row_sets(tiles, packing, q_sub, group)
 
     def starts(word, i):
@@ -167,10 +183,10 @@ def store_o_tile(tiles, rows, slot, q_sub, group, tile):
         first = word * packing
         return [((first + inner) * len(row_sets) + i) * row_sets[i].n for inner in range(packing)]
 
-    for word in range(tiles.row_packing // packing):
+    for word in range(tiles.problem.row_packing // packing):
         for i, r in enumerate(row_sets):
             parts = [tile[start : start + r.n] for start in starts(word, i)]
-            rows.store(slot, r.token, r.word + word, pack(parts, rows.dtype), r.stride)
+            buffer.store(slot, r.token, r.word + word, pack(parts, buffer.dtype), r.stride)
 
 
 class _RowSet(NamedTuple):
@@ -184,27 +200,27 @@ class _RowSet(NamedTuple):
 
 def _row_sets(tiles, packing, q_sub, group):
     """The strided sets of word rows that make up a tile, for one index in the word."""
-    stride = tiles.row_packing // packing  # word rows that hold row_packing heads
-    per_head = tiles.q_per_kv // tiles.row_packing
+    stride = tiles.problem.row_packing // packing  # word rows that hold row_packing heads
+    per_head = tiles.rows_per_head
     first = group * tiles.heads_per_group * per_head
     if tiles.is_one_token:
         return [_RowSet(0, first * stride, tiles.heads_per_group * per_head, stride)]
-    token = q_sub * tiles.q_sub
+    token = q_sub * tiles.blocks.bq_c
     return [_RowSet(token, (first + i) * stride, tiles.q_sub_rows) for i in range(per_head)]
 
 
 def rows_of_head(tiles, head_in_group, shape):
     """Which rows of a decode tile belong to one of the KV heads of its group, bool[shape]."""
-    per_head = tiles.q_per_kv // tiles.row_packing
+    per_head = tiles.rows_per_head
     rows_per_set = tiles.heads_per_group * per_head
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
-    for _ in range(tiles.row_packing - 1):
+    for _ in range(tiles.problem.row_packing - 1):
         row = jnp.where(row >= rows_per_set, row - rows_per_set, row)
     return (row >= head_in_group * per_head) & (row < (head_in_group + 1) * per_head)
 
 
 def spread_heads(tiles, tile):
-    """Block-diagonal queries: [rows, head_lanes] to [rows, lanes].
+    """Block-diagonal queries: [rows, head_lanes] to [rows, group_lanes].
 
     Row r has its values in the columns of its own KV head and zeros elsewhere, so that one product
     with K of several heads side by side gives every row the scores of its own head.
@@ -217,11 +233,11 @@ def spread_heads(tiles, tile):
 
 
 def gather_heads(tiles, tile):
-    """The diagonal blocks of [rows, lanes], [rows, head_lanes]: undoes `spread_heads`.
+    """The diagonal blocks of [rows, group_lanes], [rows, head_lanes]: undoes `spread_heads`.
 
     The other blocks hold probabilities of one head times V of another: computed, never used.
     """
-    lanes = tiles.head_lanes
+    lanes = tiles.problem.head_lanes
     result = tile[:, :lanes]
     for h in range(1, tiles.heads_per_group):
         part = tile[:, h * lanes : (h + 1) * lanes]
@@ -229,8 +245,8 @@ def gather_heads(tiles, tile):
     return result
 
 
-def load_kv(tiles, rows, slot, token, group, num_valid=None):
-    """K and V of one head group, each [bkv_c, lanes] in the compute dtype.
+def load_kv(tiles, buffer, slot, token, group, num_valid=None):
+    """K and V of one head group, each [bkv_c, group_lanes] in the compute dtype.
 
     Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
     zero past head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
@@ -238,33 +254,28 @@ def load_kv(tiles, rows, slot, token, group, num_valid=None):
 
     Args:
         tiles: `plan.Tiles`.
-        rows: `WordRows` of the KV buffer [num_slots, bkv, kv_words | 1, packing, head_lanes].
+        buffer: `WordRows` of the KV buffer [num_slots, bkv, words | 1, packing, head_lanes].
         slot, token, group: which buffer, its first token, which head group.
         num_valid: tokens from there that hold a key; rows behind them are zeros. Without it
             stale memory, which may be NaN, would reach the output as 0 * NaN. None: all are valid.
     """
     first, count = group * tiles.heads_per_group, tiles.heads_per_group
-    if tiles.shares_lanes:
-        both = _load_heads(tiles, rows, slot, token, range(first, first + count), num_valid)
-        both = jnp.concatenate(both, axis=1)
+    load = partial(_load_heads, tiles, buffer, slot, token, num_valid)
+    if tiles.problem.shares_lanes:
+        both = jnp.concatenate(load(range(first, first + count)), axis=1)
         return both, both
-    combined = range(2 * first, 2 * (first + count))
-    heads = _load_heads(tiles, rows, slot, token, combined, num_valid)
+    heads = load(range(2 * first, 2 * (first + count)))
     return jnp.concatenate(heads[::2], axis=1), jnp.concatenate(heads[1::2], axis=1)
 
 
-def _load_heads(tiles, rows, slot, token, combined, num_valid):
+def _load_heads(tiles, buffer, slot, token, num_valid, combined):
     """Combined heads of bkv_c tokens, each [bkv_c, head_lanes]; those of a word are loaded once."""
-    packing = packing_of(rows.dtype)
+    packing, to_dtype = packing_of(buffer.dtype), tiles.problem.compute_dtype
     words = {}
-    for head in combined:
-        word = head // packing
-        if word not in words:
-            loaded = rows.load(slot, token, word, tiles.kv_sub)
-            words[word] = _keep_first(loaded, num_valid)
-    return [
-        unpack(words[h // packing], h % packing, rows.dtype, tiles.compute_dtype) for h in combined
-    ]
+    for word in sorted({head // packing for head in combined}):
+        loaded = buffer.load(slot, token, word, tiles.blocks.bkv_c)
+        words[word] = _keep_first(loaded, num_valid)
+    return [unpack(words[h // packing], h % packing, buffer.dtype, to_dtype) for h in combined]
 
 
 def _keep_first(words, num_valid):
@@ -283,17 +294,16 @@ def view_heads(problem, array):
 
     Where neither q_per_kv nor head_dim needs padding this is a view: the bytes stay as they are.
     """
-    p, packing = problem, packing_of(array.dtype)
+    p = problem
     grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.q_per_kv, p.head_dim)
-    padding = ((0, 0), (0, 0), (0, p.padded_q_per_kv - p.q_per_kv), (0, p.lanes - p.head_dim))
-    padded = jnp.pad(grouped, padding)
-    return padded.reshape(p.num_tokens, p.head_words(array.dtype), packing, p.lanes)
+    padding = ((0, 0), (0, 0), (0, p.padded_q_per_kv - p.q_per_kv), (0, p.head_lanes - p.head_dim))
+    return jnp.pad(grouped, padding).reshape(p.num_tokens, *p.q_shape(array.dtype))
 
 
 def unview_heads(problem, array):
     """Undo `view_heads`; where K and V share their lanes, the output is in those of V."""
     p = problem
-    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_q_per_kv, p.lanes)
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_q_per_kv, p.head_lanes)
     first = p.head_dim if p.shares_lanes else 0
     heads = grouped[:, :, : p.q_per_kv, first : first + p.head_dim]
     return heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim)
@@ -301,10 +311,10 @@ def unview_heads(problem, array):
 
 def sink_tiles(tiles, attention_sink):
     """f32[num_q_heads] as f32[num_groups, rows / q_sub_rows, 128], in the order of tile rows."""
-    num_kv_heads = tiles.num_groups * tiles.heads_per_group
-    sinks = attention_sink.astype(jnp.float32).reshape(num_kv_heads, -1)
-    sinks = jnp.pad(sinks, ((0, 0), (0, tiles.q_per_kv - sinks.shape[1])))
+    p = tiles.problem
+    sinks = attention_sink.astype(jnp.float32).reshape(p.num_kv_heads, p.q_per_kv)
+    sinks = jnp.pad(sinks, ((0, 0), (0, p.padded_q_per_kv - p.q_per_kv)))
     # (group, head in group, word row, index) to (group, index, head in group, word row)
-    sinks = sinks.reshape(tiles.num_groups, tiles.heads_per_group, -1, tiles.row_packing)
+    sinks = sinks.reshape(tiles.num_groups, tiles.heads_per_group, -1, p.row_packing)
     rows = jnp.moveaxis(sinks, 3, 1).reshape(tiles.num_groups, -1, 1)
     return jnp.broadcast_to(rows, (*rows.shape[:2], LANES))

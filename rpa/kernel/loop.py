@@ -17,9 +17,10 @@ def kernel(plan, inputs, outputs, scratch):
     """The body of the `pallas_call`: inputs, outputs and scratch memory are three `Refs`."""
     r = refs.merge(inputs, outputs, scratch)
     first, end = plan.case.bounds(r.distribution)
+    buffers = layout.Buffers.of(r, plan.interpret)
     copies = transfers.Copies(plan, r)
     ring = pipeline.Ring(plan, r.ring)
-    compute = (decode.Decode if plan.is_decode else mixed.Mixed)(plan, r, copies)
+    compute = (decode.Decode if plan.is_decode else mixed.Mixed)(plan, r, buffers, copies)
 
     def iterate(carry):
         iteration, cursor = carry
@@ -40,18 +41,17 @@ def kernel(plan, inputs, outputs, scratch):
     start = ring.first_iteration(cursor.seq.index < end), cursor
     lax.while_loop(lambda carry: ring.is_running(carry[0]), iterate, start)
     copies.wait_all()
-    if plan.is_last:
-        _zero_padding_rows(plan, r, copies)
+    if plan.case.is_last:
+        _zero_padding_rows(plan, r, buffers, copies)
 
 
-def _zero_padding_rows(plan, r, copies):
+def _zero_padding_rows(plan, r, buffers, copies):
     """Write zeros to the rows of the output that no sequence owns."""
     num_used, t = r.cu_q_lens[r.distribution[2]], plan.tiles
 
     @pl.when(num_used < plan.problem.num_tokens)
     def _():
-        zeros = jnp.zeros((t.rows, t.head_lanes), jnp.float32)
-        rows = layout.WordRows(r.o_buffer, plan.interpret)
-        store = partial(layout.store_o_tile, t, rows, 0, tile=zeros)
+        zeros = jnp.zeros((t.rows, plan.problem.head_lanes), jnp.float32)
+        store = partial(layout.store_o_tile, t, buffers.o, 0, tile=zeros)
         mixed.for_each_tile(t, t.num_q_subs, store)
         copies.write_zero_rows(num_used)

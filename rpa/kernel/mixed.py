@@ -19,14 +19,10 @@ from rpa.paging import LANES
 class Mixed:
     """What a mixed kernel computes, with tiles of one size or of two."""
 
-    def __init__(self, plan, refs, copies):
-        self.copies, self.bq_c, self.debug_mode = copies, plan.blocks.bq_c, plan.problem.debug_mode
-        rows = [
-            layout.WordRows(ref, plan.interpret)
-            for ref in (refs.q_buffer, refs.o_buffer, refs.kv_buffer)
-        ]
-        self.large = Tiled(plan, refs, *rows)
-        self.small = plan.in_small_tiles and Tiled(plan.in_small_tiles, refs, *rows)
+    def __init__(self, plan, refs, buffers, copies):
+        self.copies, self.bq_c = copies, plan.blocks.bq_c
+        self.large = Tiled(plan, refs, buffers)
+        self.small = plan.in_small_tiles and Tiled(plan.in_small_tiles, refs, buffers)
 
     def __call__(self, items):
         """Compute the one work item of an iteration, if it exists."""
@@ -36,8 +32,6 @@ class Mixed:
     def _compute(self, item):
         @pl.when(item.is_first != 0)
         def _():
-            if self.debug_mode:
-                pl.debug_print("rpa: queries from row {}, position {}", item.row, item.position)
             self.copies.wait_queries(item)
             self._in_tiles_that_fit(item, Tiled.start)
 
@@ -49,14 +43,14 @@ class Mixed:
         def _():
             self.copies.wait_output(item.q_slot)
             self._in_tiles_that_fit(item, Tiled.finish)
-            self.copies.start_output(item.q_slot, item.row, item.num_rows)
+            self.copies.start_output(item.q_slot, item.q_row, item.q_len)
 
     def _in_tiles_that_fit(self, item, method):
         """Call a method of the `Tiled`: the small one for a query block of few tokens."""
         if self.small is None:
             method(self.large, item)
             return
-        is_small = 4 * item.num_rows <= self.bq_c
+        is_small = 4 * item.q_len <= self.bq_c
         pl.when(is_small)(partial(method, self.small, item))
         pl.when(jnp.logical_not(is_small))(partial(method, self.large, item))
 
@@ -64,44 +58,43 @@ class Mixed:
 class Tiled:
     """Attention in tiles of one size."""
 
-    def __init__(self, plan, refs, q_rows, o_rows, kv_rows):
-        self.plan, self.refs, self.tiles, self.tricks = plan, refs, plan.tiles, plan.tricks
-        self.q_rows, self.o_rows, self.kv_rows = q_rows, o_rows, kv_rows
-        self.softmax = softmax.Softmax(plan, refs.scalars)
+    def __init__(self, plan, refs, buffers):
+        self.plan, self.tiles, self.tricks = plan, plan.tiles, plan.tricks
+        self.refs, self.buffers = refs, buffers
+        self.softmax = softmax.Softmax(plan, refs)
 
     def start(self, item):
         """Reset the tiles of a query block, and lay out their queries."""
 
         def start_tile(q_sub, group):
-            tile = self._tile(q_sub, group)
-            self.reset(tile, group)
-            queries = layout.load_q_tile(self.tiles, self.q_rows, item.q_slot, q_sub, group)
-            tile.q[...] = self.softmax.queries(queries)
+            state = self._state(q_sub, group)
+            self.reset(state, group)
+            queries = layout.load_q_tile(self.tiles, self.buffers.q, item.q_slot, q_sub, group)
+            state.q[...] = self.softmax.queries(queries)
 
         for_each_tile(self.tiles, self._num_q_subs(item), start_tile)
 
-    def reset(self, tile, group):
+    def reset(self, state, group):
         """Set a `TileState` to "no key seen yet"."""
-        sinks = self.refs.sinks[group] if self.plan.problem.has_sinks else None
-        tile.acc[...] = jnp.zeros(tile.acc.shape, jnp.float32)
-        tile.row_max[...], tile.row_sum[...] = self.softmax.nothing_seen(sinks)
+        state.acc[...] = jnp.zeros(state.acc.shape, jnp.float32)
+        state.row_max[...], state.row_sum[...] = self.softmax.nothing_seen(group)
 
     def finish(self, item):
         """Lay the output of a query block out in its o buffer."""
 
         def finish_tile(q_sub, group):
-            tile = self._tile(q_sub, group)
-            acc = tile.acc[:, pl.ds(0, self.tiles.lanes)]  # without the row sums next to it
-            output = self.softmax.normalise(acc, tile.row_sum[...])
-            layout.store_o_tile(self.tiles, self.o_rows, item.q_slot, q_sub, group, output)
+            state = self._state(q_sub, group)
+            acc = state.acc[:, pl.ds(0, self.tiles.group_lanes)]  # without the row sums next to it
+            output = self.softmax.normalise(acc, state.row_sum[...])
+            layout.store_o_tile(self.tiles, self.buffers.o, item.q_slot, q_sub, group, output)
 
         for_each_tile(self.tiles, self._num_q_subs(item), finish_tile)
 
     def attend(self, item):
         """Attention of a query block to a KV block in VMEM, sub-block by sub-block."""
-        bq_c, bkv_c = self.tiles.q_sub, self.tiles.kv_sub
+        _, bkv, bq_c, bkv_c = self.plan.blocks
 
-        @repeat(1 if self.plan.blocks.bkv == bkv_c else divide_up(item.num_tokens, bkv_c))
+        @repeat(1 if bkv == bkv_c else divide_up(item.num_tokens, bkv_c))
         def _(kv_sub):
             token = kv_sub * bkv_c
             num_valid = jnp.minimum(bkv_c, item.num_tokens - token)
@@ -135,36 +128,36 @@ class Tiled:
             mask_limits[...] = jnp.where(scores.mask(), jnp.inf, -jnp.inf)
         pending = []
         for group in range(self.tiles.num_groups):
-            k, v = layout.load_kv(self.tiles, self.kv_rows, kv_slot, token, group, num_valid)
-            for tile in self._parts_of_tile(q_sub, group):
-                s = self.softmax.scores(tile.q[...], k, mask_limits)
+            k, v = layout.load_kv(self.tiles, self.buffers.kv, kv_slot, token, group, num_valid)
+            for state in self._parts_of_tile(q_sub, group):
+                s = self.softmax.scores(state.q[...], k, mask_limits)
                 if len(pending) == self.tricks.qk_ahead:
                     self.accumulate(*pending.pop(0))
-                p, decay = self.update(s, tile)
-                pending.append((p, v, decay, tile))
+                p, decay = self.update(s, state)
+                pending.append((p, v, decay, state))
         for products in pending:
             self.accumulate(*products)
 
-    def update(self, s, tile):
+    def update(self, s, state):
         """Take scores f32[rows, bkv_c] into the running maximum and sum of a `TileState`.
 
         Returns:
             p: f32[rows, bkv_c], the weights so far, not normalised.
             decay: f32[rows, 128], the factor for everything before.
         """
-        m_before = tile.row_max[...]
+        m_before = state.row_max[...]
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2(s - softmax.widen(m, s.shape[1]))
         decay = jnp.exp2(m_before - m)
-        tile.row_max[...] = m
+        state.row_max[...] = m
         if not self.tricks.uses_idle_mxu:
-            tile.row_sum[...] = decay * tile.row_sum[...] + softmax.lane_sums(p)
+            state.row_sum[...] = decay * state.row_sum[...] + softmax.lane_sums(p)
         return p, decay
 
-    def accumulate(self, p, v, decay, tile):
-        """Add the weighted values of a tile: p and decay as of `update`, v [bkv_c, lanes]."""
+    def accumulate(self, p, v, decay, state):
+        """Add the weighted values of a tile: p and decay as of `update`, v [bkv_c, group_lanes]."""
         pv = self.softmax.weighted_values(p, v)
-        tile.acc[...] = softmax.widen(decay, pv.shape[1]) * tile.acc[...] + pv
+        state.acc[...] = softmax.widen(decay, pv.shape[1]) * state.acc[...] + pv
 
     def _parts_of_tile(self, q_sub, group):
         """What one product takes of a tile: all, except of the last group two halves.
@@ -172,38 +165,38 @@ class Tiled:
         There each half has the products of the other next to its softmax.
         """
         half = self.tiles.rows // 2
-        # The mask must begin anew in the second half; and a bfloat16 register holds 16 rows.
+        # The mask must begin again in the second half; and a bfloat16 register holds 16 rows.
         if group < self.tiles.num_groups - 1 or half % self.tiles.mask_rows or half % 16:
-            return [self._tile(q_sub, group)]
-        return [self._tile(q_sub, group, first, half) for first in (0, half)]
+            return [self._state(q_sub, group)]
+        return [self._state(q_sub, group, first, half) for first in (0, half)]
 
-    def _tile(self, q_sub, group, first=0, num_rows=None):
+    def _state(self, q_sub, group, first=0, num_rows=None):
         """The state of a tile, or of num_rows of its rows from `first` on."""
         num_rows = num_rows or self.tiles.rows
         if self.plan.has_small_tiles:  # sub-blocks of the first large tile
             first = pl.multiple_of(q_sub * self.tiles.rows + first, num_rows)
             q_sub = 0
-        return TileState(self.refs, self.tiles.lanes, (q_sub, group, pl.ds(first, num_rows)))
+        return TileState(self.refs, self.tiles.group_lanes, (q_sub, group, pl.ds(first, num_rows)))
 
     def _num_q_subs(self, item):
         """Sub-blocks that hold at least one token of a query block."""
         if self.tiles.num_q_subs == 1:
             return 1
-        return divide_up(item.num_rows, self.tiles.q_sub)
+        return divide_up(item.q_len, self.tiles.blocks.bq_c)
 
 
 class TileState:
-    """The refs of a tile, by its index in them.
+    """The refs of a tile's queries and softmax state, by its index in them.
 
-    q [rows, lanes (x 2)]; row_max, row_sum f32[rows, 128]; acc f32[rows, lanes], of which row_sum
-    is the next 128 columns where half of the MXU is idle.
+    q [rows, group_lanes (x 2)]; row_max, row_sum f32[rows, 128]; acc f32[rows, group_lanes], of
+    which row_sum is the next 128 columns where half of the MXU is idle.
     """
 
-    def __init__(self, refs, lanes, index):
+    def __init__(self, refs, group_lanes, index):
         self.q, self.row_max = refs.q_tiles.at[index], refs.row_max.at[index]
         self.acc = refs.acc.at[index]
         if refs.row_sum is None:
-            self.row_sum = refs.acc.at[(*index, pl.ds(lanes, LANES))]
+            self.row_sum = refs.acc.at[(*index, pl.ds(group_lanes, LANES))]
         else:
             self.row_sum = refs.row_sum.at[index]
 
@@ -228,7 +221,7 @@ class ScoreTile:
     def mask(self):
         """Which query sees which key, bool[mask_rows, bkv_c]."""
         p, tiles = self.plan.problem, self.plan.tiles
-        shape = (tiles.mask_rows, tiles.kv_sub)
+        shape = (tiles.mask_rows, self.plan.blocks.bkv_c)
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         distance = self.q_position - self.kv_position - column  # query minus key
         if not tiles.is_one_token:

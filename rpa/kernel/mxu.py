@@ -42,6 +42,7 @@ last 128 columns, all alike.
 import jax.numpy as jnp
 
 from rpa.paging import LANES
+from rpa.tiled import dot
 
 CELL_TOKENS = 512
 """Keys of which the first part is turned, and the rest is not."""
@@ -69,17 +70,13 @@ def parts(num_keys, mxu_size):
     return [part for part in cut if part[0] < part[1]]
 
 
-def product(q, k, mxu_size, dot):
-    """Q K^T, f32[rows, keys], some of whose keys go through the MXU.
-
-    Args:
-        q: [rows, lanes]; k: [keys, lanes].
-        dot: `dot(a, b)` is the float32 product A B^T.
-    """
+def product(q, k, mxu_size):
+    """Q K^T of [rows, lanes] and [keys, lanes], f32[rows, keys]; some keys go through the MXU."""
     scores = []
     for first, end, is_swapped in parts(len(k), mxu_size):
-        keys = k[first:end]
-        scores.append(dot(keys, q).T if is_swapped else dot(q, keys))
+        a, b = (k[first:end], q) if is_swapped else (q, k[first:end])
+        s = dot(a, b, contract=(1, 1))
+        scores.append(s.T if is_swapped else s)
     return jnp.concatenate(scores, axis=1)
 
 

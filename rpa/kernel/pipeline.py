@@ -39,8 +39,9 @@ class Ring:
 
     def __init__(self, plan, ring_ref):
         self.ref, self.depth, self.num_items = ring_ref, plan.depth, plan.tricks.items_per_iteration
-        known = {"num_rows": plan.max_q_len == 1, "first_new": plan.has_one_query_block}
-        self.stored = [name for name in WorkItem._fields[:-1] if not known.get(name)]
+        # What another field implies is not stored; see `_get`.
+        implied = {"q_len": plan.max_q_len == 1, "num_cached": plan.has_one_query_block}
+        self.stored = [name for name in WorkItem._fields[:-1] if not implied.get(name)]
         self.words = len(self.stored)  # of a work item in the ring
 
     def clear(self):
@@ -99,8 +100,7 @@ class Ring:
         return jnp.where(index < 0, index + self.depth, index) * self.num_items
 
     def _get(self, ring_index):
-        words = {
-            name: self.ref[ring_index * self.words + word] for word, name in enumerate(self.stored)
-        }
-        known = {"num_rows": 1, "first_new": words["position"]}
-        return WorkItem(**(known | words), ring_index=ring_index)
+        first = ring_index * self.words
+        item = {name: self.ref[first + word] for word, name in enumerate(self.stored)}
+        implied = {"q_len": 1, "num_cached": item["position"]}
+        return WorkItem(**(implied | item), ring_index=ring_index)

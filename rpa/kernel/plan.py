@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
-from rpa.chips import SUBLANES
+from rpa.chips import CHIPS, SUBLANES
 from rpa.kernel import page_table, tricks
 from rpa.kernel.cases import Case
 from rpa.kernel.problem import Problem, align
+
+SMALLEST_VMEM_BYTES = min(chip.vmem_bytes for chip in CHIPS.values())
+"""What a kernel may take where the chip is not known: what fits there fits everywhere."""
 
 
 class BlockSizes(NamedTuple):
@@ -33,35 +34,48 @@ class BlockSizes(NamedTuple):
     bkv_c: int  # KV tokens in one product; divides bkv
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)
+class Tiles:
     """How queries, scores and accumulators are cut; everything that `layout` has to know."""
 
-    num_groups: int  # head groups
+    problem: Problem
+    blocks: BlockSizes
     heads_per_group: int
-    q_per_kv: int  # query heads per KV head, padded to whole 32-bit words
-    row_packing: int  # query heads in a 32-bit word
-    num_q_subs: int  # of a query block
-    q_sub: int  # query tokens of one: bq_c
-    q_sub_rows: int  # bq_c rounded up to whole registers; rows past bq_c are never stored
-    kv_sub: int  # keys of one: bkv_c
-    head_lanes: int  # head_dim, padded
-    compute_dtype: np.dtype
-    shares_lanes: bool  # whether K and V of a head share the lanes of the cache
+
+    @property
+    def num_groups(self):
+        """Head groups."""
+        return self.problem.num_kv_heads // self.heads_per_group
+
+    @property
+    def num_q_subs(self):
+        """Sub-blocks of a query block."""
+        return self.blocks.bq // self.blocks.bq_c
 
     @property
     def is_one_token(self):
         """Whether a query block is one token: then its word rows, not its tokens, fill a tile."""
-        return self.num_q_subs * self.q_sub == 1
+        return self.blocks.bq == 1
+
+    @property
+    def q_sub_rows(self):
+        """bq_c rounded up to whole registers; rows past bq_c are never stored."""
+        return 1 if self.is_one_token else align(self.blocks.bq_c, SUBLANES)
+
+    @property
+    def rows_per_head(self):
+        """Word rows that hold the query heads of one KV head, of one token."""
+        return self.problem.padded_q_per_kv // self.problem.row_packing
 
     @property
     def rows(self):
         """Rows of a tile."""
-        return self.heads_per_group * self.q_per_kv * self.q_sub_rows
+        return self.heads_per_group * self.problem.padded_q_per_kv * self.q_sub_rows
 
     @property
-    def lanes(self):
+    def group_lanes(self):
         """Columns of a tile's accumulator: the heads of its group side by side."""
-        return self.heads_per_group * self.head_lanes
+        return self.heads_per_group * self.problem.head_lanes
 
     @property
     def mask_rows(self):
@@ -71,7 +85,7 @@ class Tiles(NamedTuple):
     @property
     def buffer_tokens(self):
         """Query tokens of a q or o buffer: the last sub-block may reach past bq."""
-        return (self.num_q_subs - 1) * self.q_sub + self.q_sub_rows
+        return self.blocks.bq - self.blocks.bq_c + self.q_sub_rows
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,9 @@ class Plan:
 
     Attributes:
         problem, case, blocks: what is computed, for which sequences, in which blocks.
-        interpret: whether it runs in the interpreter, which knows no bitcasts (see `layout`).
-        is_last: whether it is the last kernel of the call, which fills the rows of no sequence.
         max_q_len: the most new tokens of a sequence, or None for any number.
+        interpret: whether it runs in the interpreter, which knows no bitcasts (see `layout`).
+        vmem_limit_bytes: VMEM that it may take.
         mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
         native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
         iterations_ahead: iterations whose copies are in flight while one is computed.
@@ -92,9 +106,9 @@ class Plan:
     problem: Problem
     case: Case
     blocks: BlockSizes
-    interpret: bool
-    is_last: bool
     max_q_len: int | None = None
+    interpret: bool = False
+    vmem_limit_bytes: int = SMALLEST_VMEM_BYTES
     mxu_size: int = 256
     native_float8: bool = False
     iterations_ahead: int = 1
@@ -102,7 +116,10 @@ class Plan:
 
     @property
     def is_decode(self):
-        """Whether every sequence has one new token: then `decode` computes, otherwise `mixed`."""
+        """Whether `decode` computes it, and not `mixed`: one token per query block and sequence.
+
+        A caller's d_block_sizes may ask for larger query blocks; then `mixed` computes `DECODE`.
+        """
         return self.blocks.bq == 1 and self.max_q_len == 1
 
     @property
@@ -113,26 +130,12 @@ class Plan:
     @cached_property
     def tricks(self) -> tricks.Tricks:
         """Its optimisations."""
-        chip = (self.mxu_size, self.native_float8)
-        return tricks.choose(self.problem, self.blocks, self.is_decode, self.has_small_tiles, *chip)
+        return tricks.choose(self)
 
     @cached_property
     def tiles(self) -> Tiles:
         """How it is cut."""
-        p, b, heads = self.problem, self.blocks, self.tricks.heads_per_group
-        return Tiles(
-            num_groups=p.num_kv_heads // heads,
-            heads_per_group=heads,
-            q_per_kv=p.padded_q_per_kv,
-            row_packing=p.row_packing,
-            num_q_subs=b.bq // b.bq_c,
-            q_sub=b.bq_c,
-            q_sub_rows=1 if b.bq == 1 else align(b.bq_c, SUBLANES),
-            kv_sub=b.bkv_c,
-            head_lanes=p.lanes,
-            compute_dtype=p.compute_dtype,
-            shares_lanes=p.shares_lanes,
-        )
+        return Tiles(self.problem, self.blocks, self.tricks.heads_per_group)
 
     @cached_property
     def table(self) -> page_table.Chunks:

@@ -54,7 +54,7 @@ class Problem:
     debug_mode: bool = False
 
     @property
-    def lanes(self):
+    def head_lanes(self):
         """head_dim padded to whole rows of 128 lanes, as the cache holds it."""
         return align(self.head_dim, LANES)
 
@@ -77,15 +77,17 @@ class Problem:
         """`q_per_kv` rounded up so that no 32-bit word holds query heads of two KV heads."""
         return align(self.q_per_kv, self.row_packing)
 
-    def head_words(self, dtype):
-        """32-bit rows of one token's (padded) query heads in queries or output."""
-        return self.num_kv_heads * self.padded_q_per_kv // packing_of(dtype)
+    def q_shape(self, dtype):
+        """One token's (padded) query heads in queries or output: (words, packing, head_lanes)."""
+        packing = packing_of(dtype)
+        return self.num_kv_heads * self.padded_q_per_kv // packing, packing, self.head_lanes
 
     @property
-    def kv_words(self):
-        """32-bit rows of one token in the cache."""
-        rows = self.num_kv_heads if self.shares_lanes else 2 * self.num_kv_heads
-        return cdiv(rows, packing_of(self.kv_dtype))
+    def kv_shape(self):
+        """One token in the cache: (words, packing, head_lanes)."""
+        packing = packing_of(self.kv_dtype)
+        combined_heads = self.num_kv_heads if self.shares_lanes else 2 * self.num_kv_heads
+        return cdiv(combined_heads, packing), packing, self.head_lanes
 
     @property
     def compute_dtype(self):

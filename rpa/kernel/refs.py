@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa.kernel.traversal import ITEM_WORDS
-from rpa.paging import LANES, packing_of
+from rpa.paging import LANES
 
 HBM, VMEM, SMEM, DMA = pltpu.HBM, pltpu.VMEM, pltpu.SMEM, pltpu.SemaphoreType.DMA
 FLOAT32 = np.dtype(np.float32)
@@ -21,8 +21,9 @@ FLOAT32 = np.dtype(np.float32)
 class Refs(NamedTuple):
     """Every array by name; None where a plan has no use for it. A NamedTuple is a pytree for JAX.
 
-    Sizes are those of `Plan`, `Tiles` and `Problem`, packing is that of the array's dtype. `states`
-    is num_slots in decode, else num_q_subs. Where the idle half of the MXU is used (`mxu`), the row
+    Sizes are those of `Plan`, `Tiles` and `Problem`; (words, packing, head_lanes) is one token of
+    that array, see `Problem.q_shape` and `kv_shape`. `states` is num_slots in decode, else
+    num_q_subs. Where the idle half of the MXU is used (`mxu`), the row
     sums are the last 128 columns of acc, there is no row_sum, and the queries are two parts side by
     side.
     """
@@ -32,33 +33,34 @@ class Refs(NamedTuple):
     cu_q_lens: SMEM = None  # i32[max_num_seqs + 1]
     distribution: SMEM = None  # i32[3]
     scalars: SMEM = None  # f32[4], see `softmax`
-    queries: HBM = None  # [num_tokens, head_words, packing, head_lanes]
-    kv_cache: HBM = None  # [num_pages * page_size, kv_words, packing, head_lanes]
-    new_kv: HBM = None  # [num_tokens, kv_words, packing, head_lanes]
+    queries: HBM = None  # [num_tokens, words, packing, head_lanes]
+    kv_cache: HBM = None  # [num_pages * page_size, words, packing, head_lanes]
+    new_kv: HBM = None  # [num_tokens, words, packing, head_lanes]
     page_table: HBM = None  # i32[table_words]
     sinks: VMEM = None  # f32[num_groups, rows / q_sub_rows, 128]
     output_before: HBM = None  # the output of the kernel before, the same memory as output
 
     # Outputs
-    output: HBM = None  # [num_tokens, head_words, packing, head_lanes]
+    output: HBM = None  # [num_tokens, words, packing, head_lanes]
     kv_cache_out: HBM = None  # the same memory as kv_cache
 
     # Blocks in VMEM, one per slot
-    kv_buffer: VMEM = None  # [num_slots, bkv, kv_words | 1, packing, head_lanes]
-    q_buffer: VMEM = None  # [num_slots, buffer_tokens, head_words, packing, head_lanes]
-    o_buffer: VMEM = None  # [num_slots, buffer_tokens, head_words, packing, head_lanes]
+    kv_buffer: VMEM = None  # [num_slots, bkv, words | 1, packing, head_lanes]
+    q_buffer: VMEM = None  # [num_slots, buffer_tokens, words, packing, head_lanes]
+    o_buffer: VMEM = None  # [num_slots, buffer_tokens, words, packing, head_lanes]
 
     # Softmax state, queries and mask
     row_max: VMEM = None  # f32[states, num_groups, rows, 128], running maximum
-    acc: VMEM = None  # f32[states, num_groups, rows, lanes (+ 128)]
-    q_tiles: VMEM = None  # [states, num_groups, rows, lanes (x 2)] in the compute dtype
+    acc: VMEM = None  # f32[states, num_groups, rows, group_lanes (+ 128)]
+    q_tiles: VMEM = None  # [states, num_groups, rows, group_lanes (x 2)] in the compute dtype
     mask_limits: VMEM = None  # f32[mask_rows, bkv_c], the mask as inf and -inf
     row_sum: VMEM = None  # f32[states, num_groups, rows, 128], running sum in 128 parts
 
     # The pipeline
     table_chunks: SMEM = None  # i32[ring_items * chunk_words], page-table entries of each item
     ring: SMEM = None  # i32[ring_items * ITEM_WORDS], the items in flight
-    in_flight: SMEM = None  # i32[2 * num_slots], what leaves each slot, see `transfers`
+    stored: SMEM = None  # i32[num_slots], tokens that each KV buffer is still storing in the cache
+    sent: SMEM = None  # i32[num_slots], rows that each o buffer is still sending to the output
     table_sems: DMA = None  # [ring_items]
     kv_sems: DMA = None  # [num_slots], as all below
     q_sems: DMA = None
@@ -80,10 +82,9 @@ def merge(*parts) -> Refs:
 def outputs(plan) -> Refs:
     """Shapes of the outputs."""
     p = plan.problem
-    words = (p.num_tokens, p.head_words(p.out_dtype), packing_of(p.out_dtype), p.lanes)
-    cache = (p.num_pages * p.page_size, p.kv_words, packing_of(p.kv_dtype), p.lanes)
-    updated = jax.ShapeDtypeStruct(cache, p.kv_dtype) if p.update_kv_cache else None
-    return Refs(output=jax.ShapeDtypeStruct(words, p.out_dtype), kv_cache_out=updated)
+    output = jax.ShapeDtypeStruct((p.num_tokens, *p.q_shape(p.out_dtype)), p.out_dtype)
+    kv_cache = jax.ShapeDtypeStruct((p.num_pages * p.page_size, *p.kv_shape), p.kv_dtype)
+    return Refs(output=output, kv_cache_out=kv_cache if p.update_kv_cache else None)
 
 
 def scratch(plan) -> Refs:
@@ -94,7 +95,8 @@ def scratch(plan) -> Refs:
         **vmem,
         table_chunks=SMEM((items * plan.table.chunk_words,), jnp.int32),
         ring=SMEM((items * ITEM_WORDS,), jnp.int32),
-        in_flight=SMEM((2 * plan.num_slots,), jnp.int32),
+        stored=SMEM(slots, jnp.int32),
+        sent=SMEM(slots, jnp.int32),
         table_sems=DMA((items,)),
         kv_sems=DMA(slots),
         q_sems=DMA(slots),
@@ -107,20 +109,22 @@ def vmem_buffers(plan):
     """The kernel's buffers in VMEM, {name: (shape, dtype)}."""
     p, t, slots = plan.problem, plan.tiles, plan.num_slots
     state = (slots if plan.is_decode else t.num_q_subs, t.num_groups, t.rows)
-    idle = plan.tricks.uses_idle_mxu
+    uses_idle_mxu = plan.tricks.uses_idle_mxu
+    words, *word_row = p.kv_shape
     # An odd distance from token to token, often one row more than needed: reading one head of many
     # tokens takes every n-th row, and at an even distance those lie in few of VMEM's banks.
-    kv = (slots, plan.blocks.bkv, p.kv_words | 1, packing_of(p.kv_dtype), p.lanes)
-    buffers = {"kv_buffer": (kv, p.kv_dtype)}
-    for name, dtype in [("q_buffer", p.q_dtype), ("o_buffer", p.out_dtype)]:
-        words = (p.head_words(dtype), packing_of(dtype), p.lanes)
-        buffers[name] = ((slots, t.buffer_tokens, *words), dtype)
-    buffers["row_max"] = ((*state, LANES), FLOAT32)
-    buffers["acc"] = ((*state, t.lanes + (LANES if idle else 0)), FLOAT32)
-    # A decode lays its queries out for each block anew, and has its masks in registers.
+    buffers = {
+        "kv_buffer": ((slots, plan.blocks.bkv, words | 1, *word_row), p.kv_dtype),
+        "q_buffer": ((slots, t.buffer_tokens, *p.q_shape(p.q_dtype)), p.q_dtype),
+        "o_buffer": ((slots, t.buffer_tokens, *p.q_shape(p.out_dtype)), p.out_dtype),
+        "row_max": ((*state, LANES), FLOAT32),
+        "acc": ((*state, t.group_lanes + (LANES if uses_idle_mxu else 0)), FLOAT32),
+    }
+    # A decode lays its queries out again for each block, and has its masks in registers.
     if not plan.is_decode:
-        buffers["q_tiles"] = ((*state, t.lanes * (2 if idle else 1)), p.compute_dtype)
-        buffers["mask_limits"] = ((t.mask_rows, t.kv_sub), FLOAT32)
-    if not idle:
+        q_lanes = t.group_lanes * (2 if uses_idle_mxu else 1)
+        buffers["q_tiles"] = ((*state, q_lanes), p.compute_dtype)
+        buffers["mask_limits"] = ((t.mask_rows, plan.blocks.bkv_c), FLOAT32)
+    if not uses_idle_mxu:
         buffers["row_sum"] = ((*state, LANES), FLOAT32)
     return buffers

@@ -12,13 +12,13 @@ at 256 equal terms. `l` is kept as 128 partial sums, one per lane, and added up 
 where the MXU is half idle, it is a product like the values (see `mxu`).
 """
 
-from functools import partial
-
 import jax.numpy as jnp
 from jax import lax
 
 from rpa.kernel import layout, mxu
 from rpa.paging import LANES, cdiv
+from rpa.ragged import quantize
+from rpa.tiled import dot
 
 LOWEST_MAX = -1e30
 """Where the running maximum starts. Finite, so that (masked - maximum) is -inf and never NaN."""
@@ -59,76 +59,65 @@ def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
 
 
 class Softmax:
-    """The arithmetic of a plan's tiles; scalars is the ref f32[4]."""
+    """The arithmetic of a plan's tiles."""
 
-    def __init__(self, plan, scalars):
-        self.tiles, self.scalars, self.mxu_size = plan.tiles, scalars, plan.mxu_size
-        self.has_soft_cap = plan.problem.has_soft_cap
-        self.round_to = plan.problem.kv_dtype if plan.problem.has_q_scale else None
+    def __init__(self, plan, refs):
+        self.tiles, self.problem, self.mxu_size = plan.tiles, plan.problem, plan.mxu_size
+        self.scalars, self.sinks = refs.scalars, refs.sinks
         self.uses_idle_mxu = plan.tricks.uses_idle_mxu
         self.swaps_operands = plan.tricks.swaps_operands
 
     def queries(self, tile):
-        """The left side of a tile's scores, [rows, lanes (x 2)] in the compute dtype.
+        """The left side of a tile's scores, [rows, group_lanes (x 2)] in the compute dtype.
 
         Args:
             tile: f32[rows, head_lanes], as of `layout.load_q_tile`.
         """
-        if self.round_to is not None:
-            largest = float(jnp.finfo(self.round_to).max)
-            tile = jnp.clip(tile / self.scalars[QUERY_SCALE], -largest, largest)
-            tile = tile.astype(self.round_to).astype(jnp.float32)
+        p = self.problem
+        if p.has_q_scale:
+            tile = quantize(tile, self.scalars[QUERY_SCALE], p.kv_dtype).astype(jnp.float32)
         tile = layout.spread_heads(self.tiles, tile)
         if self.uses_idle_mxu:
-            return mxu.split_queries(tile, self.scalars[SCORE_FACTOR], self.tiles.compute_dtype)
-        return tile.astype(self.tiles.compute_dtype)
+            return mxu.split_queries(tile, self.scalars[SCORE_FACTOR], p.compute_dtype)
+        return tile.astype(p.compute_dtype)
 
     def scores(self, q, k, mask_limits):
         """Scores of one tile in units of log2, f32[rows, bkv_c].
 
         Args:
-            q: what `queries` returns; k: [bkv_c, lanes] in the compute dtype.
+            q: what `queries` returns; k: [bkv_c, group_lanes] in the compute dtype.
             mask_limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees
                 a key, else -inf; None if all see all. Rows repeat: rows is a multiple of mask_rows.
         """
         if self.uses_idle_mxu:
-            s = self._product(q, mxu.double_keys(k), _LANES)
+            s = dot(q, mxu.double_keys(k), contract=(1, 1))
+        elif self.swaps_operands:
+            s = mxu.product(q, k, self.mxu_size) * self.scalars[SCORE_FACTOR]
         else:
-            dot = partial(self._product, contract=_LANES)
-            s = mxu.product(q, k, self.mxu_size, dot) if self.swaps_operands else dot(q, k)
-            s = s * self.scalars[SCORE_FACTOR]
-        if self.has_soft_cap:
+            s = dot(q, k, contract=(1, 1)) * self.scalars[SCORE_FACTOR]
+        if self.problem.has_soft_cap:
             s = jnp.tanh(s) * self.scalars[CAP_FACTOR]
         if mask_limits is None:
             return s
-        # A load and a minimum, one instruction per register each. A mask would be compared anew
+        # A load and a minimum, one instruction per register each. A mask would be compared again
         # for every head: there are few registers for masks, and none survives to the next head.
         folded = s.reshape(-1, *mask_limits.shape)
         return jnp.minimum(folded, mask_limits[...][None]).reshape(s.shape)
 
     def weighted_values(self, p, v):
-        """P V of one tile, f32[rows, lanes], and next to it their sum if the MXU is half idle."""
+        """P V of one tile, f32[rows, group_lanes], and next to it their sum from an idle MXU."""
         v = mxu.append_ones(v) if self.uses_idle_mxu else v
-        return self._product(p.astype(self.tiles.compute_dtype), v, _KEYS)
+        return dot(p.astype(v.dtype), v, contract=(1, 0))
 
-    def _product(self, a, b, contract):
-        """A float32 product; float32 is multiplied as three bfloat16 parts, in all passes."""
-        exact = self.tiles.compute_dtype == jnp.float32
-        precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-        options = {"precision": precision, "preferred_element_type": jnp.float32}
-        return lax.dot_general(a, b, (contract, ((), ())), **options)
-
-    def nothing_seen(self, sinks):
-        """The running maximum and sum before the first key, each f32[rows, 128].
+    def nothing_seen(self, group):
+        """The running maximum and sum of a head group before the first key, each f32[rows, 128].
 
         A sink is a key without a value: the state then starts as if its score had been seen.
-
-        Args:
-            sinks: f32[rows / q_sub_rows, 128] or None, see `layout.sink_tiles`.
         """
         shape = (self.tiles.rows, LANES)
-        if sinks is None:
+        if self.sinks is None:
             return jnp.full(shape, LOWEST_MAX, jnp.float32), jnp.zeros(shape, jnp.float32)
+        sinks = self.sinks[group]  # see `layout.sink_tiles`
         rows = (len(sinks), self.tiles.q_sub_rows, LANES)
         score = jnp.broadcast_to(sinks[:, None], rows).reshape(shape) * LOG2_E
         m = jnp.maximum(score, LOWEST_MAX)
@@ -140,7 +129,7 @@ class Softmax:
         """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
 
         Args:
-            acc: f32[rows, lanes].
+            acc: f32[rows, group_lanes].
             row_sums: f32[rows, 128]: 128 parts of each sum; from an idle MXU, the sum 128 times.
 
         Returns:
@@ -154,10 +143,6 @@ class Softmax:
         # Not `total > 0`: a NaN in the data has to stay visible.
         factor = jnp.where(total == 0, 0.0, self.scalars[VALUE_SCALE] / total)
         return acc * factor
-
-
-_LANES, _KEYS = ((1,), (1,)), ((1,), (0,))
-"""What Q K^T and P V contract."""
 
 
 def widen(x, lanes):

@@ -6,7 +6,7 @@
     new K, V     HBM -> VMEM   straight from the packed array, behind the cached tokens
     new K, V     VMEM -> HBM   from there into their pages, once they have arrived; awaited when
                                the buffer is needed. Nothing in this kernel reads them there.
-                               Decode copies from HBM, see `start_stores`
+                               Decode copies from HBM, see `_store_token`
     queries      HBM -> VMEM   with the first KV block of their query block
     output       VMEM -> HBM   at the end of a query block; awaited when its buffer is needed
 
@@ -16,8 +16,6 @@ or not: so they pass through a KV buffer anyway, and their page-table entries ar
 A semaphore counts bytes. A wait names any copy of the same size, so that one wait is enough for all
 pages of a block.
 """
-
-from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
@@ -29,10 +27,6 @@ from rpa.kernel import page_table
 from rpa.kernel.page_table import TABLE_TILE_WORDS
 from rpa.kernel.traversal import divide, divide_up
 
-TOKENS, ROWS = 0, 1
-"""Rows of the ref `in_flight`, i32[2 * num_slots]: per slot the tokens that its KV buffer is still
-storing in the cache, and the output rows that its o buffer is still sending."""
-
 
 def _start(source, target, semaphore):
     pltpu.make_async_copy(source, target, semaphore).start()
@@ -40,6 +34,14 @@ def _start(source, target, semaphore):
 
 def _wait(same_size, semaphore):
     pltpu.make_async_copy(same_size, same_size, semaphore).wait()
+
+
+def _wait_if(size, same_size, semaphore):
+    """Wait for a copy of that size, if it is not 0: then there is none."""
+
+    @pl.when(size > 0)
+    def _():
+        _wait(same_size, semaphore)
 
 
 def _words(first, size):
@@ -50,19 +52,20 @@ class Copies:
     """The copies of one kernel, on its `Refs`."""
 
     def __init__(self, plan, refs):
+        p = plan.problem
         self.refs, self.table, self.num_slots = refs, plan.table, plan.num_slots
         self.is_decode, self.marks_contiguous = plan.is_decode, plan.tricks.marks_contiguous
-        self.bq, self.num_tokens = plan.blocks.bq, plan.problem.num_tokens
-        self.page_size, self.kv_words = plan.problem.page_size, plan.problem.kv_words
-        self.stores = plan.problem.update_kv_cache
-        self.has_window = plan.problem.sliding_window is not None
+        self.bq, self.num_tokens, self.page_size = plan.blocks.bq, p.num_tokens, p.page_size
+        self.kv_words = p.kv_shape[0]
+        self.stores, self.has_window = p.update_kv_cache, p.sliding_window is not None
+        self.debug_mode = p.debug_mode
 
     def clear(self):
-        """Reset the in-flight counters."""
+        """Say of all buffers that nothing leaves them."""
 
-        @compat.loop_once(0, 2 * self.num_slots)
-        def _(word):
-            self.refs.in_flight[word] = jnp.int32(0)
+        @compat.loop_once(0, self.num_slots)
+        def _(slot):
+            self.refs.stored[slot] = self.refs.sent[slot] = jnp.int32(0)
 
     # --- Looking up: the page-table entries of a work item -------------------------------------
 
@@ -103,11 +106,11 @@ class Copies:
 
         @pl.when(item.is_first != 0)
         def _():
-            source = self.refs.queries.at[pl.ds(item.row, item.num_rows)]
+            source = self.refs.queries.at[pl.ds(item.q_row, item.q_len)]
             _start(source, self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
-        if self.is_decode:
-            self.start_stores(item)
+        if self.stores and self.is_decode:
+            self._store_token(item)
         elif self.stores:
             self._wait_stores(item.kv_slot)
         num_cached = self._start_new_kv(item)
@@ -122,12 +125,12 @@ class Copies:
         """Copy the new tokens of a KV block behind its cached ones; return how many are cached."""
         if not self.stores:
             return item.num_tokens
-        num_cached = jnp.clip(item.first_new - item.kv_position, 0, item.num_tokens)
+        num_cached = jnp.clip(item.num_cached - item.kv_position, 0, item.num_tokens)
         num_new = item.num_tokens - num_cached
 
         @pl.when(num_new > 0)
         def _():
-            row = item.row + item.kv_position + num_cached - item.position
+            row = item.q_row + item.kv_position + num_cached - item.position
             source = self.refs.new_kv.at[pl.ds(row, num_new)]
             target = self._kv_tokens(item.kv_slot, num_cached, num_new)
             _start(source, target, self.refs.kv_sems.at[item.kv_slot])
@@ -186,12 +189,14 @@ class Copies:
         return self.refs.kv_buffer.at[slot, pl.ds(first, num_tokens), pl.ds(0, self.kv_words)]
 
     def _q_rows(self, item):
-        return self.refs.q_buffer.at[item.q_slot, pl.ds(0, item.num_rows)]
+        return self.refs.q_buffer.at[item.q_slot, pl.ds(0, item.q_len)]
 
     # --- Waiting, when a work item is computed -------------------------------------------------
 
     def wait_queries(self, item):
-        """Wait for the queries of a query block."""
+        """Wait for the queries of a query block, before its first KV block is computed."""
+        if self.debug_mode:
+            pl.debug_print("rpa: queries from row {}, position {}", item.q_row, item.position)
         _wait(self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
     def wait_kv(self, item):
@@ -201,77 +206,68 @@ class Copies:
 
     # --- Storing the new tokens ----------------------------------------------------------------
 
-    def start_stores(self, item):
-        """Copy those new tokens of the query block into the cache that are in this KV block.
+    def _store_token(self, item):
+        """Copy the one new token of a decode into the cache, with the last KV block: it is in it.
 
-        They are in its buffer; in a decode they are still in flight to it. A decode computes so
-        short that a store out of the buffer would not be done when the next block is fetched into
-        it. So it reads its one token twice, and stores it while other iterations are computed.
+        It comes from HBM a second time. A decode computes so short that a store out of the buffer
+        would not be done when the next block is fetched into it.
         """
+
+        @pl.when(item.is_last != 0)
+        def _():
+            source = self.refs.new_kv.at[pl.ds(item.q_row, 1)]
+            self._start_store(item, source, item.position, 1)
+
+    def wait_store_of_token(self, item):
+        """Wait until the new token of a decode is in the cache."""
+        if self.stores:
+            _wait(self._kv_tokens(item.kv_slot, 0, 1), self.refs.store_sems.at[item.kv_slot])
+
+    def start_stores(self, item):
+        """Copy those new tokens of the query block into the cache that are in this KV block."""
         if not self.stores:
             return
         first = jnp.maximum(item.kv_position, item.position)
-        last = jnp.minimum(item.kv_position + item.num_tokens, item.position + item.num_rows)
+        last = jnp.minimum(item.kv_position + item.num_tokens, item.position + item.q_len)
 
         @pl.when(first < last)
         def _():
-            if self.is_decode:  # one token, one page
-                self._store_in_page(item, first, 1)
-                return
-            self.refs.in_flight[self._in_flight_index(TOKENS, item.kv_slot)] = last - first
+            self.refs.stored[item.kv_slot] = last - first
             page_size = self.page_size
 
             @pl.loop(divide(first, page_size), divide_up(last, page_size))
             def _(page):
                 begin = jnp.maximum(first, page * page_size)
-                self._store_in_page(item, begin, jnp.minimum(last, (page + 1) * page_size) - begin)
+                num_tokens = jnp.minimum(last, (page + 1) * page_size) - begin
+                source = self._kv_tokens(item.kv_slot, begin - item.kv_position, num_tokens)
+                self._start_store(item, source, begin, num_tokens)
 
-    def _store_in_page(self, item, position, num_tokens):
+    def _start_store(self, item, source, position, num_tokens):
         """Copy new tokens into the cache, from a position of the sequence on, all in one page."""
         page = divide(position, self.page_size)
-        offset = position - page * self.page_size
         index = self._index_in_chunks(item) + page - divide(item.kv_position, self.page_size)
-        target = self.refs.kv_cache_out.at[self._cache_rows(index, offset, num_tokens)]
-        if self.is_decode:
-            source = self.refs.new_kv.at[pl.ds(item.row + position - item.position, num_tokens)]
-        else:
-            source = self._kv_tokens(item.kv_slot, position - item.kv_position, num_tokens)
-        _start(source, target, self.refs.store_sems.at[item.kv_slot])
-
-    def wait_store_of_token(self, item):
-        """Wait until the new token of a decode, which its last KV block stores, is in the cache."""
-        if self.stores:
-            _wait(self._kv_tokens(item.kv_slot, 0, 1), self.refs.store_sems.at[item.kv_slot])
+        rows = self._cache_rows(index, position - page * self.page_size, num_tokens)
+        _start(source, self.refs.kv_cache_out.at[rows], self.refs.store_sems.at[item.kv_slot])
 
     def _wait_stores(self, slot):
         """Wait until a KV buffer is free: the new tokens in it, if any, are in the cache."""
-        self._wait_in_flight(TOKENS, slot, partial(self._kv_tokens, slot, 0), self.refs.store_sems)
-
-    def _wait_in_flight(self, row, slot, source_of, semaphores):
-        """Wait until what leaves a slot has left; source_of(size) is so much of its buffer."""
-        index = self._in_flight_index(row, slot)
-        size = self.refs.in_flight[index]
-
-        @pl.when(size > 0)
-        def _():
-            _wait(source_of(size), semaphores.at[slot])
-
-        self.refs.in_flight[index] = jnp.int32(0)
-
-    def _in_flight_index(self, row, slot):
-        return row * self.num_slots + slot
+        num_tokens = self.refs.stored[slot]
+        _wait_if(num_tokens, self._kv_tokens(slot, 0, num_tokens), self.refs.store_sems.at[slot])
+        self.refs.stored[slot] = jnp.int32(0)
 
     # --- Output --------------------------------------------------------------------------------
 
     def start_output(self, slot, row, num_rows):
         """Send the first rows of an o buffer to the output."""
-        self.refs.in_flight[self._in_flight_index(ROWS, slot)] = num_rows
+        self.refs.sent[slot] = num_rows
         target = self.refs.output.at[pl.ds(row, num_rows)]
         _start(self._o_rows(slot, num_rows), target, self.refs.o_sems.at[slot])
 
     def wait_output(self, slot):
         """Wait until an o buffer is free: what it last sent, if anything, has left."""
-        self._wait_in_flight(ROWS, slot, partial(self._o_rows, slot), self.refs.o_sems)
+        num_rows = self.refs.sent[slot]
+        _wait_if(num_rows, self._o_rows(slot, num_rows), self.refs.o_sems.at[slot])
+        self.refs.sent[slot] = jnp.int32(0)
 
     def _o_rows(self, slot, num_rows):
         return self.refs.o_buffer.at[slot, pl.ds(0, num_rows)]

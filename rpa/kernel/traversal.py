@@ -23,8 +23,8 @@ class Sequence(NamedTuple):
     kv_len: Any
 
     @property
-    def first_new(self):
-        """Position of its first new token."""
+    def num_cached(self):
+        """Tokens before its first new one, and so the position of that one."""
         return self.kv_len - self.q_len
 
 
@@ -41,28 +41,27 @@ class Cursor(NamedTuple):
 class QueryBlock(NamedTuple):
     """bq query tokens of a sequence, and the keys that at least one of them sees."""
 
-    row: Any  # of its first token in queries
-    num_rows: Any
+    q_row: Any  # of its first token in queries
+    q_len: Any
     position: Any  # of its first token in the sequence
-    first_new: Any  # position of the sequence's first new token
-    kv_start: Any  # first position that is fetched
+    kv_start: Any  # the first key that any of its queries sees
     kv_end: Any  # one past the last
 
 
 class WorkItem(NamedTuple):
     """One KV block of one query block, resolved; all i32[] scalars.
 
-    Positions count tokens of the sequence from 0. Token `position` is row `row` of queries and of
-    the new keys and values, so token x is row `row + x - position`.
+    Positions count tokens of the sequence from 0. Token `position` is row `q_row` of queries and of
+    the new keys and values, so token x is row `q_row + x - position`.
     """
 
     num_tokens: Any  # in the KV block; 0 if there is no work item
     kv_position: Any  # of the KV block's first token
     entry: Any  # of its first page, in the page table
-    row: Any  # of the query block's first token in queries
-    num_rows: Any  # tokens of the query block
+    q_row: Any  # of the query block's first token in queries
+    q_len: Any  # tokens of the query block
     position: Any  # of its first token
-    first_new: Any  # position of the sequence's first new token
+    num_cached: Any  # tokens of the sequence before its first new one
     is_first: Any  # whether the KV block is the query block's first, 0 or 1
     is_last: Any  # whether it is its last, 0 or 1
     q_slot: Any
@@ -92,27 +91,17 @@ def sequence(plan, refs, index):
     return Sequence(index, q_start, q_len, refs.kv_lens[row])
 
 
-def is_active(seq):
-    """Whether there is anything to compute: a new token (and lengths that make sense)."""
-    return (seq.q_len > 0) & (seq.kv_len >= seq.q_len)
-
-
-def num_query_blocks(plan, seq):
-    """Blocks of bq that hold the new tokens of a sequence."""
-    return divide_up(seq.q_len, plan.blocks.bq)
-
-
 def query_block(plan, seq, index):
     """The query block `index` of a sequence."""
     p = plan.problem
     first_row = 0 if plan.has_one_query_block else index * plan.blocks.bq
-    num_rows = 1 if plan.max_q_len == 1 else jnp.minimum(plan.blocks.bq, seq.q_len - first_row)
-    position = seq.first_new + first_row
+    q_len = 1 if plan.max_q_len == 1 else jnp.minimum(plan.blocks.bq, seq.q_len - first_row)
+    position = seq.num_cached + first_row
     kv_start = jnp.int32(0)
     if p.sliding_window is not None:
         kv_start = jnp.maximum(position - p.sliding_window + 1, 0)
-    kv_end = position + num_rows if p.causal else seq.kv_len
-    return QueryBlock(seq.q_start + first_row, num_rows, position, seq.first_new, kv_start, kv_end)
+    kv_end = position + q_len if p.causal else seq.kv_len
+    return QueryBlock(seq.q_start + first_row, q_len, position, kv_start, kv_end)
 
 
 def work_item(plan, cursor, end):
@@ -125,10 +114,10 @@ def work_item(plan, cursor, end):
         num_tokens=jnp.where(seq.index < end, jnp.minimum(bkv, left), 0),
         kv_position=kv_position,
         entry=seq.index * p.pages_per_seq + divide(kv_position, p.page_size),
-        row=block.row,
-        num_rows=block.num_rows,
+        q_row=block.q_row,
+        q_len=block.q_len,
         position=block.position,
-        first_new=block.first_new,
+        num_cached=seq.num_cached,
         is_first=(cursor.kv_index == 0).astype(jnp.int32),
         is_last=(left <= bkv).astype(jnp.int32),
         q_slot=cursor.q_slot,
@@ -139,10 +128,12 @@ def work_item(plan, cursor, end):
 def first_active(plan, refs, index, end):
     """The first sequence from `index` on that is not idle, or `end`."""
 
-    def idle(i):
-        return (i < end) & jnp.logical_not(is_active(sequence(plan, refs, i)))
+    def is_idle(i):
+        seq = sequence(plan, refs, i)
+        has_work = (seq.q_len > 0) & (seq.kv_len >= seq.q_len)  # and lengths that make sense
+        return (i < end) & jnp.logical_not(has_work)
 
-    return lax.while_loop(idle, lambda i: i + 1, index)
+    return lax.while_loop(is_idle, lambda i: i + 1, index)
 
 
 def start(plan, refs, first, end):
@@ -160,7 +151,7 @@ def advance(plan, refs, cursor, item, end):
     next_seq, q_index = next_q, cursor.q_index
     if not plan.has_one_query_block:
         q_index = jnp.where(next_q, q_index + 1, q_index)
-        next_seq = q_index == num_query_blocks(plan, cursor.seq)
+        next_seq = q_index == divide_up(cursor.seq.q_len, plan.blocks.bq)
         q_index = jnp.where(next_seq, 0, q_index)
     index = cursor.seq.index
     index = first_active(plan, refs, jnp.where(next_seq, index + 1, index), end)

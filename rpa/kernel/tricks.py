@@ -79,36 +79,27 @@ class Tricks:
     marks_contiguous: bool
 
 
-def choose(problem, blocks, is_decode, has_small_tiles, mxu_size, native_float8) -> Tricks:
-    """The optimisations of one kernel.
-
-    Args:
-        problem, blocks: its `Problem` and `BlockSizes`.
-        is_decode: whether every sequence has one new token.
-        has_small_tiles: whether these are the small tiles of another plan.
-        mxu_size: side of the chip's MXU.
-        native_float8: whether that MXU multiplies float8.
-    """
-    p, b = problem, blocks
+def choose(plan) -> Tricks:
+    """The optimisations of one kernel, a `Plan`."""
+    p, b, is_decode = plan.problem, plan.blocks, plan.is_decode
     is_float32 = p.compute_dtype == np.float32
     # Float8 that has to be widened keeps the vector unit busy, and is most of the code.
-    widens_float8 = p.kv_dtype.itemsize == 1 and not native_float8
+    widens_float8 = p.kv_dtype.itemsize == 1 and not plan.native_float8
     heads = _heads_per_group(p) if b.bq == 1 else 1
-    lanes, is_one_group = heads * p.lanes, heads == p.num_kv_heads
+    group_lanes, is_one_group = heads * p.head_lanes, heads == p.num_kv_heads
     is_window_short = p.sliding_window is not None and b.bkv <= MAX_TOKENS_FOR_FOUR
+    most_unrolled = 1 if widens_float8 else 4 if is_one_group else 2
     return Tricks(
         heads_per_group=heads,
         items_per_iteration=(4 if is_window_short or is_one_group else 2) if is_decode else 1,
-        products_unrolled=1
-        if widens_float8
-        else math.gcd(4 if is_one_group else 2, b.bkv // b.bkv_c),
+        products_unrolled=math.gcd(most_unrolled, b.bkv // b.bkv_c),
         qk_ahead=DECODE_QK_AHEAD if is_decode else MIXED_QK_AHEAD,
         # Float32 takes six passes: the streamed side is full.
-        swaps_operands=is_decode and lanes >= MIN_LANES_TO_SWAP and not is_float32,
+        swaps_operands=is_decode and group_lanes >= MIN_LANES_TO_SWAP and not is_float32,
         # A decode fills the depth of the MXU with several heads, float32 takes it three times.
-        uses_idle_mxu=2 * lanes <= mxu_size and b.bq > 1 and not is_float32,
-        masks_always=widens_float8 or (is_decode and is_one_group) or has_small_tiles,
-        small_q_sub=None if has_small_tiles else _small_q_sub(p, b),
+        uses_idle_mxu=2 * group_lanes <= plan.mxu_size and b.bq > 1 and not is_float32,
+        masks_always=widens_float8 or (is_decode and is_one_group) or plan.has_small_tiles,
+        small_q_sub=None if plan.has_small_tiles else _small_q_sub(p, b),
         marks_contiguous=p.sliding_window is None,
     )
 
@@ -125,7 +116,7 @@ def _heads_per_group(p):
         for heads in range(1, p.num_kv_heads + 1)
         if p.num_kv_heads % heads == 0
         and heads * p.padded_q_per_kv <= MAX_GROUP_ROWS
-        and heads * p.lanes <= MAX_GROUP_LANES
+        and heads * p.head_lanes <= MAX_GROUP_LANES
     ]
     return max(fits, default=1)
 
