@@ -297,9 +297,9 @@ show_source(plain.attend_kv_block)
 show_source(plain.visible)
 
 # %% [markdown]
-# One thing is new. `num_tokens` is a number that the compiler must know: how many rows the tiles
-# have. A decode in tiles of `block_q` rows would compute padding. So `_kernel` has the query block
-# twice, with room for one token and with room for `block_q`, and the row of the list chooses:
+# One thing is new. `max_q_len` is a number that the compiler must know: for how many queries the
+# tiles have rows. A decode in tiles for `block_q` queries would compute padding. So `_kernel` has
+# the query block twice, with room for one query and for `block_q`, and the row of the list chooses:
 
 # %%
 show_source(plain._kernel)

@@ -82,6 +82,27 @@ def masked_softmax(scores, mask, sinks=None):
     return weights / jnp.where(row_sum == 0, 1.0, row_sum)
 
 
+def log_sum_exp(scores, mask, sinks=None):
+    """Logarithm of the softmax's denominator, in float32; -inf in rows that see no key.
+
+    The one number per row that an output over *some* of the keys needs, besides itself, to be
+    merged with outputs over the others: see `rpa.parallel.merge`.
+
+    Args:
+        scores, mask, sinks: see `masked_softmax`; a sink counts only in rows that see a key.
+
+    Returns:
+        f32[..., q_len], natural logarithm.
+
+    >>> log_sum_exp(jnp.zeros((2, 3)), jnp.array([[True, True, False], [False, False, False]]))
+    Array([0.6931472,      -inf], dtype=float32)
+    """
+    total = jax.nn.logsumexp(jnp.where(mask, scores, -jnp.inf), axis=-1)  # [..., q_len]
+    if sinks is None:
+        return total
+    return jnp.where(mask.any(axis=-1), jnp.logaddexp(total, sinks[..., None]), -jnp.inf)
+
+
 def scores_of(q, k, sm_scale, soft_cap=None):
     """Scores of every query with every key, in float32, scaled and soft-capped but not masked.
 
@@ -268,11 +289,13 @@ class Truth(NamedTuple):
     """What the float64 oracle knows: the output, and what its rounding errors are measured by.
 
     `output` is f64[q_len, num_q_heads, head_dim]; `scale` is f64[q_len, num_q_heads],
-    `max(1, max|score|) * max|v|` over the keys that the query sees.
+    `max(1, max|score|) * max|v|` over the keys that the query sees; `lse` is
+    f64[q_len, num_q_heads], see `log_sum_exp`, or None where only an output is known.
     """
 
     output: np.ndarray
     scale: np.ndarray
+    lse: np.ndarray | None = None
 
 
 def oracle(
@@ -288,7 +311,7 @@ def oracle(
         sinks: f32[num_q_heads] or None, see `masked_softmax`.
 
     Returns:
-        `Truth`; rows that see no key have an output of zero and a scale of 1.
+        `Truth`; rows that see no key have an output of zero, a scale of 1 and an lse of -inf.
 
     >>> oracle(np.ones((1, 4, 8)), np.ones((3, 2, 8)), np.ones((3, 2, 8))).output.dtype
     dtype('float64')
@@ -298,7 +321,7 @@ def oracle(
     kv_len, num_kv_heads, _ = k.shape
     sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
     output = np.zeros_like(q)
-    scale = np.ones((q_len, num_q_heads))
+    scale, lse = np.ones((q_len, num_q_heads)), np.full((q_len, num_q_heads), -np.inf)
     for t in range(q_len):
         position = kv_len - q_len + t
         first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
@@ -314,9 +337,10 @@ def oracle(
             extra = [] if sinks is None else [float(sinks[h])]
             top = max([s.max(), *extra])
             p = np.exp(s - top)
-            output[t, h] = p @ seen / (p.sum() + sum(np.exp(e - top) for e in extra))
+            total = p.sum() + sum(np.exp(e - top) for e in extra)
+            output[t, h], lse[t, h] = p @ seen / total, top + np.log(total)
             scale[t, h] = max(1.0, np.abs(s).max()) * np.abs(seen).max()
-    return Truth(output, scale)
+    return Truth(output, scale, lse)
 
 
 def relative_error(output, truth: Truth) -> float:

@@ -242,6 +242,7 @@ def paged_attention(
     sliding_window=None,
     soft_cap=None,
     sinks=None,
+    return_lse=False,
 ):
     """Attention of one sequence whose K and V are gathered page by page: rung 2.
 
@@ -261,9 +262,10 @@ def paged_attention(
         sm_scale: None stands for `head_dim ** -0.5`.
         score_scale: a further factor on the scores, for a quantised cache.
         causal, sliding_window, soft_cap, sinks: see `rpa.dense`.
+        return_lse: whether to return `dense.log_sum_exp` of each row as well.
 
     Returns:
-        f32[q_len, num_q_heads, head_dim].
+        f32[q_len, num_q_heads, head_dim], with return_lse also f32[q_len, num_q_heads].
 
     >>> cache = jnp.ones(get_kv_cache_shape(4, 8, 2, 64, jnp.float32))
     >>> paged_attention(jnp.ones((1, 4, 64)), cache, jnp.array([3, 999]), 5, 4,
@@ -303,7 +305,11 @@ def paged_attention(
         page_weights = jax.lax.dynamic_slice_in_dim(weights, p * page_size, page_size, axis=3)
         return output + dense.weighted_values(page_weights, values)
 
-    return jax.lax.fori_loop(first_page, end_page, mix_page, jnp.zeros(q.shape, jnp.float32))
+    output = jax.lax.fori_loop(first_page, end_page, mix_page, jnp.zeros(q.shape, jnp.float32))
+    if not return_lse:
+        return output
+    lse = dense.log_sum_exp(scores, mask, sinks)  # [num_kv_heads, group, q_len]
+    return output, lse.reshape(num_q_heads, q_len).T
 
 
 def live_pages(kv_len, q_start, page_size, sliding_window=None):

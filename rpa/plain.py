@@ -49,7 +49,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rpa import chips, compat, fused, interpreter, streamed, tiled
-from rpa.paging import cdiv, kv_token_bytes, lanes_are_shared, pack_kv
+from rpa.paging import LANES, cdiv, kv_token_bytes, lanes_are_shared, pack_kv
 from rpa.ragged import check_call, quantize
 from rpa.validation import as_window
 
@@ -59,23 +59,23 @@ from rpa.validation import as_window
 class Refs(NamedTuple):
     """All memory of the kernel, in the order in which `pallas_call` passes it.
 
-    `rows` to `lanes` are those of the cache, see `rpa.paging`; a tile is one KV head's part of a
-    query block, and its row t * group + g is query head g of token t. Fields that rungs 5 and 6
-    have too bear the same name, so that their functions take these Refs.
+    `rows`, `packing` and `lanes` are those of the cache, see `rpa.paging`; a tile is one KV head's
+    part of a query block, and its row t * group + g is query head g of token t. Fields that rungs 5
+    and 6 have too bear the same name, so that their functions take these Refs.
     """
 
     work: "WorkList"  # SMEM
     page_indices: object  # SMEM i32[max_num_seqs * pages_per_seq]
-    scales: object  # SMEM f32[3]: factor on the scores, soft cap, factor on the output
+    constants: object  # SMEM f32[3]: factor on the scores, soft cap, factor on the output
     sinks: object  # SMEM f32[num_q_heads]
     queries: object  # HBM [num_tokens, num_q_heads, lanes]
     new_kv: object  # HBM [num_tokens, rows, packing, lanes]
     cache_before: object  # the same memory as kv_cache, and never touched under this name
-    output: object  # HBM [num_tokens, num_q_heads, lanes]
+    output: object  # HBM [num_tokens, num_q_heads, lanes, and LANES more for the lse]
     kv_cache: object  # HBM [num_pages, page_size, rows, packing, lanes]
     q_buffer: object  # VMEM [block_q, num_q_heads, lanes], the queries as they lie in HBM
     q_tiles: object  # VMEM [num_kv_heads, block_q * group, lanes], and as the MXU takes them
-    o_buffer: object  # VMEM [block_q, num_q_heads, lanes]
+    o_buffer: object  # VMEM [block_q, num_q_heads, lanes of output]
     state: tiled.SoftmaxState  # VMEM f32[num_kv_heads, block_q * group, 1, 1 and lanes]
     buffers: object  # VMEM [2, block_kv, rows, packing, lanes]
     sems: object  # DMA semaphores [2]: copies into a buffer
@@ -95,6 +95,7 @@ class Options(NamedTuple):
     sliding_window: int | None = None  # tokens
     update_kv_cache: bool = True
     has_soft_cap: bool = False
+    return_lse: bool = False
     group: int = 1  # query heads of a KV head
     pages_per_seq: int = 1
     shares_lanes: bool = False  # whether K and V of a head share a row of the cache
@@ -115,10 +116,10 @@ def _kernel(*refs, options):
     pl.when(q_len > 1)(partial(attend_query_block, refs, options, b, options.block_q))
 
 
-def attend_query_block(refs, options, b, num_tokens):
-    """All of one query block, computed with room for num_tokens queries (static)."""
+def attend_query_block(refs, options, b, max_q_len):
+    """All of one query block, computed with room for max_q_len queries (static)."""
     q_copy(refs, b).wait()
-    start_tiles(refs, options, num_tokens)
+    start_tiles(refs, options, max_q_len)
 
     # A `pl.loop` whose body is compiled once, see `rpa.compat`.
     @compat.loop_once(0, cdiv(refs.work.kv_end[b] - refs.work.kv_start[b], options.block_kv))
@@ -129,11 +130,11 @@ def attend_query_block(refs, options, b, num_tokens):
         wait_kv(refs, options, b, kv_block, slot)
         start_stores(refs, options, b, kv_block, slot)
         refs.slot[0] = 1 - slot
-        attend_kv_block(refs, options, b, kv_block, slot, num_tokens)
+        attend_kv_block(refs, options, b, kv_block, slot, max_q_len)
 
     # Rule "reuse" again: o_buffer is overwritten only once its last output has left.
     pl.when(b > 0)(lambda: o_copy(refs, b - 1).wait())
-    finish_tiles(refs, options, num_tokens)
+    finish_tiles(refs, options, max_q_len)
     o_copy(refs, b).start()
 
     @pl.when(refs.work.q_len[b + 1] == 0)  # it was the last: rung 6's rule "the end"
@@ -178,32 +179,32 @@ def start_copies(refs, options, b, kv_block, slot):
 def wait_kv(refs, options, b, kv_block, slot):
     """Wait for all copies of a KV block at once: together they are as long as the block."""
     start, end = key_range(refs, options, b, kv_block)
-    rows = refs.buffers.at[slot, pl.ds(0, end - start)]
-    pltpu.make_async_copy(rows, rows, refs.sems.at[slot]).wait()
+    arrived = refs.buffers.at[slot, pl.ds(0, end - start)]
+    pltpu.make_async_copy(arrived, arrived, refs.sems.at[slot]).wait()
 
 
 def start_stores(refs, options, b, kv_block, slot):
     """Store the new tokens of this query block that are in this KV block, out of its buffer."""
     start, end = key_range(refs, options, b, kv_block)
     # With update_kv_cache=False all tokens count as cached, and nothing is left to store.
-    first = jnp.maximum(start, jnp.maximum(refs.work.position[b], refs.work.num_cached[b]))
-    last = jnp.minimum(end, refs.work.position[b] + refs.work.q_len[b])
-    for_each_page(fused.store_copy, refs, options, b, kv_block, slot, first, last)
-    refs.stored[slot] = jnp.maximum(last - first, 0)
+    start = jnp.maximum(start, jnp.maximum(refs.work.position[b], refs.work.num_cached[b]))
+    end = jnp.minimum(end, refs.work.position[b] + refs.work.q_len[b])
+    for_each_page(fused.store_copy, refs, options, b, kv_block, slot, start, end)
+    refs.stored[slot] = jnp.maximum(end - start, 0)
 
 
-def for_each_page(copy, refs, options, b, kv_block, slot, first, last):
-    """Start a copy between buffer and cache for each page that holds tokens of [first, last)."""
-    start, page_size = key_range(refs, options, b, kv_block)[0], refs.kv_cache.shape[1]
+def for_each_page(copy, refs, options, b, kv_block, slot, start, end):
+    """Start a copy between buffer and cache for each page that holds tokens of [start, end)."""
+    block_start, page_size = key_range(refs, options, b, kv_block)[0], refs.kv_cache.shape[1]
+    # An empty range, too, may begin in the middle of a page: nothing of that page is copied.
+    end_page = jnp.where(start < end, cdiv(end, page_size), 0)
 
-    @pl.when(first < last)
-    def _():
-        @compat.loop_once(first // page_size, cdiv(last, page_size))
-        def _(p):
-            begin = jnp.maximum(first, p * page_size)
-            rows = jnp.minimum(last, (p + 1) * page_size) - begin
-            page = refs.page_indices[refs.work.seq[b] * options.pages_per_seq + p]
-            copy(refs, page, begin - p * page_size, slot, begin - start, rows).start()
+    @compat.loop_once(start // page_size, end_page)
+    def _(p):
+        first = jnp.maximum(start, p * page_size)  # position of the page's first token of these
+        num_tokens = jnp.minimum(end, (p + 1) * page_size) - first
+        page = refs.page_indices[refs.work.seq[b] * options.pages_per_seq + p]
+        copy(refs, page, first - p * page_size, slot, first - block_start, num_tokens).start()
 
 
 def q_copy(refs, b):
@@ -226,45 +227,45 @@ def rows_of(refs, b):
 # --- Its computation ------------------------------------------------------------------------------
 
 
-def start_tiles(refs, options, num_tokens):
+def start_tiles(refs, options, max_q_len):
     """Lay the queries out for the MXU, and set the softmax to "no key seen".
 
     From here on q_buffer is free: the queries of the next query block may come.
     """
-    rows, group, lanes = num_tokens * options.group, options.group, refs.q_tiles.shape[2]
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    tile_rows, group, lanes = max_q_len * options.group, options.group, refs.q_tiles.shape[2]
+    row = jax.lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
     for h in range(refs.q_tiles.shape[0]):
-        queries = refs.q_buffer[:num_tokens, pl.ds(h * group, group)]
-        refs.q_tiles[h, :rows] = queries.reshape(rows, lanes).astype(refs.q_tiles.dtype)
+        queries = refs.q_buffer[:max_q_len, pl.ds(h * group, group)]
+        refs.q_tiles[h, :tile_rows] = queries.reshape(tile_rows, lanes).astype(refs.q_tiles.dtype)
         # A sink is a key without a value: row_max starts at its score, row_sum at exp(0) = 1.
         # Without sinks the score is MASK_VALUE, and the first real key rescales that 1 to 0.
         sinks = [refs.sinks[h * group + g] for g in range(group)]
         sink = sum(jnp.where(row % group == g, sink, 0.0) for g, sink in enumerate(sinks))
-        state = tiled.empty_state(rows, lanes)._replace(row_max=sink, row_sum=jnp.ones_like(sink))
-        tiled.write_state(state_of(refs, h, rows), state)
+        state = tiled.SoftmaxState(sink, jnp.ones_like(sink), jnp.zeros((tile_rows, lanes)))
+        tiled.write_state(state_of(refs, h, tile_rows), state)
 
 
-def attend_kv_block(refs, options, b, kv_block, slot, num_tokens):
+def attend_kv_block(refs, options, b, kv_block, slot, max_q_len):
     """Fold a KV block into the online softmax of every head."""
     start, end = key_range(refs, options, b, kv_block)
-    rows, heads = num_tokens * options.group, range(refs.q_tiles.shape[0])
-    mask = visible(refs, options, b, start, rows)
+    tile_rows, heads = max_q_len * options.group, range(refs.q_tiles.shape[0])
+    mask = visible(refs, options, b, start, tile_rows)
     # Loop over heads inside each step: heads are independent, so the compiler can overlap one
     # head's latency with another's work.
     kv = [read_head(refs, options, slot, h) for h in heads]
     scores = [masked_scores(refs, options, h, kv[h][0], mask) for h in heads]
     values = [tiled.zero_tail(kv[h][1], end - start) for h in heads]
-    states = [tiled.read_state(state_of(refs, h, rows)) for h in heads]
+    states = [tiled.read_state(state_of(refs, h, tile_rows)) for h in heads]
     states = [tiled.softmax_step(states[h], scores[h], values[h]) for h in heads]
     for h in heads:
-        tiled.write_state(state_of(refs, h, rows), states[h])
+        tiled.write_state(state_of(refs, h, tile_rows), states[h])
 
 
-def visible(refs, options, b, start, rows):
-    """Which keys from position `start` on each row of a tile sees, bool[rows, block_kv]."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+def visible(refs, options, b, start, tile_rows):
+    """Which keys from position `start` on each row of a tile sees, bool[tile_rows, block_kv]."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
     query = refs.work.position[b] + row // options.group
-    key = start + jax.lax.broadcasted_iota(jnp.int32, (rows, options.block_kv), 1)
+    key = start + jax.lax.broadcasted_iota(jnp.int32, (tile_rows, options.block_kv), 1)
     mask = key <= query if options.causal else key < refs.work.kv_end[b]
     if options.sliding_window is not None:
         mask &= query - key < options.sliding_window
@@ -272,10 +273,10 @@ def visible(refs, options, b, start, rows):
 
 
 def masked_scores(refs, options, h, k, mask):
-    """The scores of one head, f32[rows, block_kv]; MASK_VALUE where the mask is False."""
-    scores = tiled.dot(refs.q_tiles[h, : len(mask)], k, contract=(1, 1)) * refs.scales[0]
+    """The scores of one head, f32[tile_rows, block_kv]; MASK_VALUE where the mask is False."""
+    scores = tiled.dot(refs.q_tiles[h, : len(mask)], k, contract=(1, 1)) * refs.constants[0]
     if options.has_soft_cap:
-        scores = refs.scales[1] * jnp.tanh(scores / refs.scales[1])
+        scores = refs.constants[1] * jnp.tanh(scores / refs.constants[1])
     # A row that has seen only masked keys sums weights of exp(0); its first visible key rescales
     # them to 0. Every real query sees itself.
     return jnp.where(mask, scores, tiled.MASK_VALUE)
@@ -297,18 +298,21 @@ def read_head(refs, options, slot, h):
     return k.astype(refs.q_tiles.dtype), v.astype(refs.q_tiles.dtype)
 
 
-def finish_tiles(refs, options, num_tokens):
+def finish_tiles(refs, options, max_q_len):
     """Divide by the sums of the softmax, and lay the output out as it goes to HBM."""
     for h in range(refs.q_tiles.shape[0]):
-        state = tiled.read_state(state_of(refs, h, num_tokens * options.group))
-        out = tiled.finish(state, jnp.float32) * refs.scales[2]
-        out = out.reshape(num_tokens, options.group, -1).astype(refs.o_buffer.dtype)
-        refs.o_buffer[:num_tokens, pl.ds(h * options.group, options.group)] = out
+        state = tiled.read_state(state_of(refs, h, max_q_len * options.group))
+        out = tiled.finish(state, jnp.float32) * refs.constants[2]
+        if options.return_lse:  # in lanes of its own: so the copy of the output moves it, too
+            lse = jnp.broadcast_to(state.row_max + jnp.log(state.row_sum), (len(out), LANES))
+            out = jnp.concatenate([out, lse], axis=1)
+        out = out.reshape(max_q_len, options.group, -1).astype(refs.o_buffer.dtype)
+        refs.o_buffer[:max_q_len, pl.ds(h * options.group, options.group)] = out
 
 
-def state_of(refs, h, rows):
+def state_of(refs, h, tile_rows):
     """References to the first rows of one head's softmax state."""
-    return tiled.SoftmaxState(*(ref.at[h, pl.ds(0, rows)] for ref in refs.state))
+    return tiled.SoftmaxState(*(ref.at[h, pl.ds(0, tile_rows)] for ref in refs.state))
 
 
 # --- The work, as data ----------------------------------------------------------------------------
@@ -386,8 +390,8 @@ def table(work: WorkList) -> str:
 def attention(
     queries, keys, values, kv_cache, batch, *, sm_scale=1.0, use_causal_mask=True,
     update_kv_cache=True, sliding_window=None, soft_cap=None, out_dtype=None, q_scale=None,
-    k_scale=None, v_scale=None, attention_sink=None, validate=None, block_q=None, block_kv=None,
-    interpret=None,
+    k_scale=None, v_scale=None, attention_sink=None, return_lse=False, validate=None, block_q=None,
+    block_kv=None, interpret=None,
 ):  # fmt: skip
     """Ragged paged attention of any batch, in one kernel: rung 7.
 
@@ -406,7 +410,8 @@ def attention(
 
     Returns:
         output [num_tokens, num_q_heads, head_dim] in out_dtype, zero in rows that no sequence owns,
-        and the new cache.
+        and the new cache; with return_lse also lse f32[num_tokens, num_q_heads], there -inf. Asked
+        for it, the kernel writes its output in float32 with LANES more per row and head.
 
     Raises:
         ValueError: if the arguments do not fit together (see `rpa.ragged.check_call`), queries have
@@ -426,7 +431,7 @@ def attention(
     check_call(
         queries, keys, values, kv_cache, batch, validate=validate, update_kv_cache=update_kv_cache,
         use_causal_mask=use_causal_mask, sliding_window=sliding_window, out_dtype=out_dtype,
-        attention_sink=attention_sink, **scales,
+        attention_sink=attention_sink, return_lse=return_lse, **scales,
     )  # fmt: skip
     tiled.check_query_dtype(queries.dtype)
     group = queries.shape[1] // keys.shape[1]
@@ -439,20 +444,16 @@ def attention(
     tiled.check_block("block_q", block_q)
     tiled.check_block("block_kv", block_kv)
     options = Options(
-        block_q=block_q,
-        block_kv=block_kv,
-        causal=use_causal_mask,
-        sliding_window=as_window(sliding_window),
-        update_kv_cache=update_kv_cache,
-        has_soft_cap=soft_cap is not None,
-        group=group,
-        pages_per_seq=batch.pages_per_seq,
+        block_q=block_q, block_kv=block_kv, group=group, pages_per_seq=batch.pages_per_seq,
+        causal=use_causal_mask, sliding_window=as_window(sliding_window), return_lse=return_lse,
+        update_kv_cache=update_kv_cache, has_soft_cap=soft_cap is not None,
         shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
-    )
+    )  # fmt: skip
     out_dtype = jnp.dtype(queries.dtype if out_dtype is None else out_dtype)
     arrays = tuple(map(jnp.asarray, (queries, keys, values, kv_cache)))
     if queries.shape[0] == 0:  # nothing to store, and no query block at all
-        return arrays[0].astype(out_dtype), arrays[3]
+        lse = [jnp.zeros(queries.shape[:2])] if return_lse else []
+        return arrays[0].astype(out_dtype), arrays[3], *lse
     interpret = interpreter.choose_interpret(interpret)
     return _attention(*arrays, batch, scales, attention_sink, options, out_dtype, interpret)
 
@@ -472,27 +473,29 @@ def _attention(
     score_factor = number["sm_scale"] * number["q_scale"] * number["k_scale"]
     # Zeros: these lanes are multiplied with those of the cache, which are zero too.
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, lanes - head_dim)))
-    scalars = (
+    prefetched = (
         work_list(batch, num_tokens, options),
         jnp.asarray(batch.page_indices),
         jnp.stack([score_factor, number["soft_cap"], number["v_scale"]]),
         jnp.asarray(jnp.full(num_q_heads, tiled.MASK_VALUE) if sinks is None else sinks, f32),
     )
     arrays = (queries, pack_kv(keys, values, share_lanes=options.shares_lanes), kv_cache)
-    block = (options.block_q, num_q_heads, lanes)
+    block = (options.block_q, num_q_heads)
+    o_lanes = lanes + (LANES if options.return_lse else 0)
+    o_dtype = bf16 if out_dtype == bf16 and not options.return_lse else f32
     tile = (num_kv_heads, options.block_q * options.group)
     hbm = pl.BlockSpec(memory_space=compat.hbm_memory_space(interpret))
     output, kv_cache = pl.pallas_call(
         partial(_kernel, options=options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(len(scalars[0].seq) - 1,),
+            num_scalar_prefetch=len(prefetched),
+            grid=(len(prefetched[0].seq) - 1,),
             in_specs=[hbm] * 3,
             out_specs=[hbm] * 2,
             scratch_shapes=[
-                pltpu.VMEM(block, queries.dtype),
+                pltpu.VMEM((*block, lanes), queries.dtype),
                 pltpu.VMEM((*tile, lanes), compute_dtype),
-                pltpu.VMEM(block, bf16 if out_dtype == bf16 else f32),
+                pltpu.VMEM((*block, o_lanes), o_dtype),
                 tiled.SoftmaxState(*(pltpu.VMEM((*tile, n), f32) for n in (1, 1, lanes))),
                 pltpu.VMEM((2, options.block_kv, *kv_cache.shape[2:]), kv_cache.dtype),
                 *(dma((2,)), dma((2,)), dma, dma),
@@ -500,11 +503,11 @@ def _attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, bf16 if out_dtype == bf16 else f32),
+            jax.ShapeDtypeStruct((num_tokens, num_q_heads, o_lanes), o_dtype),
             jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         ],
         # The last input and the last output are one array; every array of scalars counts.
-        input_output_aliases={len(jax.tree.leaves(scalars)) + 2: 1},
+        input_output_aliases={len(jax.tree.leaves(prefetched)) + 2: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             # By default a kernel may use only part of VMEM: ask for all of the smallest chip's.
@@ -512,8 +515,9 @@ def _attention(
         ),
         name="plain_attention",
         interpret=interpret,
-    )(*scalars, *(compat.keep_in_hbm(array, interpret) for array in arrays))
+    )(*prefetched, *(compat.keep_in_hbm(array, interpret) for array in arrays))
     first_lane = head_dim if options.shares_lanes else 0
     _, _, owned = batch.token_positions(num_tokens)  # the other rows are never written
+    lse = [jnp.where(owned[:, None], output[..., lanes], -jnp.inf)] if options.return_lse else []
     output = jnp.where(owned[:, None, None], output[..., first_lane : first_lane + head_dim], 0)
-    return output.astype(out_dtype), kv_cache
+    return output.astype(out_dtype), kv_cache, *lse

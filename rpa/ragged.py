@@ -307,6 +307,7 @@ def ref_ragged_paged_attention(
     v_scale=None,
     chunk_prefill_size=None,
     attention_sink=None,
+    return_lse=False,
     validate=None,
 ):
     """Ragged paged attention in plain JAX: rung 3, and the specification of rung 8.
@@ -337,6 +338,8 @@ def ref_ragged_paged_attention(
         k_scale, v_scale: what the stored keys and values have to be multiplied with.
         chunk_prefill_size: the largest q_len in the chunked prefill range of the distribution.
         attention_sink: f32[num_q_heads], adds `exp(sink)` to the softmax's denominator, or None.
+        return_lse: whether to return the logarithm of that denominator as well, to merge this
+            output with one over other keys (see `rpa.parallel.merge`).
         validate: see `should_validate`.
 
     Where tpu-inference's function of this name differs: it returns only the rows that sequences
@@ -347,6 +350,8 @@ def ref_ragged_paged_attention(
         output: [num_tokens, num_q_heads, head_dim] in out_dtype. Rows that no sequence owns, and
             rows that see no key, are zero.
         kv_cache: the cache with the new tokens in it.
+        lse: only with return_lse: f32[num_tokens, num_q_heads], natural logarithm, scales, cap and
+            sink included; -inf in rows that no sequence owns, and rows that see no key.
 
     Raises:
         ValueError: for arguments that do not fit together, in words, before anything is computed.
@@ -384,6 +389,7 @@ def ref_ragged_paged_attention(
         v_scale=v_scale,
         chunk_prefill_size=chunk_prefill_size,
         attention_sink=attention_sink,
+        return_lse=return_lse,
     )
     return _store_and_attend(
         queries,
@@ -402,10 +408,14 @@ def ref_ragged_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         sinks=attention_sink,
+        return_lse=return_lse,
     )
 
 
-@partial(jax.jit, static_argnames=["causal", "update_kv_cache", "sliding_window", "out_dtype"])
+@partial(
+    jax.jit,
+    static_argnames=["causal", "update_kv_cache", "sliding_window", "out_dtype", "return_lse"],
+)
 def _store_and_attend(
     queries,
     keys,
@@ -423,6 +433,7 @@ def _store_and_attend(
     k_scale,
     v_scale,
     sinks,
+    return_lse,
 ):
     if update_kv_cache:
         kv_cache = store_new_tokens(kv_cache, keys, values, batch)
@@ -437,11 +448,15 @@ def _store_and_attend(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         sinks=sinks,
+        return_lse=return_lse,
     )
-    output = attend_sequences(queries, kv_cache, batch, attend_block)
+    attended = attend_sequences(queries, kv_cache, batch, attend_block)
+    output, *lse = attended if return_lse else (attended,)
     if v_scale is not None:
         output = output * v_scale
-    return output.astype(out_dtype), kv_cache
+    _, _, owned = batch.token_positions(queries.shape[0])
+    lse = [jnp.where(owned[:, None], rows, -jnp.inf) for rows in lse]
+    return output.astype(out_dtype), kv_cache, *lse
 
 
 def quantize(x, scale, dtype):
@@ -492,10 +507,11 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
         kv_cache: see `rpa.paging`; the new tokens are in it.
         batch: see `RaggedBatch`.
         attend_block: `paged_attention` with its options filled in: (q [q_block, num_q_heads,
-            head_dim], kv_cache, pages i32[pages_per_seq], kv_len, q_start) -> f32[like q].
+            head_dim], kv_cache, pages i32[pages_per_seq], kv_len, q_start) -> f32[like q], or with
+            its return_lse a pair of arrays with a row for each query.
 
     Returns:
-        f32[num_tokens, num_q_heads, head_dim]; rows that no sequence owns are zero.
+        f32[num_tokens, num_q_heads, head_dim], or such a pair; rows that no sequence owns are zero.
 
     >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[0, 1]])
     >>> attend_block = partial(paged_attention, num_kv_heads=1)
@@ -511,8 +527,9 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
     table = jnp.asarray(batch.page_indices).reshape(-1, batch.pages_per_seq)
     # The last block of a sequence may reach past the last token: give it room, or
     # dynamic_slice would move the block's start to make it fit.
-    output = jnp.zeros((num_tokens + Q_BLOCK, *queries.shape[1:]), jnp.float32)
     queries = jnp.pad(queries, ((0, Q_BLOCK), (0, 0), (0, 0)))
+    shapes = jax.eval_shape(attend_block, queries, kv_cache, table[0], kv_lens[0], q_start=0)
+    output = jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), shapes)
 
     def one_sequence(s, output, q_block):
         row, q_len = cu_q_lens[s], cu_q_lens[s + 1] - cu_q_lens[s]
@@ -525,15 +542,20 @@ def attend_sequences(queries, kv_cache, batch: RaggedBatch, attend_block):
             )
             # The rows after the sequence's last query belong to the next sequence.
             owned = b * q_block + jnp.arange(q_block) < q_len
-            kept = jax.lax.dynamic_slice_in_dim(output, start, q_block)
-            attended = jnp.where(owned[:, None, None], attended, kept)
-            return jax.lax.dynamic_update_slice_in_dim(output, attended, start, axis=0)
+
+            def keep_owned(output, attended):
+                kept = jax.lax.dynamic_slice_in_dim(output, start, q_block)
+                mask = owned.reshape(-1, *[1] * (output.ndim - 1))
+                attended = jnp.where(mask, attended, kept)
+                return jax.lax.dynamic_update_slice_in_dim(output, attended, start, axis=0)
+
+            return jax.tree.map(keep_owned, output, attended)
 
         return jax.lax.fori_loop(0, cdiv(q_len, q_block), one_block, output)
 
     output = jax.lax.fori_loop(0, ends[0], partial(one_sequence, q_block=1), output)
     output = jax.lax.fori_loop(ends[0], ends[2], partial(one_sequence, q_block=Q_BLOCK), output)
-    return output[:num_tokens]
+    return jax.tree.map(lambda rows: rows[:num_tokens], output)
 
 
 def oracle_ragged(queries, kv_cache, batch: RaggedBatch, num_kv_heads, **options) -> dense.Truth:
@@ -547,7 +569,7 @@ def oracle_ragged(queries, kv_cache, batch: RaggedBatch, num_kv_heads, **options
         **options: of `dense.oracle`.
 
     Returns:
-        `dense.Truth` over all rows; rows that no sequence owns are zero.
+        `dense.Truth` over all rows; rows that no sequence owns are zero, and their lse is -inf.
 
     >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[0, 1]])
     >>> oracle_ragged(np.ones((2, 1, 64)), np.ones((2, 4, 2, 1, 128)), batch, 1).output[:, 0, 0]
@@ -555,7 +577,8 @@ def oracle_ragged(queries, kv_cache, batch: RaggedBatch, num_kv_heads, **options
     """
     queries, kv_cache = np.asarray(queries), np.asarray(kv_cache)
     num_tokens, num_q_heads, head_dim = queries.shape
-    truth = dense.Truth(np.zeros(queries.shape), np.ones((num_tokens, num_q_heads)))
+    per_head = (num_tokens, num_q_heads)
+    truth = dense.Truth(np.zeros(queries.shape), np.ones(per_head), np.full(per_head, -np.inf))
     table = np.asarray(batch.page_indices).reshape(-1, batch.pages_per_seq)
     for s in range(int(batch.num_seqs)):
         rows = slice(int(batch.cu_q_lens[s]), int(batch.cu_q_lens[s + 1]))
@@ -563,5 +586,6 @@ def oracle_ragged(queries, kv_cache, batch: RaggedBatch, num_kv_heads, **options
         pages = table[s, : cdiv(kv_len, kv_cache.shape[1])]
         tokens = kv_cache[pages].reshape(-1, *kv_cache.shape[2:])[:kv_len]  # [kv_len, rows, ...]
         k, v = unpack_kv(tokens, num_kv_heads, head_dim)
-        truth.output[rows], truth.scale[rows] = dense.oracle(queries[rows], k, v, **options)
+        for whole, part in zip(truth, dense.oracle(queries[rows], k, v, **options), strict=True):
+            whole[rows] = part
     return truth

@@ -33,6 +33,7 @@ def check_arguments(
     v_scale=None,
     chunk_prefill_size=None,
     attention_sink=None,
+    return_lse=False,
 ):
     """Check shapes, dtypes and plain options of an attention call; arrays are not read.
 
@@ -57,7 +58,7 @@ def check_arguments(
     _check_tokens(queries, keys, values)
     _check_cache(queries, keys, values, kv_cache)
     _check_metadata_shapes(batch)
-    check_flags(use_causal_mask=use_causal_mask, skip_kv_mask=skip_kv_mask)
+    check_flags(use_causal_mask=use_causal_mask, skip_kv_mask=skip_kv_mask, return_lse=return_lse)
     if use_causal_mask and skip_kv_mask:
         raise ValueError(
             "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "

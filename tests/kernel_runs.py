@@ -55,7 +55,7 @@ def truth_of(case, kv_cache, *, q_dtype=None, **options):
     heads = case.shape.num_kv_heads
     truth = oracle_ragged(queries, cache, case.batch, heads, sm_scale=scale, **names)
     factor = options.get("v_scale", 1.0)
-    return dense.Truth(truth.output * factor, truth.scale * factor)
+    return dense.Truth(truth.output * factor, truth.scale * factor, truth.lse)
 
 
 def check(case, mode, **options):

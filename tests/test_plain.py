@@ -542,6 +542,8 @@ PROGRAMS = {
     "5/1 of 80, odd blocks": (arguments((5, 1), 80, 16), {"block_q": 7, "block_kv": 50}),
     "shared lanes": (arguments((64, 8), 64, 128, share_lanes=True), {}),
     "32/32": (arguments((32, 32), 128, 16), {}),
+    "with the log-sum-exp": (arguments((32, 8), 128, 16), {"return_lse": True}),
+    "with it, shared lanes": (arguments((64, 8), 64, 128, share_lanes=True), {"return_lse": True}),
     "13: 128/16 of 256, float32": (arguments((128, 16), 256, 64, "float32", "float32"), {}),
 }
 
