@@ -9,8 +9,9 @@ is the reference for every kernel that follows: what they must return, and what 
 (Ragged Paged Attention: arXiv 2604.15464, section 3.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -239,25 +240,77 @@ def should_validate(batch: RaggedBatch, validate: bool | None) -> bool:
     return all(device.platform == "cpu" for device in devices)
 
 
+_static = partial(field, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """What attention computes, besides whose tokens are whose: a call's options in one record.
+
+    A pytree: the scales and the sinks may be traced, all other fields are compiled in. What each of
+    them means is said once, at `ref_ragged_paged_attention`.
+    """
+
+    sm_scale: Any = 1.0
+    soft_cap: Any = None
+    q_scale: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+    attention_sink: Any = None
+    use_causal_mask: bool = _static(default=True)
+    update_kv_cache: bool = _static(default=True)
+    skip_kv_mask: bool = _static(default=False)
+    sliding_window: int | None = _static(default=None)
+    out_dtype: Any = _static(default=None)
+    mask_value: float | None = _static(default=None)
+    chunk_prefill_size: int | None = _static(default=None)
+    return_lse: bool = _static(default=False)
+
+    @classmethod
+    def among(cls, arguments):
+        """Those of a function's arguments that are options, {name: value}."""
+        return {f.name: arguments[f.name] for f in fields(cls) if f.name in arguments}
+
+    def resolved(self, q_dtype):
+        """The same options with one value for each meaning, so that `jax.jit` compiles once for it.
+
+        Args:
+            q_dtype: of the queries; the output's where none is given.
+
+        >>> options = AttentionOptions(sliding_window=np.int64(2**31), mask_value=-1e9, k_scale=2)
+        >>> resolved = options.resolved("bfloat16")
+        >>> resolved.sliding_window, resolved.mask_value, resolved.k_scale, resolved.out_dtype
+        (None, None, np.float32(2.0), dtype(bfloat16))
+        """
+        scales = {name: getattr(self, name) for name in _SCALES}
+        is_number = {name: isinstance(x, (int, float, np.number)) for name, x in scales.items()}
+        return replace(
+            self,
+            **{name: np.float32(x) if is_number[name] else x for name, x in scales.items()},
+            out_dtype=jnp.dtype(q_dtype if self.out_dtype is None else self.out_dtype),
+            sliding_window=as_window(self.sliding_window),
+            chunk_prefill_size=as_length(self.chunk_prefill_size),
+            skip_kv_mask=False,  # neither changes a result
+            mask_value=None,
+        )
+
+
+_SCALES = ("sm_scale", "soft_cap", "q_scale", "k_scale", "v_scale")
+
+
 def check_call(
-    queries,
-    keys,
-    values,
-    kv_cache,
-    batch: RaggedBatch,
-    *,
-    validate=None,
-    update_kv_cache=True,
-    **options,
-):
-    """Refuse a call whose arguments do not fit together, in words and before anything is written.
+    queries, keys, values, kv_cache, batch: RaggedBatch, *, validate=None, **options
+) -> AttentionOptions:
+    """The options of a call, resolved; a call whose arguments do not fit together is refused.
+
+    In words, and before anything is written.
 
     Args:
         queries, keys, values, kv_cache: see `ref_ragged_paged_attention`.
         batch: who owns which row, and which page.
         validate: see `should_validate`.
-        update_kv_cache: False if nothing will be written, so that pages may be shared.
-        **options: of `rpa.validation.check_arguments`.
+        **options: fields of `AttentionOptions`.
 
     Raises:
         ValueError: naming the argument, what was given, what was expected and what to do.
@@ -270,18 +323,19 @@ def check_call(
     ValueError: page_indices of sequence 0, page 0 is 4, but kv_cache has 2 pages: it must be \
 between 0 and 1. Take the pages of a sequence from a pool of this size (rpa.PagePool).
     """
-    check_flags(update_kv_cache=update_kv_cache)
-    check_arguments(queries, keys, values, kv_cache, batch, **options)
+    options = AttentionOptions(**options)
+    check_arguments(queries, keys, values, kv_cache, batch, options)
     if should_validate(batch, validate):
         batch.validate(
             num_tokens=queries.shape[0],
             num_pages=kv_cache.shape[0],
             page_size=kv_cache.shape[1],
-            chunk_prefill_size=options.get("chunk_prefill_size"),
-            update_kv_cache=update_kv_cache,
+            chunk_prefill_size=options.chunk_prefill_size,
+            update_kv_cache=options.update_kv_cache,
         )
     if validate:
-        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=update_kv_cache)
+        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=options.update_kv_cache)
+    return options.resolved(queries.dtype)
 
 
 def ref_ragged_paged_attention(
@@ -369,7 +423,7 @@ def ref_ragged_paged_attention(
     (4, 4, 64)
     """
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
-    check_call(
+    options = check_call(
         queries,
         keys,
         values,
@@ -391,72 +445,41 @@ def ref_ragged_paged_attention(
         attention_sink=attention_sink,
         return_lse=return_lse,
     )
-    return _store_and_attend(
-        queries,
-        keys,
-        values,
-        kv_cache,
-        batch,
-        causal=use_causal_mask,
-        update_kv_cache=update_kv_cache,
-        sm_scale=sm_scale,
-        # A static argument: a NumPy or JAX number cannot be one, or would compile anew.
-        sliding_window=as_window(sliding_window),
-        soft_cap=soft_cap,
-        out_dtype=jnp.dtype(queries.dtype if out_dtype is None else out_dtype),
-        q_scale=q_scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        sinks=attention_sink,
-        return_lse=return_lse,
-    )
+    return store_and_attend(queries, keys, values, kv_cache, batch, options)
 
 
-@partial(
-    jax.jit,
-    static_argnames=["causal", "update_kv_cache", "sliding_window", "out_dtype", "return_lse"],
-)
-def _store_and_attend(
-    queries,
-    keys,
-    values,
-    kv_cache,
-    batch,
-    *,
-    causal,
-    update_kv_cache,
-    sm_scale,
-    sliding_window,
-    soft_cap,
-    out_dtype,
-    q_scale,
-    k_scale,
-    v_scale,
-    sinks,
-    return_lse,
-):
-    if update_kv_cache:
+@jax.jit
+def store_and_attend(queries, keys, values, kv_cache, batch, options):
+    """What `ref_ragged_paged_attention` returns, for what `check_call` has checked.
+
+    Args:
+        queries, keys, values, kv_cache, batch: as checked.
+        options: the `AttentionOptions` that the check returned.
+    """
+    o = options
+    if o.update_kv_cache:
         kv_cache = store_new_tokens(kv_cache, keys, values, batch)
-    if q_scale is not None:
-        queries = quantize(queries, q_scale, kv_cache.dtype)
+    if o.q_scale is not None:
+        queries = quantize(queries, o.q_scale, kv_cache.dtype)
+    q_scale, k_scale = (1.0 if scale is None else scale for scale in (o.q_scale, o.k_scale))
     attend_block = partial(
         paged_attention,
         num_kv_heads=keys.shape[1],
-        sm_scale=sm_scale,
-        score_scale=(1.0 if q_scale is None else q_scale) * (1.0 if k_scale is None else k_scale),
-        causal=causal,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        return_lse=return_lse,
+        sm_scale=o.sm_scale,
+        score_scale=q_scale * k_scale,
+        causal=o.use_causal_mask,
+        sliding_window=o.sliding_window,
+        soft_cap=o.soft_cap,
+        sinks=o.attention_sink,
+        return_lse=o.return_lse,
     )
     attended = attend_sequences(queries, kv_cache, batch, attend_block)
-    output, *lse = attended if return_lse else (attended,)
-    if v_scale is not None:
-        output = output * v_scale
+    output, *lse = attended if o.return_lse else (attended,)
+    if o.v_scale is not None:
+        output = output * o.v_scale
     _, _, owned = batch.token_positions(queries.shape[0])
     lse = [jnp.where(owned[:, None], rows, -jnp.inf) for rows in lse]
-    return output.astype(out_dtype), kv_cache, *lse
+    return output.astype(o.out_dtype), kv_cache, *lse
 
 
 def quantize(x, scale, dtype):

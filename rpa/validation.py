@@ -20,37 +20,24 @@ def check_arguments(
     values,
     kv_cache,
     batch,
-    *,
-    use_causal_mask=True,
-    skip_kv_mask=False,
-    sm_scale=1.0,
-    sliding_window=None,
-    soft_cap=None,
-    out_dtype=None,
-    mask_value=None,
-    q_scale=None,
-    k_scale=None,
-    v_scale=None,
-    chunk_prefill_size=None,
-    attention_sink=None,
-    return_lse=False,
+    options,
 ):
     """Check shapes, dtypes and plain options of an attention call; arrays are not read.
 
     It runs before anything is computed or donated, so a call that it refuses leaves the cache as it
     was. A scale may be traced: then only its shape is checked.
 
-    Args: see `rpa.ragged.ref_ragged_paged_attention`.
+    Args: see `rpa.ragged.check_call`; options is a `rpa.ragged.AttentionOptions`.
 
     Raises:
         ValueError: naming the argument, what was given, what was expected and what to do.
 
-    >>> from rpa.ragged import RaggedBatch
+    >>> from rpa.ragged import AttentionOptions, RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([1], [5], [[0]])
-    >>> kv = np.ones((1, 2, 64), np.float32)
+    >>> kv, options = np.ones((1, 2, 64), np.float32), AttentionOptions()
     >>> cache = np.ones((4, 8, 4, 1, 128), np.float32)
-    >>> check_arguments(np.ones((1, 4, 64), np.float32), kv, kv, cache, batch)
-    >>> check_arguments(np.ones((1, 3, 64), np.float32), kv, kv, cache, batch)
+    >>> check_arguments(np.ones((1, 4, 64), np.float32), kv, kv, cache, batch, options)
+    >>> check_arguments(np.ones((1, 3, 64), np.float32), kv, kv, cache, batch, options)
     Traceback (most recent call last):
         ...
     ValueError: queries has 3 heads and keys has 2: num_q_heads must be a multiple of num_kv_heads.
@@ -58,20 +45,23 @@ def check_arguments(
     _check_tokens(queries, keys, values)
     _check_cache(queries, keys, values, kv_cache)
     _check_metadata_shapes(batch)
-    check_flags(use_causal_mask=use_causal_mask, skip_kv_mask=skip_kv_mask, return_lse=return_lse)
-    if use_causal_mask and skip_kv_mask:
+    flags = ("use_causal_mask", "update_kv_cache", "skip_kv_mask", "return_lse")
+    check_flags(**{name: getattr(options, name) for name in flags})
+    if options.use_causal_mask and options.skip_kv_mask:
         raise ValueError(
             "skip_kv_mask=True needs use_causal_mask=False: the causal mask is what hides keys "
             "past kv_len. Set use_causal_mask=False, or leave skip_kv_mask out."
         )
-    _check_number("sm_scale", sm_scale)
-    _check_length("sliding_window", sliding_window, "None switches it off")
-    _check_length("chunk_prefill_size", chunk_prefill_size, "None if the batch has no chunks")
-    _check_scale("soft_cap", soft_cap, "scores stay below it; None switches it off")
-    _check_scale("q_scale", q_scale, "queries are divided by it; None for 1")
-    _check_scale("k_scale", k_scale, "stored keys are multiplied with it; None for 1")
-    _check_scale("v_scale", v_scale, "stored values are multiplied with it; None for 1")
-    _check_out_dtype(out_dtype)
+    o = options
+    _check_number("sm_scale", o.sm_scale)
+    _check_length("sliding_window", o.sliding_window, "None switches it off")
+    _check_length("chunk_prefill_size", o.chunk_prefill_size, "None if the batch has no chunks")
+    _check_scale("soft_cap", o.soft_cap, "scores stay below it; None switches it off")
+    _check_scale("q_scale", o.q_scale, "queries are divided by it; None for 1")
+    _check_scale("k_scale", o.k_scale, "stored keys are multiplied with it; None for 1")
+    _check_scale("v_scale", o.v_scale, "stored values are multiplied with it; None for 1")
+    _check_out_dtype(o.out_dtype)
+    mask_value, attention_sink = o.mask_value, o.attention_sink
     if isinstance(mask_value, (int, float)) and not (np.isfinite(mask_value) and mask_value < 0):
         raise ValueError(
             f"mask_value must be a finite negative number, but is {mask_value}: it stands for a "

@@ -17,6 +17,7 @@
 docs/kernel.md lists where it differs from the production kernel, and why.
 """
 
-from rpa.kernel.api import compiler_options, prepare, ragged_paged_attention
+from rpa.kernel.api import prepare, ragged_paged_attention
+from rpa.kernel.launch import compiler_options
 
 __all__ = ["compiler_options", "prepare", "ragged_paged_attention"]

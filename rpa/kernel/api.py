@@ -1,8 +1,5 @@
 """The public function: a drop-in for the production kernel (tpu-inference, version 3)."""
 
-import contextlib
-import contextvars
-import functools
 import inspect
 from functools import partial
 
@@ -18,8 +15,8 @@ from rpa.kernel.cases import cases_of
 from rpa.kernel.plan import Plan
 from rpa.kernel.problem import Problem
 from rpa.paging import lanes_are_shared
-from rpa.ragged import RaggedBatch, ref_ragged_paged_attention, should_validate
-from rpa.validation import as_length, as_window, check_arguments, check_flags, check_padding
+from rpa.ragged import AttentionOptions, RaggedBatch, check_call, store_and_attend
+from rpa.validation import check_flags
 
 Q_DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -134,76 +131,20 @@ def ragged_paged_attention(
     >>> output.shape
     (4, 4, 64)
     """
+    given = dict(locals())  # all arguments by name
     batch = RaggedBatch(kv_lens, page_indices, cu_q_lens, distribution)
     tokens = (queries, keys, values, kv_cache)
-    check_flags(
-        update_kv_cache=update_kv_cache,
-        debug_mode=debug_mode,
-        disable_bounds_checks=disable_bounds_checks,
-        disable_semaphore_checks=disable_semaphore_checks,
-        donate=donate,
-    )
-    semantics = {
-        "use_causal_mask": use_causal_mask,
-        "skip_kv_mask": skip_kv_mask,
-        "sliding_window": sliding_window,
-        "soft_cap": soft_cap,
-        "mask_value": mask_value,
-        "q_scale": q_scale,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "chunk_prefill_size": chunk_prefill_size,
-        "attention_sink": attention_sink,
-    }
-    check_arguments(*tokens, batch, **semantics, sm_scale=sm_scale, out_dtype=out_dtype)
-    semantics["chunk_prefill_size"] = chunk_prefill_size = as_length(chunk_prefill_size)
-    backend, interpret_params = _choose_backend(backend)
-    if backend == "reference":
-        semantics |= {"update_kv_cache": update_kv_cache, "out_dtype": out_dtype}
-        metadata = (kv_lens, page_indices, cu_q_lens, distribution)
-        return ref_ragged_paged_attention(
-            *(*tokens, *metadata), **semantics, sm_scale=sm_scale, validate=validate
-        )
-    out_dtype = _check_dtypes(queries, kv_cache, out_dtype)
-    if should_validate(batch, validate):
-        batch.validate(
-            num_tokens=len(queries),
-            num_pages=kv_cache.shape[0],
-            page_size=kv_cache.shape[1],
-            chunk_prefill_size=chunk_prefill_size,
-            update_kv_cache=update_kv_cache,
-        )
-    if validate:
-        check_padding(kv_cache, batch, *keys.shape[1:], update_kv_cache=update_kv_cache)
+    flags = ("donate", "debug_mode", "disable_bounds_checks", "disable_semaphore_checks")
+    check_flags(**{name: given[name] for name in flags})
+    options = check_call(*tokens, batch, validate=validate, **AttentionOptions.among(given))
+    if _choose_backend(backend) == "reference":
+        return store_and_attend(*tokens, batch, options)
+    plans = prepare(**given)
     if len(queries) == 0:  # nothing to store, and no DMA of nothing
-        return jnp.zeros(queries.shape, out_dtype), kv_cache
-    plans = prepare(
-        *(*tokens, kv_lens, page_indices, cu_q_lens, distribution),
-        **semantics,
-        update_kv_cache=update_kv_cache,
-        out_dtype=out_dtype,
-        d_block_sizes=d_block_sizes,
-        p_block_sizes=p_block_sizes,
-        m_block_sizes=m_block_sizes,
-        vmem_limit_bytes=vmem_limit_bytes,
-        debug_mode=debug_mode,
-        backend=backend,
-        chip=chip,
-    )
-    scales = tuple(map(_as_float32, (sm_scale, soft_cap, q_scale, k_scale, v_scale)))
-    options = launch.Options(
-        interpret_params=interpret_params,
-        disable_bounds_checks=disable_bounds_checks,
-        disable_semaphore_checks=disable_semaphore_checks,
-    )
-    arrays = (*tokens, batch, scales, attention_sink)
-    call = partial(
-        _compiled(donate, _compiler_options.get()),
-        *forward_only("ragged_paged_attention", arrays),
-        plans=plans,
-        options=options,
-    )
-    return interpreter.run_alone(call) if backend == "interpret" else call()
+        return jnp.zeros(queries.shape, options.out_dtype), kv_cache
+    arrays = forward_only("ragged_paged_attention", (*tokens, batch, options))
+    call = partial(launch.compiled(donate), *arrays, plans=plans)
+    return interpreter.run_alone(call) if plans[0].interpret else call()
 
 
 _SIGNATURE = inspect.signature(ragged_paged_attention)  # once: every call asks for it
@@ -229,25 +170,38 @@ def prepare(*arrays, **options) -> tuple[Plan, ...]:
     """
     bound = _SIGNATURE.bind(*arrays, **options)
     bound.apply_defaults()
-    given, problem = bound.arguments, _problem(**bound.arguments)
-    machine = _machine(given["backend"], given["chip"], given["vmem_limit_bytes"])
+    given = bound.arguments
+    options = AttentionOptions(**AttentionOptions.among(given))
+    options = options.resolved(given["queries"].dtype)
+    problem, how = _problem(options, **given), _how_to_run(**given)
     plans = []
-    for case, max_q_len in cases_of(given["chunk_prefill_size"]):
+    for case, max_q_len in cases_of(options.chunk_prefill_size):
         name = f"{case.label[0]}_block_sizes"
         if given[name] is None:
             sizes = blocks.default_block_sizes(problem, case, max_q_len)
-            plan = blocks.shrink_to_fit(Plan(problem, case, sizes, max_q_len, **machine))
+            plan = blocks.shrink_to_fit(Plan(problem, case, sizes, max_q_len, **how))
         else:
             sizes = blocks.check_block_sizes(name, given[name], problem)
-            plan = blocks.plan_ahead(Plan(problem, case, sizes, max_q_len, **machine))
+            plan = blocks.plan_ahead(Plan(problem, case, sizes, max_q_len, **how))
             blocks.check_fits(name, plan)
         plans.append(plan)
     return tuple(plans)
 
 
 def _problem(
-    *, queries, keys, kv_cache, kv_lens, page_indices, sliding_window, out_dtype, **options
-):
+    options, *, queries, keys, kv_cache, kv_lens, page_indices, debug_mode, **_
+) -> Problem:
+    """What a call computes; refuses dtypes that the kernel does not take."""
+    for name, dtype, allowed in [
+        ("queries", queries.dtype, Q_DTYPES),
+        ("kv_cache", kv_cache.dtype, KV_DTYPES),
+        ("out_dtype", options.out_dtype, Q_DTYPES),
+    ]:
+        if np.dtype(dtype).name not in allowed:
+            raise ValueError(
+                f"{name} has dtype {np.dtype(dtype).name}, but must be one of "
+                f"{', '.join(allowed)}: cast it, or use backend='reference'."
+            )
     return Problem(
         num_tokens=queries.shape[0],
         num_q_heads=queries.shape[1],
@@ -259,92 +213,31 @@ def _problem(
         pages_per_seq=page_indices.shape[0] // kv_lens.shape[0],
         q_dtype=np.dtype(queries.dtype),
         kv_dtype=np.dtype(kv_cache.dtype),
-        out_dtype=_check_dtypes(queries, kv_cache, out_dtype),
-        causal=options["use_causal_mask"],
-        update_kv_cache=options["update_kv_cache"],
-        sliding_window=as_window(sliding_window),
-        has_soft_cap=options["soft_cap"] is not None,
-        has_q_scale=options["q_scale"] is not None,
-        has_sinks=options["attention_sink"] is not None,
+        out_dtype=options.out_dtype,
+        causal=options.use_causal_mask,
+        update_kv_cache=options.update_kv_cache,
+        sliding_window=options.sliding_window,
+        has_soft_cap=options.soft_cap is not None,
+        has_q_scale=options.q_scale is not None,
+        has_sinks=options.attention_sink is not None,
         shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
-        debug_mode=options["debug_mode"],
+        debug_mode=debug_mode,
     )
 
 
-@contextlib.contextmanager
-def compiler_options(**options):
-    """Compile the calls in the body with these options of `jax.jit`.
-
-    Args:
-        **options: `compiler_options` of `jax.jit`, {name: value}; none for the defaults.
-
-    >>> with compiler_options(xla_backend_optimization_level=0):
-    ...     _compiler_options.get()
-    (('xla_backend_optimization_level', 0),)
-    """
-    token = _compiler_options.set(tuple(options.items()))
-    try:
-        yield
-    finally:
-        _compiler_options.reset(token)
-
-
-_compiler_options = contextvars.ContextVar("compiler_options", default=())
-
-
-@functools.cache  # a `jax.jit` remembers what it has compiled
-def _compiled(donate, options):
-    """`launch.call_plans`, with or without the cache donated."""
-    return jax.jit(
-        launch.call_plans,
-        static_argnames=("plans", "options"),
-        donate_argnames="kv_cache" if donate else (),
-        compiler_options=dict(options) or None,
-    )
-
-
-def _choose_backend(backend):
-    """The backend by name, and the interpreter's parameters or None."""
-    if isinstance(backend, pltpu.InterpretParams):
-        return "interpret", backend
-    if backend is None:
-        backend = "tpu" if jax.default_backend() == "tpu" else "interpret"
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
-            "InterpretParams of the TPU interpreter, or None to choose by the device."
-        )
-    return backend, interpreter.params() if backend == "interpret" else None
-
-
-def _check_dtypes(queries, kv_cache, out_dtype):
-    """The dtype of the output, where all dtypes are ones that the kernel takes."""
-    out_dtype = np.dtype(queries.dtype if out_dtype is None else out_dtype)
-    for name, dtype, allowed in [
-        ("queries", queries.dtype, Q_DTYPES),
-        ("kv_cache", kv_cache.dtype, KV_DTYPES),
-        ("out_dtype", out_dtype, Q_DTYPES),
-    ]:
-        if np.dtype(dtype).name not in allowed:
-            raise ValueError(
-                f"{name} has dtype {np.dtype(dtype).name}, but must be one of "
-                f"{', '.join(allowed)}: cast it, or use backend='reference'."
-            )
-    return out_dtype
-
-
-def _as_float32(scale):
-    """Numbers of any kind as one kind: jit compiles anew for a Python float, a NumPy one, ..."""
-    return np.float32(scale) if isinstance(scale, (int, float, np.number)) else scale
-
-
-def _machine(backend, chip, vmem_limit_bytes):
-    """What a `Plan` has to know of the machine; where there is no chip, its defaults."""
-    known = {"interpret": _choose_backend(backend)[0] == "interpret"}
+def _how_to_run(
+    *, backend, chip, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks, **_
+):
+    """The fields of a `Plan` that do not depend on the problem, {name: value}."""
+    how = {
+        "interpret": _interpret_params(backend),
+        "disable_bounds_checks": disable_bounds_checks,
+        "disable_semaphore_checks": disable_semaphore_checks,
+    }
     chip = chips.current() if chip is None else chips.chip(chip)
     if chip is not None:
-        known["mxu_size"], known["vmem_limit_bytes"] = chip.mxu_size, chip.vmem_bytes
-        known["native_float8"] = chip.peak("float8_e4m3fn") > chip.peak()
+        how["mxu_size"], how["vmem_limit_bytes"] = chip.mxu_size, chip.vmem_bytes
+        how["native_float8"] = chip.peak("float8_e4m3fn") > chip.peak()
     if vmem_limit_bytes is not None:
         is_number = isinstance(vmem_limit_bytes, (int, float, np.number))
         if not (is_number and 0 < vmem_limit_bytes < float("inf")):  # False for NaN
@@ -352,5 +245,26 @@ def _machine(backend, chip, vmem_limit_bytes):
                 f"vmem_limit_bytes is {vmem_limit_bytes!r}, but must be positive, a number "
                 "of bytes; None is all of the chip's VMEM."
             )
-        known["vmem_limit_bytes"] = int(vmem_limit_bytes)
-    return known
+        how["vmem_limit_bytes"] = int(vmem_limit_bytes)
+    return how
+
+
+def _choose_backend(backend):
+    """Which of BACKENDS is meant."""
+    if isinstance(backend, pltpu.InterpretParams):
+        return "interpret"
+    if backend is None:
+        return "tpu" if jax.default_backend() == "tpu" else "interpret"
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
+            "InterpretParams of the TPU interpreter, or None to choose by the device."
+        )
+    return backend
+
+
+def _interpret_params(backend):
+    """The interpreter's parameters, None where the kernel is compiled."""
+    if isinstance(backend, pltpu.InterpretParams):
+        return backend
+    return interpreter.params() if _choose_backend(backend) == "interpret" else None

@@ -1,10 +1,12 @@
 """From arrays to a `pallas_call` and back: operands, aliases, compiler options."""
 
+import contextlib
+import contextvars
+import functools
 from functools import partial
-from typing import NamedTuple
 
+import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat
 from rpa.kernel import layout, loop, page_table, refs, softmax
@@ -12,33 +14,59 @@ from rpa.kernel.refs import HBM, Refs
 from rpa.paging import pack_kv
 
 
-class Options(NamedTuple):
-    """How the kernels are run; hashable, a static argument of `call_plans`."""
+@contextlib.contextmanager
+def compiler_options(**options):
+    """Compile the calls in the body with these options of `jax.jit`.
 
-    interpret_params: pltpu.InterpretParams | None
-    disable_bounds_checks: bool
-    disable_semaphore_checks: bool
+    Args:
+        **options: `compiler_options` of `jax.jit`, {name: value}; none for the defaults.
+
+    >>> with compiler_options(xla_backend_optimization_level=0):
+    ...     _compiler_options.get()
+    (('xla_backend_optimization_level', 0),)
+    """
+    token = _compiler_options.set(tuple(options.items()))
+    try:
+        yield
+    finally:
+        _compiler_options.reset(token)
 
 
-def call_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, options):
+_compiler_options = contextvars.ContextVar("compiler_options", default=())
+
+
+def compiled(donate):
+    """`call_plans` in `jax.jit`, with or without the cache donated."""
+    return _compiled(donate, _compiler_options.get())
+
+
+@functools.cache  # a `jax.jit` remembers what it has compiled
+def _compiled(donate, options):
+    return jax.jit(
+        call_plans,
+        static_argnames="plans",
+        donate_argnames="kv_cache" if donate else (),
+        compiler_options=dict(options) or None,
+    )
+
+
+def call_plans(queries, keys, values, kv_cache, batch, options, *, plans):
     """Run the kernels of one call, one after the other, on the same output and cache.
 
     Args:
         queries, keys, values, kv_cache, batch: as in the public function.
-        scales: the arguments of `softmax.make_scalars`, numbers or None.
-        sinks: f32[num_q_heads] or None.
+        options: `rpa.ragged.AttentionOptions`, of which the scales and the sinks count.
         plans: the `Plan`s, first to last.
-        options: `Options`.
 
     Returns:
         output [num_tokens, num_q_heads, head_dim] and kv_cache.
     """
-    problem = plans[0].problem
+    problem, sinks = plans[0].problem, options.attention_sink
     arrays = Refs(
         kv_lens=batch.kv_lens,
         cu_q_lens=batch.cu_q_lens,
         distribution=batch.distribution,
-        scalars=softmax.make_scalars(*scales),
+        scalars=softmax.make_scalars(options),
         queries=layout.view_heads(problem, queries),
         # Token by token: pages that are neighbours are one copy.
         kv_cache=kv_cache.reshape(-1, *kv_cache.shape[2:]),
@@ -49,7 +77,7 @@ def call_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, 
     for plan in plans:
         table = page_table.prepare(plan, batch.page_indices, batch.kv_lens)
         tiles = None if sinks is None else layout.sink_tiles(plan.tiles, sinks)
-        results = _call(plan, arrays._replace(page_table=table, sinks=tiles), options)
+        results = _call(plan, arrays._replace(page_table=table, sinks=tiles))
         arrays = arrays._replace(output_before=results.output)
         if problem.update_kv_cache:
             arrays = arrays._replace(kv_cache=results.kv_cache_out)
@@ -57,7 +85,7 @@ def call_plans(queries, keys, values, kv_cache, batch, scales, sinks, *, plans, 
     return output, arrays.kv_cache.reshape(kv_cache.shape)
 
 
-def _call(plan, arrays, options) -> Refs:
+def _call(plan, arrays) -> Refs:
     """One `pallas_call`: from the inputs among the `Refs` to the outputs."""
     shapes = refs.outputs(plan)
     inputs, outputs = _names(arrays), _names(shapes)
@@ -80,11 +108,11 @@ def _call(plan, arrays, options) -> Refs:
             for before, after in refs.ALIASES.items()
             if before in inputs and after in outputs
         },
-        interpret=options.interpret_params if plan.interpret else False,
+        interpret=plan.interpret or False,
         compiler_params=compat.compiler_params(
             vmem_limit_bytes=plan.vmem_limit_bytes,
-            disable_bounds_checks=options.disable_bounds_checks,
-            disable_semaphore_checks=options.disable_semaphore_checks,
+            disable_bounds_checks=plan.disable_bounds_checks,
+            disable_semaphore_checks=plan.disable_semaphore_checks,
         ),
         name=f"rpa_{plan.case.label}",
     )(arrays._replace(**placed))

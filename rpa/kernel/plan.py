@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from jax.experimental.pallas.tpu import InterpretParams
+
 from rpa.chips import CHIPS, SUBLANES
 from rpa.kernel import page_table, tricks
 from rpa.kernel.cases import Case
@@ -95,8 +97,10 @@ class Plan:
     Attributes:
         problem, case, blocks: what is computed, for which sequences, in which blocks.
         max_q_len: the most new tokens of a sequence, or None for any number.
-        interpret: whether it runs in the interpreter, which knows no bitcasts (see `layout`).
+        interpret: the interpreter's parameters, or None where it is compiled. The interpreter knows
+            no bitcasts, see `layout`.
         vmem_limit_bytes: VMEM that it may take.
+        disable_bounds_checks, disable_semaphore_checks: options of the compiler.
         mxu_size: side of the chip's MXU, see `rpa.chips.Chip`.
         native_float8: whether the chip's MXU multiplies float8; if not, it is widened first.
         iterations_ahead: iterations whose copies are in flight while one is computed.
@@ -107,8 +111,10 @@ class Plan:
     case: Case
     blocks: BlockSizes
     max_q_len: int | None = None
-    interpret: bool = False
+    interpret: InterpretParams | None = None
     vmem_limit_bytes: int = SMALLEST_VMEM_BYTES
+    disable_bounds_checks: bool = True
+    disable_semaphore_checks: bool = True
     mxu_size: int = 256
     native_float8: bool = False
     iterations_ahead: int = 1

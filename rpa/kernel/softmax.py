@@ -36,25 +36,20 @@ LOG2_E = 1.4426950408889634
 """exp(x) = 2^(x log2(e))"""
 
 
-def make_scalars(sm_scale, soft_cap, q_scale, k_scale, v_scale):
-    """The factors of the kernel from the scales of the public function, f32[4].
+def make_scalars(options):
+    """The factors of the kernel from the scales of a `rpa.ragged.AttentionOptions`, f32[4].
 
-    Args:
-        sm_scale, soft_cap, q_scale, k_scale, v_scale: numbers or traced scalars; all except
-            sm_scale may be None, which stands for 1, and for no cap.
-
-    >>> make_scalars(1.0, None, None, None, 2.0)[VALUE_SCALE]
+    >>> from rpa.ragged import AttentionOptions
+    >>> make_scalars(AttentionOptions(v_scale=2.0))[VALUE_SCALE]
     Array(2., dtype=float32)
     """
-    log2_e = jnp.float32(LOG2_E)
-    one = jnp.float32(1)
-    q_scale, k_scale, v_scale = (
-        one if scale is None else jnp.float32(scale) for scale in (q_scale, k_scale, v_scale)
-    )
-    score = jnp.float32(sm_scale) * q_scale * k_scale
-    if soft_cap is None:
+    given = (options.sm_scale, options.q_scale, options.k_scale, options.v_scale)
+    log2_e, one = jnp.float32(LOG2_E), jnp.float32(1)
+    sm_scale, q_scale, k_scale, v_scale = (one if x is None else jnp.float32(x) for x in given)
+    score = sm_scale * q_scale * k_scale
+    if options.soft_cap is None:
         return jnp.stack([score * log2_e, one, q_scale, v_scale])
-    cap = jnp.float32(soft_cap)
+    cap = jnp.float32(options.soft_cap)
     return jnp.stack([score / cap, cap * log2_e, q_scale, v_scale])
 
 
