@@ -211,7 +211,7 @@ while step[0] < len(q_lens):
     step = next_step(q_lens, kv_lens, 4, 8, *step)
 
 # %% [markdown] tags=["explanation"]
-# Three wheels of an odometer. `traversal.next_item` is the same in the words of the chip: no early
+# Three wheels of an odometer. `traversal.advance` is the same in the words of the chip: no early
 # returns, because all of it runs on the scalar core with `jnp.where`, and a `while_loop` for idle
 # sequences. Only they need a loop: a sequence that is not idle has at least one query block, and a
 # query block at least one KV block, since a token sees itself. A kernel that forgets the loop stops

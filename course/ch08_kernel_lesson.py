@@ -103,8 +103,8 @@ problem = Problem(
 )
 decode_blocks, mixed_blocks = BlockSizes(1, 16, 1, 16), BlockSizes(8, 16, 8, 16)
 ahead = {"iterations_ahead": tricks.ITERATIONS_AHEAD}
-decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, True, False, max_q_len=1)
-mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, True, True, **ahead)
+decode_plan = Plan(problem, cases.Case.DECODE, decode_blocks, max_q_len=1)
+mixed_plan = Plan(problem, cases.Case.PREFILL_AND_MIXED, mixed_blocks, **ahead)
 
 # %%
 metadata = SimpleNamespace(
@@ -402,8 +402,8 @@ llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
 
 def plan_for(case, max_q_len):
     sizes = blocks.default_block_sizes(llama, case, max_q_len)
-    plan = Plan(llama, case, sizes, False, True, max_q_len)
-    return blocks.plan_ahead(plan, chips.chip("tpu7x").vmem_bytes)
+    limit = chips.chip("tpu7x").vmem_bytes
+    return blocks.plan_ahead(Plan(llama, case, sizes, max_q_len, vmem_limit_bytes=limit))
 
 
 for case, max_q_len in cases.cases_of(512):

@@ -50,7 +50,8 @@ llama = Problem(*(575, 32, 8, 128), *(32768, 16, 64, 512), *(bf16, bf16, bf16))
 
 def plan_for(case, max_q_len, sizes=None):
     chosen = sizes or blocks.default_block_sizes(llama, case, max_q_len)
-    return blocks.plan_ahead(Plan(llama, case, chosen, False, True, max_q_len), 64 * 2**20)
+    plan = Plan(llama, case, chosen, max_q_len, vmem_limit_bytes=64 * 2**20)
+    return blocks.plan_ahead(plan)
 
 
 for case, max_q_len in cases.cases_of(512):
@@ -72,7 +73,7 @@ for name, size in sorted(blocks.vmem_bytes(plan).items(), key=lambda item: -item
 # %%
 too_large = blocks.BlockSizes(1024, 8192, 1024, 2048)
 try:
-    blocks.check_fits("m_block_sizes", plan_for(*cases.cases_of(None)[-1], too_large), 64 * 2**20)
+    blocks.check_fits("m_block_sizes", plan_for(*cases.cases_of(None)[-1], too_large))
 except ValueError as error:
     print(str(error).split(" (MiB")[0])
 

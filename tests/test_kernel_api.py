@@ -1,13 +1,15 @@
 """The public function of rung 8: backends, block sizes, and errors in words before any work."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa.kernel import blocks, ragged_paged_attention
+from rpa.kernel import blocks, ragged_paged_attention, tricks
 from rpa.kernel.cases import Case, cases_of
 from rpa.kernel.plan import BlockSizes, Plan
 from tests.batches import Shape, make_case
@@ -125,6 +127,13 @@ def test_copies_run_as_far_ahead_as_vmem_allows():
     assert needed == sorted(needed)
     for limit, ahead in zip([needed[0] - 1, *needed, 4 * needed[2]], [1, 1, 2, 3, 3], strict=True):
         assert blocks.plan_ahead(replace(plan, vmem_limit_bytes=limit)).iterations_ahead == ahead
+
+
+def test_each_trick_names_a_heading_of_the_ablations():
+    text = (Path(__file__).parents[1] / "docs" / "ablations.md").read_text("utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    named = re.findall(r'\("([^"]+)"\)', tricks.__doc__)
+    assert len(named) == 10 and set(named) <= set(headings)
 
 
 def test_decode_stacks_heads_until_the_rows_are_full():

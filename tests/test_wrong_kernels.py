@@ -146,7 +146,7 @@ WRONG_PARTS = {
     "accumulator not rescaled": (
         Tiled,
         "accumulate",
-        lambda self, p, v, decay, state: ACCUMULATE(self, p, v, jnp.ones_like(decay), state),
+        lambda self, state, v, p, decay: ACCUMULATE(self, state, v, p, jnp.ones_like(decay)),
     ),
     "state not reset": (Tiled, "reset", lambda self, state, group: None),
     "reads the other buffer": (

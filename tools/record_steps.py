@@ -53,7 +53,7 @@ WITHOUT = {
     "nothing, mixed": Without("mixed"),
     "nothing, batch": Without("batch"),
     "odd stride": Without(
-        "decode", "p.kv_words | 1, packing_of", "p.kv_words, packing_of", "refs.py"
+        "decode", "plan.blocks.bkv, words | 1", "plan.blocks.bkv, words", "refs.py"
     ),
     "order of products, decode": Without("decode", "_QK_AHEAD = 7, 2", "_QK_AHEAD = 0, 2"),
     "order of products, mixed": Without("mixed", "_QK_AHEAD = 7, 2", "_QK_AHEAD = 7, 1"),
@@ -65,7 +65,7 @@ WITHOUT = {
     "masks only where needed, decode": Without("decode", *MASKS),
     "masks only where needed, mixed": Without("mixed", *MASKS),
     "idle half of the MXU": Without(
-        "mixed", "uses_idle_mxu=2 * lanes <= mxu_size", "uses_idle_mxu=False"
+        "mixed", "uses_idle_mxu=2 * group_lanes <= plan.mxu_size", "uses_idle_mxu=False"
     ),
     "copies further ahead": Without(
         "batch",

@@ -14,6 +14,20 @@
 | `softmax`, `mxu` | What is computed on one tile? |
 | `layout` | How do values lie in memory, on the chip and in the interpreter? |
 
+Words that all files use:
+
+    block       bq query tokens or bkv KV tokens, which are fetched together
+    sub-block   bq_c query tokens (q_sub) or bkv_c keys (kv_sub) of a block: one product
+    head group  the KV heads of one product, and all query heads that read them
+    tile        the rows of one head group and one q_sub, ordered as in `layout`. Its queries and
+                its output have head_lanes columns; its accumulator has group_lanes, the heads of
+                the group side by side
+    work item   one KV block of one query block of one sequence, see `traversal`
+    iteration   of the kernel's loop; it computes `items_per_iteration` work items together
+    slot        one of num_slots buffers of a kind
+    word        32 bits; they hold as many values, of neighbouring heads, as the dtype's packing
+
+What rung 7 has too bears the same name: q_row, q_len, position, num_cached, kv_start, kv_end.
 docs/kernel.md lists where it differs from the production kernel, and why.
 """
 

@@ -137,7 +137,7 @@ def ragged_paged_attention(
     flags = ("donate", "debug_mode", "disable_bounds_checks", "disable_semaphore_checks")
     check_flags(**{name: given[name] for name in flags})
     options = check_call(*tokens, batch, validate=validate, **AttentionOptions.among(given))
-    if _choose_backend(backend) == "reference":
+    if _choose_backend(backend)[0] == "reference":
         return store_and_attend(*tokens, batch, options)
     plans = prepare(**given)
     if len(queries) == 0:  # nothing to store, and no DMA of nothing
@@ -229,8 +229,9 @@ def _how_to_run(
     *, backend, chip, vmem_limit_bytes, disable_bounds_checks, disable_semaphore_checks, **_
 ):
     """The fields of a `Plan` that do not depend on the problem, {name: value}."""
+    _, interpret = _choose_backend(backend)
     how = {
-        "interpret": _interpret_params(backend),
+        "interpret": interpret,
         "disable_bounds_checks": disable_bounds_checks,
         "disable_semaphore_checks": disable_semaphore_checks,
     }
@@ -250,21 +251,14 @@ def _how_to_run(
 
 
 def _choose_backend(backend):
-    """Which of BACKENDS is meant."""
+    """The backend by name, and the interpreter's parameters, None where it does not interpret."""
     if isinstance(backend, pltpu.InterpretParams):
-        return "interpret"
+        return "interpret", backend
     if backend is None:
-        return "tpu" if jax.default_backend() == "tpu" else "interpret"
+        backend = "tpu" if jax.default_backend() == "tpu" else "interpret"
     if backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
             "InterpretParams of the TPU interpreter, or None to choose by the device."
         )
-    return backend
-
-
-def _interpret_params(backend):
-    """The interpreter's parameters, None where the kernel is compiled."""
-    if isinstance(backend, pltpu.InterpretParams):
-        return backend
-    return interpreter.params() if _choose_backend(backend) == "interpret" else None
+    return backend, interpreter.params() if backend == "interpret" else None

@@ -103,7 +103,7 @@ def default_block_sizes(problem, case, max_q_len):
     most_q = p.num_tokens if max_q_len is None else min(max_q_len, p.num_tokens)
     # KV tokens come in whole pages, and where a page is a part of a register, in whole registers.
     whole = align(max(p.page_size, LANES), p.page_size) if LANES % p.page_size == 0 else p.page_size
-    most = align(p.max_kv_len, whole)
+    most = align(p.pages_per_seq * p.page_size, whole)
     if case is Case.DECODE:
         if p.sliding_window is not None:
             most = min(most, align(p.sliding_window, whole))  # a block begins where the window does
@@ -115,7 +115,7 @@ def default_block_sizes(problem, case, max_q_len):
     rows, tokens = SCORE_ROWS, LANES
     if p.num_kv_heads <= 2:
         rows, tokens = SCORE_ROWS_OF_ONE // p.num_kv_heads, 2 * LANES
-    bq = min(_down(rows // p.padded_q_per_kv, SUBLANES), tokens, align(most_q, SUBLANES))
+    bq = min(_down(rows // p.padded_q_per_kv, SUBLANES), tokens, align(max(1, most_q), SUBLANES))
     bkv_c = min(most, _down(SCORE_COLUMNS, whole))
     return BlockSizes(bq, min(align(most, bkv_c), PRODUCTS * bkv_c), bq, bkv_c)
 

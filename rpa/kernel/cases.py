@@ -1,7 +1,7 @@
 """Which sequences each kernel computes: decode, chunked prefill, mixed.
 
 `distribution` (i, j, k) sorts the sequences of a batch. Each kind has a kernel of its own because
-the best tiles differ: a decode has one query token a sequence and waits for HBM, a prefill has
+the best tiles differ: a decode has one query token per sequence and waits for HBM, a prefill has
 hundreds and waits for the MXU.
 """
 

@@ -17,12 +17,13 @@ what is merged: results do not depend on which sequences share an iteration.
 """
 
 from functools import partial, reduce
+from itertools import product
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from rpa.kernel import layout, softmax
+from rpa.kernel import layout, mxu, softmax
 from rpa.paging import LANES
 
 
@@ -37,17 +38,14 @@ class Decode:
     def __call__(self, items):
         """Attention of one query token each to the KV blocks of the items of an iteration."""
         for item in items:
-            self._wait(item)
+            pl.when(item.exists & (item.is_first != 0))(partial(self.copies.wait_queries, item))
+            pl.when(item.exists)(partial(self.copies.wait_kv, item))
         self._attend(items)
         ends = [item.exists & (item.is_last != 0) for item in items]
 
         @pl.when(reduce(jnp.logical_or, ends))
         def _():
             self._finish(items, ends)
-
-    def _wait(self, item):
-        pl.when(item.exists & (item.is_first != 0))(partial(self.copies.wait_queries, item))
-        pl.when(item.exists)(partial(self.copies.wait_kv, item))
 
     def _attend(self, items):
         """Cut the blocks into sub-blocks, and compute each for all items together."""
@@ -81,24 +79,14 @@ class Decode:
         lax.while_loop(lambda token: token < most, attend_sub_block, jnp.int32(0))
 
     def _attend_sub_block(self, items, first, num_products, is_masked):
-        """All heads of several consecutive products, each P V issued after a few later Q K^T.
+        """All heads of several consecutive products, each P V issued after a few later Q K^T."""
+        tokens = [first + i * self.bkv_c for i in range(num_products)]
+        products = product(tokens, range(self.tiles.num_groups), items)
+        softmaxes = ((*one, *self._qk_softmax(*one, is_masked)) for one in products)
+        for one in mxu.delayed(softmaxes, self.tricks.qk_ahead):
+            self._pv_merge(*one)
 
-        P V has to wait for its softmax, and the MXU, which takes its work in order, would wait with
-        it.
-        """
-        pending = []
-        for product in range(num_products):
-            token = first + product * self.bkv_c
-            for group in range(self.tiles.num_groups):
-                for item in items:
-                    result = self._qk_softmax(item, token, group, is_masked)
-                    pending.append((item, token, group, *result))
-                    if len(pending) > self.tricks.qk_ahead:
-                        self._pv_merge(*pending.pop(0))
-        for products in pending:
-            self._pv_merge(*products)
-
-    def _qk_softmax(self, item, token, group, is_masked):
+    def _qk_softmax(self, token, group, item, is_masked):
         """Scores and weights of one product, without what the sequence has summed up before.
 
         Returns:
@@ -118,7 +106,7 @@ class Decode:
         p = jnp.exp2(s - softmax.widen(m, self.bkv_c))
         return m, softmax.lane_sums(p), p, v
 
-    def _pv_merge(self, item, token, group, m, total, p, v):
+    def _pv_merge(self, token, group, item, m, total, p, v):
         """Multiply by the values, and merge with what the sequence has summed up before."""
         state = (self.refs.row_max, self.refs.row_sum, self.refs.acc)
         m_ref, l_ref, acc_ref = (ref.at[item.q_slot, group] for ref in state)

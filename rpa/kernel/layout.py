@@ -135,7 +135,7 @@ class WordRows:
 
 
 class Buffers(NamedTuple):
-    """The word rows of the three kinds of buffer, made once per kernel."""
+    """The `WordRows` of the three kinds of buffer."""
 
     q: WordRows
     o: WordRows

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from rpa import compat
-from rpa.kernel import layout, softmax
+from rpa.kernel import layout, mxu, softmax
 from rpa.kernel.traversal import divide_up
 from rpa.paging import LANES
 
@@ -116,27 +116,22 @@ class Tiled:
                     self._attend_groups(item.kv_slot, token, q_sub, scores)
 
     def _attend_groups(self, kv_slot, token, q_sub, scores):
-        """All heads of one rectangle of scores.
-
-        P V of a tile is issued after Q K^T of a few later ones: it has to wait for its softmax, and
-        the MXU, which takes its work in order, would wait with it.
-        """
+        """All heads of one rectangle of scores, P V of each issued after a few later Q K^T."""
         mask_limits = num_valid = None
         if scores is not None:
             mask_limits, num_valid = self.refs.mask_limits, scores.num_valid
             mask_limits = mask_limits.at[pl.ds(0, self.tiles.mask_rows)]
             mask_limits[...] = jnp.where(scores.mask(), jnp.inf, -jnp.inf)
-        pending = []
-        for group in range(self.tiles.num_groups):
-            k, v = layout.load_kv(self.tiles, self.buffers.kv, kv_slot, token, group, num_valid)
-            for state in self._parts_of_tile(q_sub, group):
-                s = self.softmax.scores(state.q[...], k, mask_limits)
-                if len(pending) == self.tricks.qk_ahead:
-                    self.accumulate(*pending.pop(0))
-                p, decay = self.update(s, state)
-                pending.append((p, v, decay, state))
-        for products in pending:
-            self.accumulate(*products)
+
+        def softmaxes():
+            for group in range(self.tiles.num_groups):
+                k, v = layout.load_kv(self.tiles, self.buffers.kv, kv_slot, token, group, num_valid)
+                for state in self._parts_of_tile(q_sub, group):
+                    s = self.softmax.scores(state.q[...], k, mask_limits)
+                    yield state, v, *self.update(s, state)
+
+        for one in mxu.delayed(softmaxes(), self.tricks.qk_ahead):
+            self.accumulate(*one)
 
     def update(self, s, state):
         """Take scores f32[rows, bkv_c] into the running maximum and sum of a `TileState`.
@@ -154,7 +149,7 @@ class Tiled:
             state.row_sum[...] = decay * state.row_sum[...] + softmax.lane_sums(p)
         return p, decay
 
-    def accumulate(self, p, v, decay, state):
+    def accumulate(self, state, v, p, decay):
         """Add the weighted values of a tile: p and decay as of `update`, v [bkv_c, group_lanes]."""
         pv = self.softmax.weighted_values(p, v)
         state.acc[...] = softmax.widen(decay, pv.shape[1]) * state.acc[...] + pv

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from rpa import compat
 from rpa.kernel import traversal
-from rpa.kernel.traversal import WorkItem
+from rpa.kernel.traversal import STORED_FIELDS, WorkItem
 from rpa.kernel.tricks import TABLE_ITERATIONS
 
 
@@ -41,7 +41,7 @@ class Ring:
         self.ref, self.depth, self.num_items = ring_ref, plan.depth, plan.tricks.items_per_iteration
         # What another field implies is not stored; see `_get`.
         implied = {"q_len": plan.max_q_len == 1, "num_cached": plan.has_one_query_block}
-        self.stored = [name for name in WorkItem._fields[:-1] if not implied.get(name)]
+        self.stored = [name for name in STORED_FIELDS if not implied.get(name)]
         self.words = len(self.stored)  # of a work item in the ring
 
     def clear(self):
@@ -102,5 +102,5 @@ class Ring:
     def _get(self, ring_index):
         first = ring_index * self.words
         item = {name: self.ref[first + word] for word, name in enumerate(self.stored)}
-        implied = {"q_len": 1, "num_cached": item["position"]}
+        implied = {"q_len": 1, "num_cached": item["position"], "exists": item["num_tokens"] > 0}
         return WorkItem(**(implied | item), ring_index=ring_index)

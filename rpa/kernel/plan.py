@@ -1,16 +1,4 @@
-"""One kernel of a call: a problem, the tiles it is cut into, and the tricks that make it fast.
-
-Words that all files use:
-
-    block       bq query tokens or bkv KV tokens, which are fetched together
-    sub-block   bq_c query tokens (q_sub) or bkv_c keys (kv_sub) of a block: one product
-    head group  the KV heads of one product, and all query heads that read them
-    tile        the rows of one head group and one q_sub: [rows, lanes], ordered as in `layout`
-    work item   one KV block of one query block of one sequence, see `traversal`
-    iteration   of the kernel's loop; it computes `items_per_iteration` work items together
-    slot        one of num_slots buffers of a kind
-    word        32 bits; they hold as many values, of neighbouring heads, as the dtype's packing
-"""
+"""One kernel of a call: a problem, the tiles it is cut into, and the tricks that make it fast."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

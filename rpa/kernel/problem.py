@@ -94,8 +94,3 @@ class Problem:
         """What the MXU multiplies: float32 if anything is, else bfloat16 (float8 is widened)."""
         exact = np.dtype(np.float32) in (self.q_dtype, self.kv_dtype)
         return np.dtype(jnp.float32 if exact else jnp.bfloat16)
-
-    @property
-    def max_kv_len(self):
-        """Tokens that one row of the page table has room for."""
-        return self.pages_per_seq * self.page_size

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.kernel.traversal import ITEM_WORDS
+from rpa.kernel.traversal import STORED_FIELDS
 from rpa.paging import LANES
 
 HBM, VMEM, SMEM, DMA = pltpu.HBM, pltpu.VMEM, pltpu.SMEM, pltpu.SemaphoreType.DMA
@@ -58,7 +58,7 @@ class Refs(NamedTuple):
 
     # The pipeline
     table_chunks: SMEM = None  # i32[ring_items * chunk_words], page-table entries of each item
-    ring: SMEM = None  # i32[ring_items * ITEM_WORDS], the items in flight
+    ring: SMEM = None  # i32[ring_items * STORED_FIELDS], the items in flight
     stored: SMEM = None  # i32[num_slots], tokens that each KV buffer is still storing in the cache
     sent: SMEM = None  # i32[num_slots], rows that each o buffer is still sending to the output
     table_sems: DMA = None  # [ring_items]
@@ -94,7 +94,7 @@ def scratch(plan) -> Refs:
     return Refs(
         **vmem,
         table_chunks=SMEM((items * plan.table.chunk_words,), jnp.int32),
-        ring=SMEM((items * ITEM_WORDS,), jnp.int32),
+        ring=SMEM((items * len(STORED_FIELDS),), jnp.int32),
         stored=SMEM(slots, jnp.int32),
         sent=SMEM(slots, jnp.int32),
         table_sems=DMA((items,)),

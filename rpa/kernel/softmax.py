@@ -59,8 +59,7 @@ class Softmax:
     def __init__(self, plan, refs):
         self.tiles, self.problem, self.mxu_size = plan.tiles, plan.problem, plan.mxu_size
         self.scalars, self.sinks = refs.scalars, refs.sinks
-        self.uses_idle_mxu = plan.tricks.uses_idle_mxu
-        self.swaps_operands = plan.tricks.swaps_operands
+        self.tricks = plan.tricks
 
     def queries(self, tile):
         """The left side of a tile's scores, [rows, group_lanes (x 2)] in the compute dtype.
@@ -72,7 +71,7 @@ class Softmax:
         if p.has_q_scale:
             tile = quantize(tile, self.scalars[QUERY_SCALE], p.kv_dtype).astype(jnp.float32)
         tile = layout.spread_heads(self.tiles, tile)
-        if self.uses_idle_mxu:
+        if self.tricks.uses_idle_mxu:
             return mxu.split_queries(tile, self.scalars[SCORE_FACTOR], p.compute_dtype)
         return tile.astype(p.compute_dtype)
 
@@ -84,9 +83,9 @@ class Softmax:
             mask_limits: f32[mask_rows, bkv_c], what a score can be at most: inf where a query sees
                 a key, else -inf; None if all see all. Rows repeat: rows is a multiple of mask_rows.
         """
-        if self.uses_idle_mxu:
+        if self.tricks.uses_idle_mxu:
             s = dot(q, mxu.double_keys(k), contract=(1, 1))
-        elif self.swaps_operands:
+        elif self.tricks.swaps_operands:
             s = mxu.product(q, k, self.mxu_size) * self.scalars[SCORE_FACTOR]
         else:
             s = dot(q, k, contract=(1, 1)) * self.scalars[SCORE_FACTOR]
@@ -101,7 +100,7 @@ class Softmax:
 
     def weighted_values(self, p, v):
         """P V of one tile, f32[rows, group_lanes], and next to it their sum from an idle MXU."""
-        v = mxu.append_ones(v) if self.uses_idle_mxu else v
+        v = mxu.append_ones(v) if self.tricks.uses_idle_mxu else v
         return dot(p.astype(v.dtype), v, contract=(1, 0))
 
     def nothing_seen(self, group):
@@ -118,7 +117,7 @@ class Softmax:
         m = jnp.maximum(score, LOWEST_MAX)
         lane = lax.broadcasted_iota(jnp.int32, m.shape, 1)
         weight = jnp.exp2(score - m)
-        return m, weight if self.uses_idle_mxu else jnp.where(lane == 0, weight, 0.0)
+        return m, weight if self.tricks.uses_idle_mxu else jnp.where(lane == 0, weight, 0.0)
 
     def normalise(self, acc, row_sums):
         """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
@@ -131,7 +130,7 @@ class Softmax:
             f32[rows, head_lanes], ready for `layout.store_o_tile`.
         """
         acc = layout.gather_heads(self.tiles, acc)
-        if self.uses_idle_mxu:
+        if self.tricks.uses_idle_mxu:
             total = widen(row_sums, acc.shape[1])
         else:
             total = jnp.sum(row_sums, axis=1, keepdims=True)

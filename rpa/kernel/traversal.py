@@ -55,7 +55,7 @@ class WorkItem(NamedTuple):
     the new keys and values, so token x is row `q_row + x - position`.
     """
 
-    num_tokens: Any  # in the KV block; 0 if there is no work item
+    num_tokens: Any  # in the KV block; 0 if the work item does not exist
     kv_position: Any  # of the KV block's first token
     entry: Any  # of its first page, in the page table
     q_row: Any  # of the query block's first token in queries
@@ -66,16 +66,12 @@ class WorkItem(NamedTuple):
     is_last: Any  # whether it is its last, 0 or 1
     q_slot: Any
     kv_slot: Any
+    exists: Any  # whether there is anything to do: bool[]
     ring_index: Any = None  # where it is in the ring, see `pipeline`
 
-    @property
-    def exists(self):
-        """Whether there is anything to do."""
-        return self.num_tokens > 0
 
-
-ITEM_WORDS = len(WorkItem._fields) - 1
-"""Words of a work item in the ring, where its ring index need not be said."""
+STORED_FIELDS = WorkItem._fields[:-2]
+"""What the ring holds of a work item: the number of its tokens first. The rest follows from it."""
 
 
 def sequence(plan, refs, index):
@@ -110,8 +106,9 @@ def work_item(plan, cursor, end):
     block = query_block(plan, seq, cursor.q_index)
     kv_position = block.kv_start + cursor.kv_index * bkv
     left = block.kv_end - kv_position
+    num_tokens = jnp.where(seq.index < end, jnp.minimum(bkv, left), 0)
     return WorkItem(
-        num_tokens=jnp.where(seq.index < end, jnp.minimum(bkv, left), 0),
+        num_tokens=num_tokens,
         kv_position=kv_position,
         entry=seq.index * p.pages_per_seq + divide(kv_position, p.page_size),
         q_row=block.q_row,
@@ -122,6 +119,7 @@ def work_item(plan, cursor, end):
         is_last=(left <= bkv).astype(jnp.int32),
         q_slot=cursor.q_slot,
         kv_slot=cursor.kv_slot,
+        exists=num_tokens > 0,
     )
 
 

@@ -2,12 +2,13 @@
 
 Rung 7 computes the same without any of them. Bundles are predicted by the schedule for TPU7x unless
 another chip is named; the rows behind them are in docs/ablations.md, under the heading in quotes.
+`python -m rpa lab steps` prints what each is worth on three chips when it is taken away alone.
 
 | trick | what | when | worth |
 |---|---|---|---|
 | `heads_per_group` | several KV heads share one block-diagonal product | one query token | 1,706 bundles per 1,024 tokens; 1,954 with half as many ("Decode: what did not help") |
 | `items_per_iteration` | two or four KV blocks, mostly of two sequences, overlap | decode | 1,896 instead of 2,188 ("Decode: the way of the data") |
-| `products_unrolled` | two or four products per KV block overlap | decode | 394 instead of 553 with one KV head ("Decode with one KV head a chip") |
+| `products_unrolled` | two or four products per KV block overlap | decode | 394 instead of 553 with one KV head ("Decode with one KV head per chip") |
 | `qk_ahead` | P V of a product follows some later Q K^T | always | 1,501 instead of 1,567 ("Decode: the way of the data") |
 | `swaps_operands` | a part of K is streamed, with Q^T stationary | decode of 384 lanes or more | 1,428 instead of 1,522 ("Decode: swapped operands") |
 | `uses_idle_mxu` | the idle half of a wide MXU scales and sums | 128 lanes on a 256 x 256 MXU | 5,010 instead of 5,138, masked 5,354 instead of 6,042 ("Mixed and prefill") |
