@@ -110,7 +110,7 @@ def query_buffer(plan):
     """A q buffer with random queries in slot 1, and the queries [tokens, kv, group, lanes]."""
     p, tokens = plan.problem, plan.tiles.buffer_tokens
     heads = random_values((tokens, p.num_kv_heads, p.padded_q_per_kv, p.head_lanes), p.q_dtype)
-    shape = (tokens, *p.q_shape(p.q_dtype))
+    shape = (tokens, *p.q_shape)
     buffer = np.zeros((2, *shape), p.q_dtype)
     buffer[1] = heads.reshape(shape)
     return buffer, heads.astype(np.float32)
@@ -138,7 +138,7 @@ def test_query_tiles_and_output_tiles(name, q, out, blocks):
     plan = make_plan(HEADS[name], head_dim=240, q=q, out=out, blocks=blocks)
     p = plan.problem
     buffer, heads = query_buffer(plan)
-    o_shape = (2, plan.tiles.buffer_tokens, *p.q_shape(p.out_dtype))
+    o_shape = (2, plan.tiles.buffer_tokens, *p.o_shape)
     o_value, o_chip = (cls(np.zeros(o_shape, p.out_dtype)) for cls in (ValueRef, ChipRef))
     for q_sub in range(plan.tiles.num_q_subs):
         for group in range(plan.tiles.num_groups):
@@ -257,13 +257,15 @@ def test_the_view_of_queries_is_undone():
     queries = random_values((512, 9, 80), "bfloat16")
     seen = layout.view_heads(plan.problem, jnp.asarray(queries))
     assert seen.shape == (512, 6, 2, 128)
-    np.testing.assert_array_equal(layout.unview_heads(plan.problem, seen), queries)
+    output, lse = layout.unview_output(plan.problem, seen)
+    np.testing.assert_array_equal(output, queries)
+    assert lse is None
 
 
 def test_the_output_of_shared_lanes_is_in_their_second_half():
     problem = make_plan((4, 2), head_dim=64, shares_lanes=True).problem
     halves = jnp.where(jnp.arange(128) < 64, jnp.nan, 7.0)
-    output = layout.unview_heads(problem, jnp.broadcast_to(halves, (512, 4, 1, 128)))
+    output, _ = layout.unview_output(problem, jnp.broadcast_to(halves, (512, 4, 1, 128)))
     assert output.shape == (512, 4, 64) and (output == 7).all()
 
 

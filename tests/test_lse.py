@@ -1,4 +1,4 @@
-"""The third result, the log-sum-exp, of the reference and of rung 7; and merging by it.
+"""The third result, the log-sum-exp, of the reference and of rungs 7 and 8; and merging by it.
 
 Held against the float64 oracle: on generated batches, with every option. Then one pass over all
 keys is compared with parts of them, merged.
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpa import dense, plain
+from rpa.kernel import prepare, ragged_paged_attention, refs
 from rpa.parallel.merge import merge
 from rpa.ragged import ref_ragged_paged_attention
 from tests.batches import Shape, lengths, make_case
@@ -50,8 +51,16 @@ def rung_7(*args, mode=ON_WAIT, **options):
     return plain.attention(*args, block_q=4, block_kv=12, interpret=mode.params, **options)
 
 
-RUNGS = {"reference": reference, "rung 7": rung_7}
-on_both = pytest.mark.parametrize("rung", RUNGS)
+def rung_8(queries, keys, values, kv_cache, batch, mode=ON_WAIT, **options):
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    small = {"d_block_sizes": (1, 16, 1, 8), "m_block_sizes": (8, 16, 8, 16)}
+    return ragged_paged_attention(
+        *(queries, keys, values, kv_cache, *metadata), backend=mode.params, **small | options
+    )
+
+
+RUNGS = {"reference": reference, "rung 7": rung_7, "rung 8": rung_8}
+on_all = pytest.mark.parametrize("rung", RUNGS)
 
 
 def check_lse(lse, truth, *, tolerance):
@@ -78,32 +87,33 @@ def check(rung, case, **options):
     check_lse(lse, truth, tolerance=tolerance)
 
 
-@on_both
+@on_all
 @pytest.mark.parametrize("name", FEATURES)
 def test_options(rung, name):
     shape, options = FEATURES[name]
     check(rung, make_case(shape, MIXED), **options)
 
 
-@on_both
+@on_all
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_generated_batches(rung, data):
     check(rung, make_case(SMALL, data.draw(lengths(SMALL)), seed=data.draw(st.integers(0, 99))))
 
 
+@pytest.mark.parametrize("kernel", [rung_7, rung_8])
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_rung_7_in_both_modes(mode):
+def test_kernels_in_both_modes(mode, kernel):
     case = make_case(SMALL, MIXED)
     output, kv_cache, lse = run(
-        partial(rung_7, mode=mode), *case.arrays, case.batch, sm_scale=0.125, return_lse=True
+        partial(kernel, mode=mode), *case.arrays, case.batch, sm_scale=0.125, return_lse=True
     )
     truth = truth_of(case, kv_cache)
     check_output(output, truth, tolerance=2e-6)
     check_lse(lse, truth, tolerance=2e-6)
 
 
-@on_both
+@on_all
 def test_the_output_is_the_same_with_and_without(rung):
     case = make_case(GQA, MIXED)
     with_lse = attend(rung, case, return_lse=True)
@@ -112,7 +122,7 @@ def test_the_output_is_the_same_with_and_without(rung):
     np.testing.assert_array_equal(with_lse[0], without[0])
 
 
-@on_both
+@on_all
 def test_no_tokens_at_all(rung):
     *_, lse = attend(
         rung, make_case(Shape(2, 1, 64, page_size=8, num_tokens=0), []), return_lse=True
@@ -120,7 +130,7 @@ def test_no_tokens_at_all(rung):
     assert lse.shape == (0, 2)
 
 
-@on_both
+@on_all
 def test_other_values_are_refused_in_words(rung):
     with pytest.raises(ValueError, match="return_lse is 'yes', but must be True or False"):
         RUNGS[rung](
@@ -143,6 +153,18 @@ def test_rung_7_without_it_is_the_kernel_that_it_was():
 
     assert kernel_outputs()[0] == ((40, 2, 128), "bfloat16")
     assert kernel_outputs(return_lse=True)[0] == ((40, 2, 256), "float32")
+
+
+def test_rung_8_without_it_is_the_kernel_that_it_was():
+    case = make_case(Shape(2, 1, 64, page_size=8, dtype="bfloat16"), MIXED)
+
+    def outputs(**options):
+        plans = prepare(*case.arrays, *case.metadata, **options)
+        found = [refs.outputs(plan).output for plan in plans]
+        return {(output.shape[1:], output.dtype.name) for output in found}
+
+    assert outputs() == {((1, 2, 128), "bfloat16")}
+    assert outputs(return_lse=True) == {((2, 1, 256), "float32")}
 
 
 # --- Merging ------------------------------------------------------------------------------------

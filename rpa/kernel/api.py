@@ -53,6 +53,7 @@ def ragged_paged_attention(
     disable_bounds_checks=True,
     disable_semaphore_checks=True,
     attention_sink=None,
+    return_lse=False,
     validate=None,
     backend=None,
     donate=True,
@@ -97,6 +98,9 @@ def ragged_paged_attention(
         debug_mode: print one line for each block of queries.
         disable_bounds_checks, disable_semaphore_checks: compiler options; the checks are slow.
         attention_sink: f32[num_q_heads], adds `exp(sink)` to the softmax's denominator, or None.
+        return_lse: whether to return the logarithm of that denominator as well, to merge this
+            output with one over other keys (see `rpa.parallel.merge`). The kernel then writes its
+            output in float32, with 128 lanes more per token and head.
         validate: whether to check the values of the lengths and pages on the host; see
             `rpa.ragged.should_validate`.
         backend: "tpu" (compiled), "interpret" (the TPU interpreter, or the `InterpretParams` to
@@ -111,6 +115,8 @@ def ragged_paged_attention(
         output: [num_tokens, num_q_heads, head_dim] in out_dtype. Rows that no sequence owns, and
             rows that see no key, are zero.
         kv_cache: the cache with the new tokens in it.
+        lse: only with return_lse: f32[num_tokens, num_q_heads], natural logarithm, scales, cap and
+            sink included; -inf in rows that no sequence owns, and rows that see no key.
 
     Raises:
         ValueError: for arguments that do not fit together, or blocks that do not fit in VMEM, in
@@ -141,7 +147,8 @@ def ragged_paged_attention(
         return store_and_attend(*tokens, batch, options)
     plans = prepare(**given)
     if len(queries) == 0:  # nothing to store, and no DMA of nothing
-        return jnp.zeros(queries.shape, options.out_dtype), kv_cache
+        lse = [jnp.zeros(queries.shape[:2])] if options.return_lse else []
+        return jnp.zeros(queries.shape, options.out_dtype), kv_cache, *lse
     arrays = forward_only("ragged_paged_attention", (*tokens, batch, options))
     call = partial(launch.compiled(donate), *arrays, plans=plans)
     return interpreter.run_alone(call) if plans[0].interpret else call()
@@ -220,6 +227,7 @@ def _problem(
         has_soft_cap=options.soft_cap is not None,
         has_q_scale=options.q_scale is not None,
         has_sinks=options.attention_sink is not None,
+        return_lse=options.return_lse,
         shares_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:]),
         debug_mode=debug_mode,
     )

@@ -132,7 +132,8 @@ class Decode:
         for group in range(self.tiles.num_groups):
             for item in items:
                 index = (item.q_slot, group)
-                output = self.softmax.normalise(self.refs.acc[index], self.refs.row_sum[index])
+                acc, row_sum, row_max = self.refs.acc, self.refs.row_sum, self.refs.row_max
+                output = self.softmax.normalise(acc[index], row_sum[index], row_max.at[index])
                 layout.store_o_tile(self.tiles, self.buffers.o, item.q_slot, 0, group, output)
         for item, is_end in zip(items, ends, strict=True):
 

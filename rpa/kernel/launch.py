@@ -6,6 +6,7 @@ import functools
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from rpa import compat
@@ -59,7 +60,7 @@ def call_plans(queries, keys, values, kv_cache, batch, options, *, plans):
         plans: the `Plan`s, first to last.
 
     Returns:
-        output [num_tokens, num_q_heads, head_dim] and kv_cache.
+        output [num_tokens, num_q_heads, head_dim] and kv_cache; with return_lse also the lse.
     """
     problem, sinks = plans[0].problem, options.attention_sink
     arrays = Refs(
@@ -81,8 +82,12 @@ def call_plans(queries, keys, values, kv_cache, batch, options, *, plans):
         arrays = arrays._replace(output_before=results.output)
         if problem.update_kv_cache:
             arrays = arrays._replace(kv_cache=results.kv_cache_out)
-    output = layout.unview_heads(problem, arrays.output_before)
-    return output, arrays.kv_cache.reshape(kv_cache.shape)
+    output, lse = layout.unview_output(problem, arrays.output_before)
+    results = output, arrays.kv_cache.reshape(kv_cache.shape)
+    if lse is None:
+        return results
+    _, _, owned = batch.token_positions(problem.num_tokens)
+    return *results, jnp.where(owned[:, None], lse, -jnp.inf)
 
 
 def _call(plan, arrays) -> Refs:

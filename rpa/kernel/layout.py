@@ -171,7 +171,7 @@ def load_q_tile(tiles, buffer, slot, q_sub, group):
 
 
 def store_o_tile(tiles, buffer, slot, q_sub, group, tile):
-    """Write the output of one head group, f32[rows, head_lanes], to the o buffer.
+    """Write the output of one head group, f32[rows, o_lanes], to the o buffer.
 
     It undoes `load_q_tile`.
     """
@@ -250,7 +250,7 @@ def load_kv(tiles, buffer, slot, token, group, num_valid=None):
 
     Where the two share their lanes, both are the same matrix: [k, v] of each head. The queries are
     zero past head_dim, so [q, 0] [k, v]^T = q k^T; and P [k, v] = [P k, P v], of which
-    `unview_heads` takes the second half. No value moves to another lane.
+    `unview_output` takes the second half. No value moves to another lane.
 
     Args:
         tiles: `plan.Tiles`.
@@ -297,16 +297,22 @@ def view_heads(problem, array):
     p = problem
     grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.q_per_kv, p.head_dim)
     padding = ((0, 0), (0, 0), (0, p.padded_q_per_kv - p.q_per_kv), (0, p.head_lanes - p.head_dim))
-    return jnp.pad(grouped, padding).reshape(p.num_tokens, *p.q_shape(array.dtype))
+    return jnp.pad(grouped, padding).reshape(p.num_tokens, *p.q_shape)
 
 
-def unview_heads(problem, array):
-    """Undo `view_heads`; where K and V share their lanes, the output is in those of V."""
+def unview_output(problem, array):
+    """What `view_heads` is for queries, undone for the output: the pair of output and lse, or None.
+
+    Where K and V share their lanes, the output is in those of V.
+    """
     p = problem
-    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_q_per_kv, p.head_lanes)
+    grouped = array.reshape(p.num_tokens, p.num_kv_heads, p.padded_q_per_kv, -1)
     first = p.head_dim if p.shares_lanes else 0
     heads = grouped[:, :, : p.q_per_kv, first : first + p.head_dim]
-    return heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim)
+    output = heads.reshape(p.num_tokens, p.num_q_heads, p.head_dim).astype(p.out_dtype)
+    if not p.return_lse:
+        return output, None
+    return output, grouped[:, :, : p.q_per_kv, p.head_lanes].reshape(p.num_tokens, p.num_q_heads)
 
 
 def sink_tiles(tiles, attention_sink):

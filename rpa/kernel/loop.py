@@ -51,7 +51,7 @@ def _zero_padding_rows(plan, r, buffers, copies):
 
     @pl.when(num_used < plan.problem.num_tokens)
     def _():
-        zeros = jnp.zeros((t.rows, plan.problem.head_lanes), jnp.float32)
+        zeros = jnp.zeros((t.rows, plan.problem.o_shape[-1]), jnp.float32)
         store = partial(layout.store_o_tile, t, buffers.o, 0, tile=zeros)
         mixed.for_each_tile(t, t.num_q_subs, store)
         copies.write_zero_rows(num_used)

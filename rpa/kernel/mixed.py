@@ -85,7 +85,7 @@ class Tiled:
         def finish_tile(q_sub, group):
             state = self._state(q_sub, group)
             acc = state.acc[:, pl.ds(0, self.tiles.group_lanes)]  # without the row sums next to it
-            output = self.softmax.normalise(acc, state.row_sum[...])
+            output = self.softmax.normalise(acc, state.row_sum[...], state.row_max)
             layout.store_o_tile(self.tiles, self.buffers.o, item.q_slot, q_sub, group, output)
 
         for_each_tile(self.tiles, self._num_q_subs(item), finish_tile)

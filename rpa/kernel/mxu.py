@@ -29,8 +29,8 @@ An MXU of 256 x 256 multiplies a product with a depth or a width of 128 no faste
 At head_dim 128 both products of attention leave half of it idle: Q K^T is 128 deep, P V is 128
 wide. On a 128 x 128 MXU (v5e) nothing is idle, and `Tricks.uses_idle_mxu` says no.
 
-The vector unit is busy: it touches every score some seven times. So two things that it did are given
-to the idle halves:
+The vector unit is busy: it touches every score some seven times. So two things that it did are
+given to the idle halves:
 
     [q_high, q_low] [k, k]^T = (q_high + q_low) k^T    scores that are scaled already
     P [V, 1]                 = [P V, sum P]            the row sums next to the values

@@ -28,7 +28,8 @@ class Problem:
         num_tokens, num_q_heads, num_kv_heads, head_dim, num_pages, page_size, max_num_seqs,
             pages_per_seq: sizes of its arrays, see `rpa.RaggedBatch`; page_size is in tokens.
         q_dtype, kv_dtype, out_dtype: of queries, cache and output.
-        causal, update_kv_cache, sliding_window, debug_mode: as passed; the window in tokens.
+        causal, update_kv_cache, sliding_window, return_lse, debug_mode: as passed; the window in
+            tokens.
         has_soft_cap, has_q_scale, has_sinks: whether there is one; its value is not compiled in.
         shares_lanes: whether K and V of a head share the lanes of the cache, see `rpa.paging`.
     """
@@ -50,6 +51,7 @@ class Problem:
     has_soft_cap: bool = False
     has_q_scale: bool = False
     has_sinks: bool = False
+    return_lse: bool = False
     shares_lanes: bool = False
     debug_mode: bool = False
 
@@ -70,17 +72,30 @@ class Problem:
         Queries and output are cut into tiles by the larger of the two, so that a row of a tile is
         the same (token, head) in both, also if queries are bfloat16 and the output is float32.
         """
-        return max(packing_of(self.q_dtype), packing_of(self.out_dtype))
+        return max(packing_of(self.q_dtype), packing_of(self.o_dtype))
+
+    @property
+    def o_dtype(self):
+        """What the kernel writes its output in: an lse next to it needs float32."""
+        return np.dtype(np.float32) if self.return_lse else self.out_dtype
 
     @property
     def padded_q_per_kv(self):
         """`q_per_kv` rounded up so that no 32-bit word holds query heads of two KV heads."""
         return align(self.q_per_kv, self.row_packing)
 
-    def q_shape(self, dtype):
-        """One token's (padded) query heads in queries or output: (words, packing, head_lanes)."""
-        packing = packing_of(dtype)
+    @property
+    def q_shape(self):
+        """One token's (padded) query heads: (words, packing, head_lanes)."""
+        packing = packing_of(self.q_dtype)
         return self.num_kv_heads * self.padded_q_per_kv // packing, packing, self.head_lanes
+
+    @property
+    def o_shape(self):
+        """One token's output: (words, packing, o_lanes); the lse is in the last 128 lanes."""
+        packing = packing_of(self.o_dtype)
+        o_lanes = self.head_lanes + (LANES if self.return_lse else 0)
+        return self.num_kv_heads * self.padded_q_per_kv // packing, packing, o_lanes
 
     @property
     def kv_shape(self):

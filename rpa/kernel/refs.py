@@ -21,8 +21,8 @@ FLOAT32 = np.dtype(np.float32)
 class Refs(NamedTuple):
     """Every array by name; None where a plan has no use for it. A NamedTuple is a pytree for JAX.
 
-    Sizes are those of `Plan`, `Tiles` and `Problem`; (words, packing, head_lanes) is one token of
-    that array, see `Problem.q_shape` and `kv_shape`. `states` is num_slots in decode, else
+    Sizes are those of `Plan`, `Tiles` and `Problem`; (words, packing, lanes) is one token of that
+    array, see `Problem.q_shape`, `o_shape` and `kv_shape`. `states` is num_slots in decode, else
     num_q_subs. Where the idle half of the MXU is used (`mxu`), the row
     sums are the last 128 columns of acc, there is no row_sum, and the queries are two parts side by
     side.
@@ -41,13 +41,13 @@ class Refs(NamedTuple):
     output_before: HBM = None  # the output of the kernel before, the same memory as output
 
     # Outputs
-    output: HBM = None  # [num_tokens, words, packing, head_lanes]
+    output: HBM = None  # [num_tokens, words, packing, o_lanes]
     kv_cache_out: HBM = None  # the same memory as kv_cache
 
     # Blocks in VMEM, one per slot
     kv_buffer: VMEM = None  # [num_slots, bkv, words | 1, packing, head_lanes]
     q_buffer: VMEM = None  # [num_slots, buffer_tokens, words, packing, head_lanes]
-    o_buffer: VMEM = None  # [num_slots, buffer_tokens, words, packing, head_lanes]
+    o_buffer: VMEM = None  # [num_slots, buffer_tokens, words, packing, o_lanes]
 
     # Softmax state, queries and mask
     row_max: VMEM = None  # f32[states, num_groups, rows, 128], running maximum
@@ -82,7 +82,7 @@ def merge(*parts) -> Refs:
 def outputs(plan) -> Refs:
     """Shapes of the outputs."""
     p = plan.problem
-    output = jax.ShapeDtypeStruct((p.num_tokens, *p.q_shape(p.out_dtype)), p.out_dtype)
+    output = jax.ShapeDtypeStruct((p.num_tokens, *p.o_shape), p.o_dtype)
     kv_cache = jax.ShapeDtypeStruct((p.num_pages * p.page_size, *p.kv_shape), p.kv_dtype)
     return Refs(output=output, kv_cache_out=kv_cache if p.update_kv_cache else None)
 
@@ -115,8 +115,8 @@ def vmem_buffers(plan):
     # tokens takes every n-th row, and at an even distance those lie in few of VMEM's banks.
     buffers = {
         "kv_buffer": ((slots, plan.blocks.bkv, words | 1, *word_row), p.kv_dtype),
-        "q_buffer": ((slots, t.buffer_tokens, *p.q_shape(p.q_dtype)), p.q_dtype),
-        "o_buffer": ((slots, t.buffer_tokens, *p.q_shape(p.out_dtype)), p.out_dtype),
+        "q_buffer": ((slots, t.buffer_tokens, *p.q_shape), p.q_dtype),
+        "o_buffer": ((slots, t.buffer_tokens, *p.o_shape), p.o_dtype),
         "row_max": ((*state, LANES), FLOAT32),
         "acc": ((*state, t.group_lanes + (LANES if uses_idle_mxu else 0)), FLOAT32),
     }

@@ -119,15 +119,17 @@ class Softmax:
         weight = jnp.exp2(score - m)
         return m, weight if self.tricks.uses_idle_mxu else jnp.where(lane == 0, weight, 0.0)
 
-    def normalise(self, acc, row_sums):
+    def normalise(self, acc, row_sums, row_max):
         """Divide by the sum of the weights; rows that saw no key (sum 0) are zero.
 
         Args:
             acc: f32[rows, group_lanes].
             row_sums: f32[rows, 128]: 128 parts of each sum; from an idle MXU, the sum 128 times.
+            row_max: the ref f32[rows, 128].
 
         Returns:
-            f32[rows, head_lanes], ready for `layout.store_o_tile`.
+            f32[rows, o_lanes], ready for `layout.store_o_tile`: with return_lse, the natural
+            logarithm of the sum comes next to the output, 128 times.
         """
         acc = layout.gather_heads(self.tiles, acc)
         if self.tricks.uses_idle_mxu:
@@ -136,7 +138,10 @@ class Softmax:
             total = jnp.sum(row_sums, axis=1, keepdims=True)
         # Not `total > 0`: a NaN in the data has to stay visible.
         factor = jnp.where(total == 0, 0.0, self.scalars[VALUE_SCALE] / total)
-        return acc * factor
+        if not self.problem.return_lse:
+            return acc * factor
+        lse = row_max[...] / LOG2_E + jnp.log(total[:, :LANES])  # [rows, 128]
+        return jnp.concatenate([acc * factor, lse], axis=1)
 
 
 def widen(x, lanes):
