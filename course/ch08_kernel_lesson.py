@@ -350,10 +350,11 @@ assert table.chunk_words % 128 == 0
 # *Rung 7 stores them out of the KV buffer. So does rung 8, except in a decode.*
 #
 # The rule is the same: **each query block stores its own tokens**, when they are in its KV buffer.
-# Only a decode sends its one token from HBM to HBM: why, says the comment.
+# Only a decode sends its one token from HBM to HBM: the second function says why.
 
 # %%
 show_source(Copies.start_stores)
+show_source(Copies._store_token)
 
 # %% [markdown]
 # Two things follow. No token can be missed: its query block always runs, and always reads the KV

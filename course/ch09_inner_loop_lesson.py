@@ -311,12 +311,13 @@ for step in ("odd stride", "Q K one head ahead", "two heads ahead"):
     assert recorded_step("v5e", step).slots["MATMUL"] == written.slots["MATMUL"]
 
 # %% [markdown]
-# In exercise 9.3 you write it, and the compiler of a v5e is your judge. Rung 8 does it with a list
-# of what waits:
+# In exercise 9.3 you write it, and the compiler of a v5e is your judge. Rung 8 does it with
+# a generator that makes the softmaxes, and a loop that gets each of them a few later:
 
 # %%
 from rpa.kernel.mixed import Tiled
 
+show_source(mxu.delayed)
 show_source(Tiled._attend_groups)
 
 # %% [markdown]

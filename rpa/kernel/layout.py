@@ -141,13 +141,6 @@ class Buffers(NamedTuple):
     o: WordRows
     kv: WordRows
 
-    @classmethod
-    def of(cls, refs, interpret):
-        """Those of some `Refs`."""
-        return cls(
-            *(WordRows(r, interpret) for r in (refs.q_buffer, refs.o_buffer, refs.kv_buffer))
-        )
-
 
 # --- Tiles -----------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ def kernel(plan, inputs, outputs, scratch):
     """The body of the `pallas_call`: inputs, outputs and scratch memory are three `Refs`."""
     r = refs.merge(inputs, outputs, scratch)
     first, end = plan.case.bounds(r.distribution)
-    buffers = layout.Buffers.of(r, plan.interpret)
+    buffers = (r.q_buffer, r.o_buffer, r.kv_buffer)
+    buffers = layout.Buffers(*(layout.WordRows(buffer, plan.interpret) for buffer in buffers))
     copies = transfers.Copies(plan, r)
     ring = pipeline.Ring(plan, r.ring)
     compute = (decode.Decode if plan.is_decode else mixed.Mixed)(plan, r, buffers, copies)

@@ -52,18 +52,13 @@ class Copies:
     """The copies of one kernel, on its `Refs`."""
 
     def __init__(self, plan, refs):
-        p = plan.problem
-        self.refs, self.table, self.num_slots = refs, plan.table, plan.num_slots
-        self.is_decode, self.marks_contiguous = plan.is_decode, plan.tricks.marks_contiguous
-        self.bq, self.num_tokens, self.page_size = plan.blocks.bq, p.num_tokens, p.page_size
-        self.kv_words = p.kv_shape[0]
-        self.stores, self.has_window = p.update_kv_cache, p.sliding_window is not None
-        self.debug_mode = p.debug_mode
+        self.refs, self.plan, self.problem, self.table = refs, plan, plan.problem, plan.table
+        self.page_size, self.stores = plan.problem.page_size, plan.problem.update_kv_cache
 
     def clear(self):
         """Say of all buffers that nothing leaves them."""
 
-        @compat.loop_once(0, self.num_slots)
+        @compat.loop_once(0, self.plan.num_slots)
         def _(slot):
             self.refs.stored[slot] = self.refs.sent[slot] = jnp.int32(0)
 
@@ -90,7 +85,7 @@ class Copies:
 
     def _unmark(self, index):
         """Take the mark off a block's first entry; return whether the block is contiguous."""
-        if not self.marks_contiguous:
+        if not self.plan.tricks.marks_contiguous:
             return False
         value = self.refs.table_chunks[index]
         self.refs.table_chunks[index] = page_table.page(value)
@@ -109,14 +104,14 @@ class Copies:
             source = self.refs.queries.at[pl.ds(item.q_row, item.q_len)]
             _start(source, self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
-        if self.stores and self.is_decode:
+        if self.stores and self.plan.is_decode:
             self._store_token(item)
         elif self.stores:
             self._wait_stores(item.kv_slot)
         num_cached = self._start_new_kv(item)
         # Whole pages come last: the loop over them is the end of what the compiler interleaves.
         num_head = 0
-        if self.has_window:
+        if self.problem.sliding_window is not None:
             num_head = self._start_part_of_page(item, index, num_cached)
             index, num_cached = index + 1, num_cached - num_head
         self._start_pages(item.kv_slot, index, num_head, num_cached, is_contiguous)
@@ -186,7 +181,8 @@ class Copies:
 
     def _kv_tokens(self, slot, first, num_tokens):
         """Tokens of a KV buffer, without the extra row that makes their distance odd."""
-        return self.refs.kv_buffer.at[slot, pl.ds(first, num_tokens), pl.ds(0, self.kv_words)]
+        words = self.problem.kv_shape[0]
+        return self.refs.kv_buffer.at[slot, pl.ds(first, num_tokens), pl.ds(0, words)]
 
     def _q_rows(self, item):
         return self.refs.q_buffer.at[item.q_slot, pl.ds(0, item.q_len)]
@@ -195,7 +191,7 @@ class Copies:
 
     def wait_queries(self, item):
         """Wait for the queries of a query block, before its first KV block is computed."""
-        if self.debug_mode:
+        if self.problem.debug_mode:
             pl.debug_print("rpa: queries from row {}, position {}", item.q_row, item.position)
         _wait(self._q_rows(item), self.refs.q_sems.at[item.q_slot])
 
@@ -275,10 +271,10 @@ class Copies:
     def wait_all(self):
         """Wait for what is in flight after the last computation: outputs and stores."""
 
-        @compat.loop_once(0, self.num_slots)
+        @compat.loop_once(0, self.plan.num_slots)
         def _(slot):
             self.wait_output(slot)
-            if self.stores and not self.is_decode:
+            if self.stores and not self.plan.is_decode:
                 self._wait_stores(slot)
 
     def write_zero_rows(self, num_used):
@@ -287,8 +283,10 @@ class Copies:
         The o buffer must be free and hold zeros in slot 0.
         """
 
-        @pl.loop(0, divide_up(self.num_tokens - num_used, self.bq))
+        num_tokens, bq = self.problem.num_tokens, self.plan.blocks.bq
+
+        @pl.loop(0, divide_up(num_tokens - num_used, bq))
         def _(i):
-            row = num_used + i * self.bq
-            self.start_output(0, row, jnp.minimum(self.bq, self.num_tokens - row))
+            row = num_used + i * bq
+            self.start_output(0, row, jnp.minimum(bq, num_tokens - row))
             self.wait_output(0)
