@@ -3,8 +3,8 @@
 SMEM is small (1 MiB), and a long context has many pages. So the table stays in HBM, and every work
 item brings the entries of its own KV block in one aligned chunk.
 
-In a new pool the pages of a sequence are contiguous, and a KV block of 64 pages is one copy. To
-compare 64 entries costs the scalar core more than to start 64 copies (some five cycles each). So
+In a new pool the pages of a sequence are contiguous, and a KV block of 64 pages is one copy.
+Comparing 64 entries costs the scalar core more than starting 64 copies (some five cycles each). So
 contiguity is computed before the kernel, for all blocks at once, and stored in the sign bit of each
 block's first entry.
 """

@@ -108,7 +108,7 @@ class Plan:
     iterations_ahead: int = 1
     has_small_tiles: bool = False
 
-    @property
+    @cached_property
     def is_decode(self):
         """Whether `decode` computes it, and not `mixed`: one token per query block and sequence.
 
@@ -116,7 +116,7 @@ class Plan:
         """
         return self.blocks.bq == 1 and self.max_q_len == 1
 
-    @property
+    @cached_property
     def has_one_query_block(self):
         """Whether all new tokens of any sequence fit in one query block, as a decode's do."""
         return self.max_q_len is not None and self.max_q_len <= self.blocks.bq
@@ -147,17 +147,17 @@ class Plan:
         blocks = self.blocks._replace(bq_c=self.tricks.small_q_sub)
         return replace(self, blocks=blocks, has_small_tiles=True)
 
-    @property
+    @cached_property
     def num_slots(self):
         """Buffers of each kind: one iteration is computed while others are fetched."""
         return (1 + self.iterations_ahead) * self.tricks.items_per_iteration
 
-    @property
+    @cached_property
     def depth(self):
         """Iterations from looking an item up to computing it, both included."""
         return tricks.TABLE_ITERATIONS + self.iterations_ahead + 1
 
-    @property
+    @cached_property
     def ring_items(self):
         """Work items in flight."""
         return self.depth * self.tricks.items_per_iteration

@@ -129,7 +129,8 @@ class Softmax:
 
         Returns:
             f32[rows, o_lanes], ready for `layout.store_o_tile`: with return_lse, the natural
-            logarithm of the sum comes next to the output, 128 times.
+            logarithm of the sum comes next to the output, 128 times. From an idle MXU it is that of
+            the rounded weights, so exact to 2^-9.
         """
         acc = layout.gather_heads(self.tiles, acc)
         if self.tricks.uses_idle_mxu:

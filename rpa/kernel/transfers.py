@@ -135,8 +135,8 @@ class Copies:
     def _start_part_of_page(self, item, index, num_tokens):
         """Copy the rest of the page in which a KV block begins; return its number of tokens.
 
-        A window begins anywhere. To read the tokens of its page that lie before it would be in
-        vain: with pages as long as the window, half as much again.
+        A window begins anywhere. Reading the tokens of its page that lie before it would be wasted:
+        with pages as long as the window, half as much again.
         """
         offset = lax.rem(item.kv_position, self.page_size)
         num_head = jnp.minimum(self.page_size - offset, num_tokens)
@@ -148,8 +148,8 @@ class Copies:
         """Copy num_tokens of the pages from entry `index` on to a row of the KV buffer.
 
         Whole pages have a static size, which halves the work of issuing a copy. The last copy stops
-        at the last token: what follows in its page belongs to no one yet, or a new token will land
-        there. Of contiguous pages it is the only copy.
+        at the last cached token: what follows in its page is not the sequence's yet, and in the
+        buffer a new token lands there. Of contiguous pages it is the only copy.
         """
         page_size, unrolled = self.page_size, self.table.pages_unrolled
         num_whole = jnp.where(is_contiguous, 0, divide(num_tokens, page_size))
@@ -203,10 +203,10 @@ class Copies:
     # --- Storing the new tokens ----------------------------------------------------------------
 
     def _store_token(self, item):
-        """Copy the one new token of a decode into the cache, with the last KV block: it is in it.
+        """Copy the one new token of a decode into the cache, with the KV block that it ends.
 
-        It comes from HBM a second time. A decode computes so short that a store out of the buffer
-        would not be done when the next block is fetched into it.
+        Out of `new_kv`, which so is read twice: a decode computes so briefly that a store out of
+        the buffer would not be done when the next block is fetched into it.
         """
 
         @pl.when(item.is_last != 0)
