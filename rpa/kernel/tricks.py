@@ -38,7 +38,7 @@ MAX_TOKENS_FOR_FOUR = 256
 """With a window this short, decode processes four KV blocks per iteration instead of two."""
 
 DECODE_QK_AHEAD, MIXED_QK_AHEAD = 7, 2
-"""Products Q K^T issued before P V of an earlier one, so that the MXU does not wait for a softmax."""
+"""Products Q K^T issued before P V of an earlier one: the MXU need not wait for a softmax."""
 
 SMALL_TILE_ROWS, MIN_TOKENS_TO_CUT = 256, 256
 """Rows of small tiles, and the bq_c from which on a plan has them."""
