@@ -16,7 +16,8 @@ one new token per sequence.
 What crosses the wire does not depend on the length of the context:
 
     all-gather    the lse of each query and head, 4 bytes, from each chip
-    all-reduce    the sum of the weighted outputs, 4 * head_dim bytes for each query and head
+    all-reduce    the sum of the weighted outputs, head_dim numbers for each query and head: float32,
+                  but where out_dtype is bfloat16 the TPU's compiler chooses that for the sum, too
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ import numpy as np
 
 from rpa.parallel.cut import Form, refuse_window
 from rpa.parallel.merge import merge_weights, weighted
-from rpa.ragged import store_new_tokens
+from rpa.ragged import RaggedBatch
+from rpa.streamed import live_lengths
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,24 @@ class DecodeContext(Form):
             attention_sink=None, return_lse=False, out_dtype=None, validate=None, **options,
         ):  # fmt: skip
             refuse_window(self, options)
-            num_pages, page_size = kv_cache.shape[:2]
             chip = jax.lax.axis_index(self.axis)
-            # Page indices that count from this chip's first page: the others are out of range.
-            batch = replace(batch, page_indices=batch.page_indices - chip * num_pages)
-            if update_kv_cache:
-                kv_cache = store_new_tokens(kv_cache, keys, values, batch)
-            mine, has_key = local_batch(batch, queries.shape[0], num_pages, page_size)
-            output, kv_cache, lse = attention(
-                queries, keys, values, kv_cache, mine, use_causal_mask=False, validate=False,
-                update_kv_cache=False, return_lse=True, out_dtype=jnp.float32, **options,
-            )  # fmt: skip
-            lse = jnp.where(has_key[:, None], lse, -jnp.inf)
-            # [num_chips, num_tokens, num_q_heads]
-            lses = jax.lax.all_gather(lse, self.axis)
+            local, is_last_here = local_batch(batch, chip, *kv_cache.shape[:2])
+            output = jnp.zeros(queries.shape, jnp.float32)
+            lse = jnp.full(queries.shape[:2], -jnp.inf)
+            # Only the chip that has a sequence's last page stores the new token: one call for the
+            # sequences of which that is this chip, and one that only reads, for the others.
+            stored = is_last_here if update_kv_cache else jnp.zeros_like(is_last_here)
+            for stores in (True, False) if update_kv_cache else (False,):
+                part, rows = only(local, stored if stores else ~stored)
+                new = (x[jnp.minimum(rows, len(x) - 1)] for x in (queries, keys, values))
+                found, kv_cache, found_lse = attention(
+                    *new, kv_cache, part, update_kv_cache=stores, return_lse=True,
+                    out_dtype=jnp.float32, validate=False, **options,
+                )  # fmt: skip
+                output = output.at[rows].set(found, mode="drop")
+                lse = lse.at[rows].set(found_lse, mode="drop")
+
+            lses = jax.lax.all_gather(lse, self.axis)  # [num_chips, num_tokens, num_q_heads]
             weights, lse = merge_weights(lses, attention_sink)
             output = jax.lax.psum(weighted(output, weights[chip]), self.axis)
             output = output.astype(queries.dtype if out_dtype is None else out_dtype)
@@ -79,34 +85,65 @@ class DecodeContext(Form):
         return attend
 
 
-def local_batch(batch, num_tokens, num_pages, page_size):
-    """The part of a batch whose pages are on one chip, as a batch of its own.
+def local_batch(batch, chip, num_pages, page_size):
+    """The part of a batch whose pages are on one chip: of each sequence its pages, its tokens.
 
     Args:
-        batch: page indices outside of [0, num_pages) are on other chips.
-        num_tokens: rows of the queries.
-        num_pages, page_size: of this chip's cache.
+        batch: page indices count the pages of all chips; no q_len is above 1.
+        chip: which of them; may be traced.
+        num_pages, page_size: of a chip's cache.
 
     Returns:
-        The batch: of each sequence its pages here, in their order, and their tokens. And
-        bool[num_tokens], whether this chip has a key for a query. Where it has none the sequence
-        is given one token of some page, because a query without a key is an error; what comes of
-        it has to be dropped.
+        The batch: kv_lens count the tokens on this chip, 0 where there is none, and page_indices
+        its own pages, in the order of the sequence. And bool[max_num_seqs], whether the last page
+        of a sequence is here.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([1, 1], [11, 3], [[7, 1, 2], [5]])
-    >>> mine, has_key = local_batch(batch, 2, num_pages=4, page_size=4)
-    >>> mine.page_indices.reshape(2, 3)[0], mine.kv_lens, has_key
-    (Array([1, 2, 0], dtype=int32), Array([7, 1], dtype=int32), Array([ True, False], dtype=bool))
+    >>> local, is_last_here = local_batch(batch, chip=0, num_pages=4, page_size=4)
+    >>> local.page_indices.reshape(2, 3)[0], local.kv_lens, is_last_here
+    (Array([1, 2, 0], dtype=int32), Array([7, 0], dtype=int32), Array([ True, False], dtype=bool))
     """
     table = jnp.asarray(batch.page_indices).reshape(batch.max_num_seqs, -1)
     first_tokens = jnp.arange(batch.pages_per_seq) * page_size  # of each page
     tokens = jnp.clip(jnp.asarray(batch.kv_lens)[:, None] - first_tokens, 0, page_size)
-    mine = (tokens > 0) & (table >= 0) & (table < num_pages)
+    mine = (tokens > 0) & (table // num_pages == chip)  # [max_num_seqs, pages_per_seq]
     # Own pages first. Their order stays, so that the one that is not full is the last of them.
     order = jnp.argsort(~mine, axis=1, stable=True)
-    pages = jnp.take_along_axis(jnp.where(mine, table, 0), order, axis=1)
+    pages = jnp.take_along_axis(jnp.where(mine, table % num_pages, 0), order, axis=1)
     kv_lens = jnp.where(mine, tokens, 0).sum(axis=1, dtype=jnp.int32)
-    local = replace(batch, kv_lens=jnp.maximum(kv_lens, 1), page_indices=pages.reshape(-1))
-    seqs, _, owned = batch.token_positions(num_tokens)
-    return local, owned & (kv_lens[seqs] > 0)
+    num_live = (tokens > 0).sum(axis=1, keepdims=True)
+    is_last_here = jnp.take_along_axis(mine, jnp.maximum(num_live - 1, 0), axis=1)[:, 0]
+    return replace(batch, kv_lens=kv_lens, page_indices=pages.reshape(-1)), is_last_here
+
+
+def only(batch, chosen):
+    """The chosen sequences of a batch of decodes that have a query and a key, as a batch of theirs.
+
+    Args:
+        batch: no q_len is above 1.
+        chosen: bool[max_num_seqs].
+
+    Returns:
+        The batch, and i32[max_num_seqs]: row r of its queries is row `rows[r]` of those of `batch`.
+        Rows that it does not have are past all rows.
+
+    >>> from rpa.ragged import RaggedBatch
+    >>> batch, _ = RaggedBatch.from_lengths([1, 0, 1], [11, 9, 3], [[0], [1], [2]])
+    >>> part, rows = only(batch, jnp.array([False, True, True]))
+    >>> part.kv_lens[:1], part.cu_q_lens, rows[:1]
+    (Array([3], dtype=int32), Array([0, 1, 1, 1], dtype=int32), Array([1], dtype=int32))
+    """
+    starts, q_lens, kv_lens = live_lengths(batch)
+    chosen &= (q_lens > 0) & (kv_lens > 0)
+    num_chosen = chosen.sum(dtype=jnp.int32)
+    order = jnp.argsort(~chosen, stable=True)  # the chosen first
+    place = jnp.arange(batch.max_num_seqs + 1, dtype=jnp.int32)
+    table = jnp.asarray(batch.page_indices).reshape(batch.max_num_seqs, -1)
+    part = RaggedBatch(
+        kv_lens=kv_lens[order],
+        page_indices=table[order].reshape(-1),
+        cu_q_lens=jnp.minimum(place, num_chosen),
+        distribution=jnp.full(3, num_chosen),
+    )
+    return part, jnp.where(place[:-1] < num_chosen, starts[order], 2**31 - 1)

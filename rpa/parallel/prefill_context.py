@@ -14,11 +14,12 @@ each chip, and chip i has chunk i and chunk 2 * num_chips - 1 - i, an early and 
                                                 chip 3       -                    3 and 4
                                                 chip 2       -                    2 and 5
 
-Every step but the first is two whole squares on every chip: a chunk is either seen as a whole or
+Every step except the first is two whole squares on every chip: a chunk is either seen as a whole or
 not at all. So the mask is needed for a chip's own keys only, and no chip waits for another.
 
-What visits a chip is laid out as a cache (`rpa.paging.pack_kv`), in pages of its own: to the rung
-that runs on the chip it is one more cache, that it reads and does not update.
+To the rung on a chip its own two chunks are one sequence of new tokens, which it stores: what is
+missing between them does not matter to a causal mask. What visits is laid out as a cache
+(`rpa.paging.pack_kv`), in pages of its own, and is one more cache that the rung only reads.
 
     collective-permute    2 chunks of keys and values to the next chip, num_chips - 1 times
 """
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpa.paging import lanes_are_shared, pack_kv, store_kv
+from rpa.paging import lanes_are_shared, pack_kv
 from rpa.parallel.cut import Form, refuse_window
 from rpa.parallel.merge import merge
 from rpa.ragged import RaggedBatch
@@ -44,14 +45,13 @@ def zigzag(num_tokens, num_chips):
 
     Returns:
         i64[num_tokens]: `queries = prompt[zigzag(...)]`, and `output[np.argsort(zigzag(...))]` is
-        in the order of the prompt. Chip after chip, its late chunk before its early one: in most
-        steps an early chunk has nothing to do, and so stands where padding rows stand.
+        in the order of the prompt. Chip after chip, its early chunk and its late one.
 
     >>> zigzag(8, 2)
-    array([6, 7, 0, 1, 4, 5, 2, 3])
+    array([0, 1, 6, 7, 2, 3, 4, 5])
     """
     chunks = np.arange(num_tokens).reshape(2 * num_chips, -1)
-    return np.concatenate([chunks[[-1 - i, i]].reshape(-1) for i in range(num_chips)])
+    return np.concatenate([chunks[[i, -1 - i]].reshape(-1) for i in range(num_chips)])
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,20 @@ class PrefillContext(Form):
             attention_sink=None, return_lse=False, out_dtype=None, validate=None, **options,
         ):  # fmt: skip
             refuse_window(self, options)
-            chip, page_size = jax.lax.axis_index(self.axis), kv_cache.shape[1]
-            chunk = _chunk_size(queries.shape[0], page_size, use_causal_mask)
-            positions = _positions(chip, chunk, num_chips)
-            is_token = positions < batch.kv_lens[0]
-            # Padding is after the prompt, so no token sees it; but 0 * NaN is NaN.
-            keys, values = (jnp.where(is_token[:, None, None], x, 0) for x in (keys, values))
-            if update_kv_cache:
-                pages = jnp.asarray(batch.page_indices)[positions // page_size]
-                own = jnp.where(is_token, pages - chip * kv_cache.shape[0], -1)
-                kv_cache = store_kv(kv_cache, keys, values, own, positions % page_size)
+            chip, (num_pages, page_size) = jax.lax.axis_index(self.axis), kv_cache.shape[:2]
+            num_tokens = queries.shape[0]
+            chunk = _chunk_size(num_tokens, page_size, use_causal_mask)
+            own, is_token = own_batch(batch, chip, num_chips, chunk, num_pages, page_size)
+            options |= dict(return_lse=True, out_dtype=jnp.float32, validate=False)
 
-            share_lanes = lanes_are_shared(kv_cache.shape, *keys.shape[1:])
-            packed = pack_kv(keys, values, share_lanes=share_lanes)
+            packed = pack_kv(
+                keys, values, share_lanes=lanes_are_shared(kv_cache.shape, *keys.shape[1:])
+            )
             visiting = packed.reshape(-1, page_size, *packed.shape[1:])
-
-            def attend_to(visiting, batch, causal):
-                output, _, lse = attention(
-                    queries, keys, values, visiting, batch, use_causal_mask=causal,
-                    update_kv_cache=False, validate=False, return_lse=True, out_dtype=jnp.float32,
-                    **options,
-                )  # fmt: skip
-                return output, lse
+            if not update_kv_cache:  # keys and values are in the cache, and not given
+                visiting = kv_cache[own.page_indices]
+            # The late chunk first: where the early one sees nothing, its rows are padding.
+            late_first = [jnp.roll(x, chunk, axis=0) for x in (queries, keys, values)]
 
             def send_on(visiting):
                 to_next = [(i, (i + 1) % num_chips) for i in range(num_chips)]
@@ -116,8 +108,11 @@ class PrefillContext(Form):
 
             def attend_to_visitor(step, visiting, found):
                 is_earlier = (chip - step) % num_chips < chip
-                batch = visitor_batch(is_earlier, chunk, page_size)
-                return _merge_two(found, attend_to(visiting, batch, False))
+                output, _, lse = attention(
+                    *late_first, visiting, visitor_batch(is_earlier, chunk, page_size),
+                    use_causal_mask=False, update_kv_cache=False, **options,
+                )  # fmt: skip
+                return _merge_two(found, (output, lse))
 
             def one_step(step, state):
                 visiting, found = state
@@ -126,57 +121,69 @@ class PrefillContext(Form):
 
             last = num_chips - 1
             arriving = send_on(visiting) if last else visiting
-            found = attend_to(visiting, own_batch(chunk, page_size), True)
-            arriving, found = jax.lax.fori_loop(1, last, one_step, (arriving, found))
+            output, kv_cache, lse = attention(
+                queries, keys, values, kv_cache, own, update_kv_cache=update_kv_cache, **options
+            )
+            found = [jnp.roll(x, chunk, axis=0) for x in (output, lse)]
+            arriving, found = jax.lax.fori_loop(1, last, one_step, (arriving, tuple(found)))
             if last:  # nothing is sent on after the last visit
                 found = attend_to_visitor(last, arriving, found)
-            output, lse = merge(*(x[None] for x in found), attention_sink)
-            output = jnp.where(is_token[:, None, None], output, 0)
-            output = output.astype(queries.dtype if out_dtype is None else out_dtype)
+
+            output, lse = (jnp.roll(x, chunk, axis=0) for x in found)
             lse = jnp.where(is_token[:, None], lse, -jnp.inf)
+            output, lse = merge(output[None], lse[None], attention_sink)
+            output = output.astype(queries.dtype if out_dtype is None else out_dtype)
             return (output, kv_cache, lse) if return_lse else (output, kv_cache)
 
         return attend
 
 
-def own_batch(chunk, page_size) -> RaggedBatch:
-    """A chip's own chunks as two sequences: the late one sees the early one, and both themselves.
+def own_batch(batch, chip, num_chips, chunk, num_pages, page_size):
+    """A chip's own chunks as one sequence of new tokens, and which rows are tokens, bool[rows].
 
-    >>> own_batch(8, 4).page_indices.reshape(2, -1)
-    Array([[2, 3, 0, 1],
-           [2, 3, 0, 1]], dtype=int32)
+    The tokens come first: if the early chunk is not full, the late one is empty.
+
+    >>> batch, _ = RaggedBatch.from_lengths([14], [14], [[0, 5, 6, 3]])
+    >>> own, is_token = own_batch(batch, 0, num_chips=2, chunk=4, num_pages=4, page_size=4)
+    >>> own.page_indices, own.kv_lens, is_token.sum()
+    (Array([0, 3], dtype=int32), Array([6], dtype=int32), Array(6, dtype=int32))
     """
-    return _two_sequences([2 * chunk, chunk], [chunk, chunk], chunk, page_size)
+    chunks = jnp.stack([jnp.int32(chip), 2 * num_chips - 1 - chip])
+    positions = (chunks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
+    is_token = positions < jnp.asarray(batch.kv_lens)[0]
+    num_own = is_token.sum(dtype=jnp.int32)
+    own = RaggedBatch(
+        kv_lens=num_own[None],
+        page_indices=jnp.asarray(batch.page_indices)[positions[::page_size] // page_size]
+        - chip * num_pages,
+        cu_q_lens=jnp.stack([jnp.int32(0), num_own]),
+        distribution=jnp.array([0, 0, 1]),
+    )
+    return own, is_token
 
 
 def visitor_batch(is_earlier, chunk, page_size) -> RaggedBatch:
-    """What a chip sees of a visitor's chunks: both queries the early one, or the late queries both.
+    """What a chip sees of a visitor: all its queries the early chunk, or the late ones both chunks.
 
     Args:
         is_earlier: whether the visitor's early chunk is before this chip's; may be traced.
         chunk, page_size: in tokens.
 
+    Returns:
+        The queries of the late chunk and then of the early one, as two sequences.
+
     >>> visitor_batch(True, 8, 4).kv_lens, visitor_batch(False, 8, 4).cu_q_lens
     (Array([8, 8], dtype=int32), Array([0, 8, 8], dtype=int32))
     """
-    kv_lens = [jnp.where(is_earlier, chunk, 2 * chunk), jnp.where(is_earlier, chunk, 0)]
-    return _two_sequences(kv_lens, [chunk, jnp.where(is_earlier, chunk, 0)], chunk, page_size)
-
-
-def _two_sequences(kv_lens, q_lens, chunk, page_size):
-    """Queries of the late and of the early chunk, over a visitor's pages: early before late."""
-    late, early = np.arange(2 * chunk // page_size).reshape(2, -1)  # as the rows are
-    pages = np.tile(np.concatenate([early, late]), 2)
-    lens = (jnp.stack([jnp.int32(n) for n in lens]) for lens in (kv_lens, [0, *q_lens]))
-    kv_lens, cu_q_lens = next(lens), jnp.cumsum(next(lens), dtype=jnp.int32)
-    return RaggedBatch(kv_lens, jnp.asarray(pages, jnp.int32), cu_q_lens, jnp.array([0, 0, 2]))
-
-
-def _positions(chip, chunk, num_chips):
-    """Positions of the tokens of a chip, i32[2 * chunk], the late chunk first."""
-    late, early = 2 * num_chips - 1 - chip, chip
-    tokens = jnp.arange(chunk)
-    return jnp.concatenate([late * chunk + tokens, early * chunk + tokens])
+    num_pages, chunk = 2 * chunk // page_size, jnp.int32(chunk)
+    late_kv_len = jnp.where(is_earlier, chunk, 2 * chunk)
+    early_q_len = early_kv_len = jnp.where(is_earlier, chunk, 0)
+    return RaggedBatch(
+        kv_lens=jnp.stack([late_kv_len, early_kv_len]),
+        page_indices=jnp.tile(jnp.arange(num_pages, dtype=jnp.int32), 2),
+        cu_q_lens=jnp.stack([jnp.int32(0), chunk, chunk + early_q_len]),
+        distribution=jnp.array([0, 0, 2]),
+    )
 
 
 def _merge_two(a, b):
