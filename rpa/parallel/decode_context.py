@@ -16,8 +16,8 @@ one new token per sequence.
 What crosses the wire does not depend on the length of the context:
 
     all-gather    the lse of each query and head, 4 bytes, from each chip
-    all-reduce    the sum of the weighted outputs, head_dim numbers for each query and head: float32,
-                  but where out_dtype is bfloat16 the TPU's compiler chooses that for the sum, too
+    all-reduce    the sum of the weighted outputs, head_dim numbers for each query and head: in
+                  float32, except where the TPU's compiler sees a bfloat16 out_dtype and takes that
 """
 
 from dataclasses import dataclass, replace
@@ -67,14 +67,14 @@ class DecodeContext(Form):
             # sequences of which that is this chip, and one that only reads, for the others.
             stored = is_last_here if update_kv_cache else jnp.zeros_like(is_last_here)
             for stores in (True, False) if update_kv_cache else (False,):
-                part, rows = only(local, stored if stores else ~stored)
-                new = (x[jnp.minimum(rows, len(x) - 1)] for x in (queries, keys, values))
+                part, rows, places = only(local, stored if stores else ~stored, len(queries))
                 found, kv_cache, found_lse = attention(
-                    *new, kv_cache, part, update_kv_cache=stores, return_lse=True,
-                    out_dtype=jnp.float32, validate=False, **options,
+                    queries[rows], keys[rows], values[rows], kv_cache, part, return_lse=True,
+                    update_kv_cache=stores, out_dtype=jnp.float32, validate=False, **options,
                 )  # fmt: skip
-                output = output.at[rows].set(found, mode="drop")
-                lse = lse.at[rows].set(found_lse, mode="drop")
+                is_in = places >= 0  # bool[num_tokens]
+                output = jnp.where(is_in[:, None, None], found[places], output)
+                lse = jnp.where(is_in[:, None], found_lse[places], lse)
 
             lses = jax.lax.all_gather(lse, self.axis)  # [num_chips, num_tokens, num_q_heads]
             weights, lse = merge_weights(lses, attention_sink)
@@ -109,41 +109,44 @@ def local_batch(batch, chip, num_pages, page_size):
     tokens = jnp.clip(jnp.asarray(batch.kv_lens)[:, None] - first_tokens, 0, page_size)
     mine = (tokens > 0) & (table // num_pages == chip)  # [max_num_seqs, pages_per_seq]
     # Own pages first. Their order stays, so that the one that is not full is the last of them.
-    order = jnp.argsort(~mine, axis=1, stable=True)
-    pages = jnp.take_along_axis(jnp.where(mine, table % num_pages, 0), order, axis=1)
+    is_other, pages = jnp.int32(~mine), jnp.where(mine, table % num_pages, 0)
+    _, pages = jax.lax.sort((is_other, pages), dimension=1, is_stable=True, num_keys=1)
     kv_lens = jnp.where(mine, tokens, 0).sum(axis=1, dtype=jnp.int32)
-    num_live = (tokens > 0).sum(axis=1, keepdims=True)
-    is_last_here = jnp.take_along_axis(mine, jnp.maximum(num_live - 1, 0), axis=1)[:, 0]
+    last_page = (tokens > 0).sum(axis=1, keepdims=True) - 1
+    is_last_here = (mine & (jnp.arange(batch.pages_per_seq) == last_page)).any(axis=1)
     return replace(batch, kv_lens=kv_lens, page_indices=pages.reshape(-1)), is_last_here
 
 
-def only(batch, chosen):
+def only(batch, chosen, num_tokens):
     """The chosen sequences of a batch of decodes that have a query and a key, as a batch of theirs.
 
     Args:
         batch: no q_len is above 1.
         chosen: bool[max_num_seqs].
+        num_tokens: rows of the queries.
 
     Returns:
-        The batch, and i32[max_num_seqs]: row r of its queries is row `rows[r]` of those of `batch`.
-        Rows that it does not have are past all rows.
+        The batch. i32[max_num_seqs], which row of the queries each of its rows is (those that it
+        does not use are any). And i32[num_tokens], which of its rows each row is, or -1.
 
     >>> from rpa.ragged import RaggedBatch
     >>> batch, _ = RaggedBatch.from_lengths([1, 0, 1], [11, 9, 3], [[0], [1], [2]])
-    >>> part, rows = only(batch, jnp.array([False, True, True]))
-    >>> part.kv_lens[:1], part.cu_q_lens, rows[:1]
-    (Array([3], dtype=int32), Array([0, 1, 1, 1], dtype=int32), Array([1], dtype=int32))
+    >>> part, rows, places = only(batch, jnp.array([False, True, True]), 2)
+    >>> part.kv_lens[:1], part.cu_q_lens, rows[:1], places
+    (Array([3], dtype=int32), Array([0, 1, 1, 1], dtype=int32), Array([1], dtype=int32), \
+Array([-1,  0], dtype=int32))
     """
     starts, q_lens, kv_lens = live_lengths(batch)
     chosen &= (q_lens > 0) & (kv_lens > 0)
     num_chosen = chosen.sum(dtype=jnp.int32)
     order = jnp.argsort(~chosen, stable=True)  # the chosen first
-    place = jnp.arange(batch.max_num_seqs + 1, dtype=jnp.int32)
     table = jnp.asarray(batch.page_indices).reshape(batch.max_num_seqs, -1)
     part = RaggedBatch(
         kv_lens=kv_lens[order],
         page_indices=table[order].reshape(-1),
-        cu_q_lens=jnp.minimum(place, num_chosen),
+        cu_q_lens=jnp.minimum(jnp.arange(batch.max_num_seqs + 1, dtype=jnp.int32), num_chosen),
         distribution=jnp.full(3, num_chosen),
     )
-    return part, jnp.where(place[:-1] < num_chosen, starts[order], 2**31 - 1)
+    seqs, _, owned = batch.token_positions(num_tokens)
+    place = jnp.cumsum(chosen, dtype=jnp.int32) - 1  # of each chosen sequence among them
+    return part, starts[order], jnp.where(owned & chosen[seqs], place[seqs], -1)
