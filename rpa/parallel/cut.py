@@ -11,7 +11,6 @@ attention of the next. Inside is a rung of the ladder, which knows nothing of ot
 """
 
 import functools
-import os
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rpa import plain
+from rpa.doctor import num_threads, too_few_threads
 from rpa.paging import get_kv_cache_shape
 from rpa.ragged import should_validate
 
@@ -179,18 +179,11 @@ def refuse_window(form, options):
 
 
 def check_threads(mesh):
-    """Refuse a mesh of host devices on which the TPU interpreter would hang for ever.
-
-    Each device waits in a callback for the others, and each waiting callback holds a thread of
-    XLA's pool, which has as many as the machine has cores unless NPROC says otherwise.
-    """
+    """Refuse a mesh of host devices on which kernels would hang for ever, see `rpa.doctor`."""
     on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    num_threads = int(os.environ.get("NPROC") or os.cpu_count())
-    if on_host and mesh.size > 1 and num_threads < 2 * mesh.size:
-        raise ValueError(
-            f"XLA has {num_threads} threads for {mesh.size} host devices, and kernels in the TPU "
-            "interpreter would hang for ever: set NPROC=32 in the environment before JAX starts."
-        )
+    few = too_few_threads(num_threads(), mesh.size) if on_host else ""
+    if few:
+        raise ValueError(f"{few}: set NPROC=32 in the environment before JAX starts.")
 
 
 def _partition_spec(axes_of):
