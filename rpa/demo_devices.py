@@ -47,7 +47,7 @@ def start_devices(num_devices, distributed):
     """
     if not accelerator_is_visible():
         num_processes = int(os.environ.get(NUM_PROCESSES, 1)) if distributed else 1
-        os.environ.setdefault("NPROC", str(4 * num_devices))  # see rpa.parallel.cut.check_threads
+        os.environ.setdefault("NPROC", str(4 * num_devices))  # see rpa.doctor.too_few_threads
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", num_devices // num_processes)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
+from rpa import plain
+from rpa.ladder import ragged_rung
 from rpa.parallel import DecodeContext, Heads, Parallel, Sequences
-from rpa.parallel.cut import check_threads
+from rpa.parallel.cut import check_host_devices
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +65,24 @@ def test_a_machine_on_which_the_interpreter_would_hang_is_told_so():
 
 def test_one_device_needs_no_more_threads(monkeypatch):
     monkeypatch.setenv("NPROC", "1")
-    check_threads(jax.make_mesh((1,), ("x",)))
+    check_host_devices(jax.make_mesh((1,), ("x",)), plain.attention)
+
+
+def test_kernels_on_host_devices_of_several_processes_are_refused(monkeypatch):
+    class Device(NamedTuple):
+        process_index: int
+        platform: str = "cpu"
+
+    class Mesh(NamedTuple):
+        devices: np.ndarray
+        size: int = 2
+
+    devices = np.empty(2, object)
+    devices[:] = [Device(0), Device(1)]
+    monkeypatch.setenv("NPROC", "32")
+    with pytest.raises(ValueError, match="several processes.* attention=rpa.ladder.ragged_rung"):
+        check_host_devices(Mesh(devices), plain.attention)
+    check_host_devices(Mesh(devices), ragged_rung)
 
 
 def test_axes_that_the_mesh_has_not_are_refused():

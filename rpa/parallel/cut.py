@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rpa import plain
 from rpa.doctor import num_threads, too_few_threads
+from rpa.ladder import ragged_rung
 from rpa.paging import get_kv_cache_shape
 from rpa.ragged import should_validate
 
@@ -73,7 +74,7 @@ class Parallel:
         Raises:
             ValueError: for a batch that a form cannot share out, in words.
         """
-        check_threads(self.mesh)
+        check_host_devices(self.mesh, self.attention)
         if should_validate(batch, validate):
             self._validate(queries.shape[0], kv_cache.shape, batch, options)
         traced = {n: v for n, v in options.items() if isinstance(v, (jax.Array, np.ndarray))}
@@ -178,12 +179,22 @@ def refuse_window(form, options):
         )
 
 
-def check_threads(mesh):
-    """Refuse a mesh of host devices on which kernels would hang for ever, see `rpa.doctor`."""
-    on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    few = too_few_threads(num_threads(), mesh.size) if on_host else ""
-    if few:
+def check_host_devices(mesh, attention):
+    """Refuse host devices on which kernels in the TPU interpreter would hang for ever.
+
+    For want of threads (see `rpa.doctor.too_few_threads`), or because they belong to several
+    processes: the interpreter has one memory per process, and waits there for devices of others.
+    """
+    devices = list(mesh.devices.flat)
+    if any(device.platform != "cpu" for device in devices):
+        return
+    if few := too_few_threads(num_threads(), mesh.size):
         raise ValueError(f"{few}: set NPROC=32 in the environment before JAX starts.")
+    if len({device.process_index for device in devices}) > 1 and attention is not ragged_rung:
+        raise ValueError(
+            "the mesh has host devices of several processes, and kernels in the TPU interpreter "
+            "would hang for ever there: pass attention=rpa.ladder.ragged_rung, which is no kernel."
+        )
 
 
 def _partition_spec(axes_of):
