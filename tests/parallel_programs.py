@@ -219,7 +219,10 @@ def decode_lengths(shape):
 
 def check_decode_context(batch, rung, num_chips=8, seed=0, shape=DECODES, **options):
     parallel = plan(rung, mesh=(("context", num_chips),), forms=(DecodeContext("context"),))
-    case = make_case(shape, batch, seed=seed)
+    stored = options.get("update_kv_cache", True)
+    case = make_case(shape, batch, seed=seed, new_tokens_only=stored)
+    if not stored:
+        case.keys[:], case.values[:] = np.nan, np.nan
     check_results(case, attend(parallel, case, **options), parallel, **options)
 
 
@@ -227,6 +230,7 @@ def decode_context():
     check_decode_context(DECODE_BATCH, rung=3)
     check_decode_context(DECODE_BATCH, rung=3, attention_sink=SINKS[:4], soft_cap=3.0)
     check_decode_context(DECODE_BATCH, rung=7, num_chips=4)
+    check_decode_context(DECODE_BATCH, rung=3, update_kv_cache=False)
     refused(DecodeContext, "at most one new token", [(2, 9)])
     refused(DecodeContext, "sliding_window is 4", [(1, 9)], sliding_window=4)
 
@@ -308,10 +312,14 @@ def check_prefill_context(
     for t in range(num_tokens):
         expected[table[t // page_size], t % page_size] = packed[t]
 
+    new = [array[order] for array in prompt]
+    if not options.get("update_kv_cache", True):
+        cache = expected.view(cache.dtype)  # keys and values are there, and not given
+        new[1:] = [np.full_like(array, np.nan) for array in new[1:]]
     parallel = plan(rung, mesh=(("context", num_chips),), forms=(PrefillContext("context"),))
     output, kv_cache, lse = run(
         parallel,
-        *(array[order] for array in prompt),
+        *new,
         cache,
         batch,
         sm_scale=0.125,
@@ -334,6 +342,7 @@ def prefill_context():
     for num_tokens in (64, 61, 5):
         check_prefill_context(num_tokens, rung=3)
     check_prefill_context(30, rung=7, num_chips=4)
+    check_prefill_context(61, rung=3, update_kv_cache=False)
     check_prefill_context(60, rung=3, attention_sink=SINKS[:4], soft_cap=3.0)
 
 
