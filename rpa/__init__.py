@@ -44,7 +44,7 @@ _ROOMS = (
         "kernel",
         "ladder",
     ),
-    *("check", "figures", "lab", "models", "shapes", "traces"),
+    *("check", "figures", "lab", "models", "parallel", "shapes", "traces"),
 )
 
 __all__ = ["check", "doctor", *_HOMES]

@@ -51,6 +51,8 @@ class Chip:
         valu_slots, eup_slots: vector arithmetic (VALU) and transcendental (EUP: exp, tanh)
             instructions per cycle.
         vload_slots, vstore_slots: vector registers loaded from and stored to VMEM a cycle.
+        ici_links: links of a *chip* to its neighbours, over the interconnect between chips (ICI).
+        ici_bytes_per_s: bytes per second over one link, in one of its two directions.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Chip:
     eup_slots: int
     vload_slots: int
     vstore_slots: int
+    ici_links: int
+    ici_bytes_per_s: float
 
     def peak(self, dtype="bfloat16"):
         """Return the peak FLOP/s of a matrix product of `dtype`, on one TensorCore.
@@ -152,6 +156,10 @@ SOURCES: Mapping[str, str] = MappingProxyType(
         "eup_slots": "EUP in " + _SCHEDULE,
         "vload_slots": "VLOAD in " + _SCHEDULE,
         "vstore_slots": "VSTORE in " + _SCHEDULE,
+        "ici_links": "vendor pages: 4 ports and a 2D torus (v5e, v6e), a 3D torus (v5p, TPU7x)",
+        "ici_bytes_per_s": "the scaling book, https://jax-ml.github.io/scaling-book/tpus, one-way "
+        "per link. Vendor pages, all links and both directions of a chip: 400 (v5e), 800 (v6e), "
+        "1,200 GB/s (v5p, TPU7x), a tenth more than links * 2 * this",
     }
 )
 """Where each number of a `Chip` comes from. A test compares them with TpuInfo where libtpu is."""
@@ -184,6 +192,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             eup_slots=1,
             vload_slots=3,
             vstore_slots=1,
+            ici_links=4,
+            ici_bytes_per_s=4.5e10,
         ),
         "v6e": Chip(
             name="v6e",
@@ -206,6 +216,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             eup_slots=1,
             vload_slots=3,
             vstore_slots=2,
+            ici_links=4,
+            ici_bytes_per_s=9e10,
         ),
         "tpu7x": Chip(
             name="tpu7x",
@@ -228,6 +240,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             eup_slots=1,
             vload_slots=3,
             vstore_slots=2,
+            ici_links=6,
+            ici_bytes_per_s=9e10,
         ),
         "v5p": Chip(
             name="v5p",
@@ -250,6 +264,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             eup_slots=1,
             vload_slots=3,
             vstore_slots=1,
+            ici_links=6,
+            ici_bytes_per_s=9e10,
         ),
     }
 )

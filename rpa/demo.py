@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rpa.cli.options import output_folder
+from rpa.cli.options import output_folder, whole
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.doctor import accelerator_is_visible
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
@@ -79,7 +79,8 @@ class Scene:
     answers: list[tuple[str, str, str]] = field(default_factory=list)  # see `write_answers`
 
 
-def _scheduler(requests, pool) -> Scheduler:
+def new_scheduler(requests, pool) -> Scheduler:
+    """The server of the demo."""
     return Scheduler(
         requests,
         pool,
@@ -127,7 +128,7 @@ def real_scene(model, progress) -> Scene:
     kv_cache = jnp.zeros(shape, model.params["embedding"].dtype)
     pool = PagePool(NUM_PAGES, PAGE_SIZE)
     requests = read_requests(model.tokenizer)
-    scheduler = _scheduler(requests, pool)
+    scheduler = new_scheduler(requests, pool)
     serve = compile_model(model, ragged_rung)
     for now in range(MEASURED_STEP):
         progress(f"serving step {now}")
@@ -287,7 +288,7 @@ def synthetic_scene(progress) -> Scene:
     ]
     requests.append(Request("g", requests[0].token_ids[:40] + [1] * 20, 60, 3, ("a", 40)))
     pool = PagePool(NUM_PAGES, PAGE_SIZE)
-    scheduler = _scheduler(requests, pool)
+    scheduler = new_scheduler(requests, pool)
     for now in range(MEASURED_STEP):
         scheduler.finish(scheduler.plan(now), np.zeros(MAX_NUM_SEQS, int))
     step = scheduler.plan(MEASURED_STEP)
@@ -537,10 +538,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=output_folder, default="out", help="folder for the pictures and rows.json"
     )
+    parser.add_argument(
+        "--devices",
+        type=whole(2, 1024),
+        help="instead: serve the prompts with the model shared out over so many devices",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="with --devices: they belong to several processes, see docs/parallel.md",
+    )
 
 
 def main(args) -> int:
     """Run the demo; returns the exit code."""
+    if args.devices is not None:
+        from rpa import demo_devices  # it imports this file
+
+        return demo_devices.main(args)
     start = time.perf_counter()
     if jax.config.jax_platforms is None and not accelerator_is_visible():
         # A libtpu that looks for a TPU in vain prints pages of errors.

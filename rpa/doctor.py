@@ -104,6 +104,7 @@ class Facts:
         host: "Colab", "Kaggle" or "".
         machine: e.g. "Linux x86_64".
         foreign_rpa: file of another project's `rpa` that is installed next to this one, or "".
+        num_threads: threads of XLA's pool, which computes for all devices of the host.
     """
 
     python: tuple = (3, 12, 0)
@@ -119,6 +120,7 @@ class Facts:
     host: str = ""
     machine: str = "Linux x86_64"
     foreign_rpa: str = ""
+    num_threads: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,28 @@ def collect():
         host=_host(),
         machine=f"{platform.system()} {platform.machine()}",
         foreign_rpa=str(foreign_rpa() or ""),
+        num_threads=num_threads(),
+    )
+
+
+def num_threads():
+    """Threads of XLA's pool: as many as the machine has cores, unless NPROC says otherwise."""
+    return int(os.environ.get("NPROC") or os.cpu_count() or 1)
+
+
+def too_few_threads(num_threads, num_devices):
+    """Why the TPU interpreter would hang for ever on so many host devices, or "".
+
+    Each device waits in a callback for the others, and a callback that waits holds a thread.
+
+    >>> too_few_threads(32, 8)
+    ''
+    """
+    if num_devices == 1 or num_threads >= 2 * num_devices:
+        return ""
+    return (
+        f"XLA has {num_threads} threads for {num_devices} host devices, and kernels in the TPU "
+        "interpreter would hang for ever"
     )
 
 
@@ -504,6 +528,14 @@ def _check_cpu(facts):
             "not here. If this machine does have a TPU, libtpu does not fit jax "
             f"{facts.versions.get('jax', '?')}, and JAX falls back to the CPU silently.",
             "Nothing. JAX_PLATFORMS=cpu, set before JAX starts, silences what libtpu prints then.",
+        )
+    few = too_few_threads(facts.num_threads, facts.backend.num_devices)
+    if few:
+        yield Finding(
+            "warning",
+            "too-few-threads",
+            f"{few} where they run on all of them.",
+            "Set NPROC=32 in the environment before JAX starts.",
         )
     if facts.host == "Colab":
         yield Finding(

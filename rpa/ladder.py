@@ -157,7 +157,7 @@ def paged_rung(queries, keys, values, kv_cache, batch, *, sm_scale, max_q_len):
     return unpad_output(padded, batch, queries.shape[0]).astype(queries.dtype), kv_cache
 
 
-def ragged_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
+def ragged_rung(queries, keys, values, kv_cache, batch, *, sm_scale, **options):
     """Rung 3 under the one signature: the reference, nothing padded but the last block."""
     return ref_ragged_paged_attention(
         queries,
@@ -169,10 +169,11 @@ def ragged_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
         batch.cu_q_lens,
         batch.distribution,
         sm_scale=sm_scale,
+        **options,
     )
 
 
-def kernel_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
+def kernel_rung(queries, keys, values, kv_cache, batch, *, sm_scale, **options):
     """Rung 8 under the one signature; unlike by itself, it leaves the caller's cache as it is."""
     return ragged_paged_attention(
         queries,
@@ -185,6 +186,7 @@ def kernel_rung(queries, keys, values, kv_cache, batch, *, sm_scale):
         batch.distribution,
         sm_scale=sm_scale,
         donate=False,
+        **options,
     )
 
 

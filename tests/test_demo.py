@@ -30,7 +30,7 @@ def shown(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.setattr(demo, "load_smollm2", not_installed)
         patch.setattr(demo, "NUM_SYNTHETIC_LAYERS", 1)
-        assert demo.main(SimpleNamespace(out=folder)) == 0
+        assert demo.main(SimpleNamespace(out=folder, devices=None)) == 0
     return printed.getvalue(), folder
 
 
@@ -87,7 +87,7 @@ def test_the_answers_go_on_from_the_step_and_end_at_the_end_token():
         demo.Request("a", [1, 2, 0], 3),
         demo.Request("b", [1, *[2] * 120, 0], 122),  # two chunks: still in its prompt at the step
     ]
-    scheduler = demo._scheduler(requests, demo.PagePool(demo.NUM_PAGES, demo.PAGE_SIZE))
+    scheduler = demo.new_scheduler(requests, demo.PagePool(demo.NUM_PAGES, demo.PAGE_SIZE))
     rows = []
 
     def serve(step, kv_cache):

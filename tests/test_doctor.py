@@ -99,6 +99,13 @@ CASES = [
         {"versions": WITH_LIBTPU, "jax_platforms": "cpu"},
         "JAX_PLATFORMS=cpu keeps JAX from asking it",
     ),
+    (
+        "too-few-threads",
+        "warning",
+        LAPTOP,
+        {"backend": Backend("cpu", "cpu", 8), "num_threads": 2},
+        "XLA has 2 threads for 8 host devices",
+    ),
     ("colab-has-tpus", "note", LAPTOP, {"host": "Colab"}, "Change runtime type, v5e-1 TPU"),
     *(
         ("libtpu-zero-dma", level, base, {"versions": {**VERSIONS, "libtpu": bad}}, "39744")

@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "compare": "every rung and its peers on one step: lines, bytes, predicted time",
     "roofline": "say what bounds a batch on each chip, and the least time it takes",
     "tune": "sweep rung 8's block sizes, and judge its defaults",
+    "parallel": "compile attention for eight chips: collectives, bytes on the wire, an estimate",
     "traffic": "count the HBM bytes that a rung moves, against the least possible",
 }
 """The module of each experiment in this package, and what it does."""
