@@ -78,8 +78,9 @@ def mark_contiguous(rows, num_pages, whole_pages):
     num_seqs, pages_per_seq = rows.shape
     missing = -pages_per_seq % whole_pages
     blocks = jnp.pad(rows, ((0, 0), (0, missing))).reshape(num_seqs, -1, whole_pages)
-    in_row = jnp.arange(pages_per_seq + missing).reshape(blocks.shape[1:])
-    in_block = jnp.arange(whole_pages)
+    # Three dimensions each: a caller may have forbidden JAX to add the missing ones.
+    in_row = jnp.arange(pages_per_seq + missing).reshape(1, *blocks.shape[1:])
+    in_block = jnp.arange(whole_pages)[None, None]
     is_used = in_row < num_pages[:, None, None]
     goes_on = blocks == blocks[..., :1] + in_block
     are_contiguous = jnp.all(goes_on | ~is_used, axis=2, keepdims=True)
