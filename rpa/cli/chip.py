@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from functools import partial
 
 import jax
 
 from rpa.cli.options import whole
-from rpa.lab.chip import ChipError, run
+from rpa.lab.chip import ChipError
 from rpa.lab.chip.machine import MODELS
 
 
@@ -29,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="run N generated problems of rung 8 a chip",
     )
     what.add_argument(
-        "--selftest", action="store_true", help="run every layout path of rung 8's self-test"
+        "--selftest",
+        action="store_true",
+        help="run every layout path of the self-test, rungs 7 and 8",
     )
     parser.add_argument(
         "--first", type=whole(0, 10**9), default=0, help="number of the first problem"
@@ -71,19 +72,12 @@ def _conformance(names):
 
 
 def _selftest(names):
-    from rpa import ragged_paged_attention, selftest
+    from rpa import selftest
 
     bad = 0
     for name in names:
-
-        def attention(*args, chip=name, **options):
-            function = partial(ragged_paged_attention, **options, chip=chip)
-            return run(function, *args, chip=chip)
-
-        print(f"{name}, as compiled, against rung 3 in float32.\n{selftest.COLUMNS}")
-        for path in selftest.PATHS:
-            check = partial(selftest.check_path, path, True, attention)
-            result = selftest.timed(str(path), path.covers, check)
+        print(selftest.heading_as_compiled(name))
+        for result in selftest.run_as_compiled(name):
             print(selftest.line(result), flush=True)
             bad += bool(result.wrong)
     return 1 if bad else 0

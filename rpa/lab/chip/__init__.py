@@ -17,7 +17,8 @@ docs/chip.md says what this proves and what it does not.
 """
 
 from rpa.lab.chip.door import DMA_ORDERS, prepare, run
+from rpa.lab.chip.dump import check_compiler
 from rpa.lab.chip.errors import ChipError, KernelFault, NotCompiled, UnknownOperation
 
 __all__ = ["DMA_ORDERS", "ChipError", "KernelFault", "NotCompiled", "UnknownOperation"]
-__all__ += ["prepare", "run"]
+__all__ += ["check_compiler", "prepare", "run"]
