@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from rpa import fused, lab, ragged_paged_attention, selftest
+from rpa import fused, lab, ragged_paged_attention, ref_ragged_paged_attention, selftest
 from rpa.lab import chip
 from rpa.lab.chip import conformance, dump, hunt
 from rpa.lab.chip.conformance_kernels import KERNELS
@@ -199,6 +199,7 @@ SAMPLE = (
     *("float8_e4m3fn_to_f32", "roll_strided", "transpose_40x72", "sum_axis1", "load_strided"),
     *("store_unaligned_bf16", "matmul_bf16_nt_odd", "matmul_f32_highest", "matmul_float8_e4m3fn"),
     *("copy_overlapping", "copy_box_of_boxes", "grid_ragged_bf16", "grid_matmul"),
+    *("table_of_scalars", "half_of_the_heads"),
 )
 
 
@@ -231,6 +232,29 @@ def test_rung_8_is_right_as_compiled():
     errors, limit, wrong, _ = selftest.check_path(path, True, attention)
     assert not wrong
     assert max(errors.values()) < limit
+
+
+@needs_libtpu
+def test_the_learners_kernel_is_right_as_compiled():
+    """Its cache is float8: four values per word."""
+    assert_right_as_compiled(conformance.LEARNER, selftest.PATHS[7], "v5e")
+
+
+def assert_right_as_compiled(attention, path, name, dma="late"):
+    """Hold what a function of the ladder's signature gives on a chip against rung 3."""
+    case = selftest.make_case(path)
+    arrays = (case.queries, case.keys, case.values, case.kv_cache, case.batch)
+    output, kv_cache = chip.run(attention, *arrays, chip=name, dma=dma)
+    truth, _ = ref_ragged_paged_attention(
+        *(case.queries.astype(np.float32), *arrays[1:4], *case.metadata),
+        sm_scale=attention.keywords["sm_scale"],
+    )
+    rows = int(case.batch.cu_q_lens[-1])
+    output, truth = np.asarray(output).astype(np.float32), np.asarray(truth)
+    errors = selftest.row_errors(output[:rows], truth[:rows])
+    assert errors.max() <= selftest.LIMITS[path.kv_dtype]
+    assert not output[rows:].any()
+    assert selftest.wrong_places(np.asarray(kv_cache), case) == []
 
 
 @needs_libtpu

@@ -19,6 +19,7 @@ from rpa.kernel import layout
 from rpa.lab import chip
 from rpa.lab.chip import conformance, hunt
 from rpa.lab.chip.machine import MODELS
+from tests.test_lab_chip import assert_right_as_compiled
 
 pytestmark = [
     pytest.mark.full,
@@ -45,6 +46,9 @@ KNOWN_GAPS = {
 """By chip, operations of the ladder that no tiny kernel makes the compiler use there."""
 
 
+FLOAT32 = selftest.PATHS[0]
+
+
 def attention_on(name, dma="late"):
     """The public function, executed as compiled for a chip."""
 
@@ -66,6 +70,26 @@ def verdict(path, attention, on_tpu=True) -> str:
 @pytest.mark.parametrize("path", selftest.PATHS, ids=str)
 def test_every_path_of_rung_8(path, name, dma):
     assert verdict(path, attention_on(name, dma)) == ""
+
+
+OF_RUNG_7 = [path for path in selftest.PATHS if path.plain_too]
+
+
+@pytest.mark.parametrize("dma", chip.DMA_ORDERS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("path", OF_RUNG_7, ids=str)
+def test_rung_7(path, name, dma):
+    def attention(*args, **options):
+        return chip.run(partial(selftest.by_rung_7, **options), *args, chip=name, dma=dma)
+
+    assert verdict(path, attention) == ""
+
+
+@pytest.mark.parametrize("dma", chip.DMA_ORDERS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("path", [FLOAT32, *OF_RUNG_7], ids=str)
+def test_the_learners_kernel(path, name, dma):
+    assert_right_as_compiled(conformance.LEARNER, path, name, dma)
 
 
 @pytest.mark.parametrize("name", MODELS)
