@@ -192,6 +192,44 @@ def test_text_that_is_no_kernel_is_refused():
         parse("module {}")
 
 
+# --- Step by step ---------------------------------------------------------------------------------
+
+
+def test_a_listing_is_stepped_through_and_shows_what_each_instruction_gave():
+    rows = np.arange(40, dtype=np.float32).repeat(128).reshape(40, 128)
+    out, steps = chip.step_listing(chip.strided_load(), rows, num_out=10)
+    np.testing.assert_array_equal(out, rows[1::3][:10])
+    assert [step.is_register for step in steps] == [False, False, True, False, True, False, False]
+    assert steps[2].value[:, 0].tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert "sublane_stride = 3}" in str(steps[2]) and steps[-1].value is None
+    assert "\n" not in str(steps[-1])
+
+
+def test_loops_show_each_turn():
+    lines = [
+        "%zero = llo.constant {value = 0 : i32} : i32",
+        "%one = llo.constant {value = 1 : i32} : i32",
+        "%two = llo.constant {value = 2 : i32} : i32",
+        "%s = scf.for %i = %zero to %two step %one iter_args(%a = %zero) -> (i32)  : i32 {",
+        "%b = llo.sadd.s32 %a, %one",
+        "scf.yield %b : i32",
+        "}",
+    ]
+    _, steps = chip.step_listing(lines, ROWS)
+    assert [step.value for step in steps] == [1, 2]
+
+
+@needs_libtpu
+def test_a_function_is_stepped_through_as_compiled():
+    kernel = KERNELS["load_strided"]
+    steps = chip.step_through(kernel.call, *kernel.inputs, chip="v5e")
+    assert [step.text for step in steps] == [
+        line.replace("%x", "%arg0").replace("%out", "%arg1")
+        for line in chip.strided_load()
+        if "llo.constant" not in line
+    ]
+
+
 # --- What the compiler makes ----------------------------------------------------------------------
 
 SAMPLE = (

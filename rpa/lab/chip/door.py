@@ -55,17 +55,20 @@ def run(function, *args, chip="v5e", dma="late"):
     return prepare(function, *args, chip=chip)(*args, dma=dma)
 
 
-def prepare(function, *args, chip="v5e") -> "Prepared":
+def prepare(function, *args, chip="v5e", watch=None) -> "Prepared":
     """The same in two steps: compile for the shapes and dtypes of args, then call it often.
 
-    Args and errors are those of `run`; of `args` only shapes and dtypes are used.
+    Args and errors are those of `run`; of `args` only shapes and dtypes are used. `watch` is called
+    after every instruction, see `rpa.lab.chip.stepping`.
     """
     name = chips.chip(chip).name
     if name not in MODELS:
         raise ValueError(f"chip is {chip!r}, but only {', '.join(MODELS)} can be executed.")
     with on_chip(name):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    return Prepared(closed, jax.tree.structure(shape), compile_kernels(kernels_in(closed), name))
+    return Prepared(
+        closed, jax.tree.structure(shape), compile_kernels(kernels_in(closed), name, watch)
+    )
 
 
 class Prepared(NamedTuple):
@@ -96,16 +99,16 @@ class Prepared(NamedTuple):
         return jax.tree.unflatten(self.structure, list(map(jnp.asarray, outputs)))
 
 
-def compile_kernels(eqns, chip) -> list[Kernel]:
+def compile_kernels(eqns, chip, watch=None) -> list[Kernel]:
     """The compiled and translated kernel of each equation of a `pallas_call`."""
     kernels = []
     for eqn, text in zip(eqns, compiled_texts(eqns, chip), strict=True):
         results = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
         aliases = tuple(dict(eqn.params["input_output_aliases"]).items())
-        kernels.append(_translated(text, chip, len(eqn.invars), results, aliases))
+        kernels.append(_translated(text, chip, len(eqn.invars), results, aliases, watch))
     return kernels
 
 
 @functools.lru_cache(maxsize=32)
-def _translated(text, chip, num_inputs, results, aliases):
-    return Kernel(text, MODELS[chip], num_inputs, results, dict(aliases))
+def _translated(text, chip, num_inputs, results, aliases, watch):
+    return Kernel(text, MODELS[chip], num_inputs, results, dict(aliases), watch)
