@@ -205,6 +205,27 @@ def test_a_listing_is_stepped_through_and_shows_what_each_instruction_gave():
     assert "\n" not in str(steps[-1])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("%a = llo.vadd.f32 %b, %c : vector<8x128xf32>", "v_b"),
+        ("%a = llo.constant {value = x : i32} : i32", "cannot be read"),
+        ("scf.for", "cannot be read"),
+        ("llo.vector_store %x into %out : vector<8x128xf32> into i32", "was not made for"),
+        ("%a = llo.vector_load %x", "vector_load|not known"),
+    ],
+)
+def test_a_listing_that_makes_no_sense_is_a_sentence(line, said):
+    with pytest.raises(chip.UnknownOperation, match=said):
+        chip.step_listing([line], ROWS)
+
+
+@pytest.mark.parametrize("rows", [None, [1, 2], np.ones(128), np.ones((8, 127)), np.ones((0, 128))])
+def test_rows_that_are_no_array_of_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="rows has shape"):
+        chip.step_listing([], rows)
+
+
 def test_loops_show_each_turn():
     lines = [
         "%zero = llo.constant {value = 0 : i32} : i32",
@@ -342,12 +363,30 @@ def test_kernels_inside_loops_and_branches_are_executed():
 
 
 @needs_libtpu
+def test_arrays_of_float64_are_what_jax_takes_them_for():
+    out = chip.run(_double, np.full((8, 128), 1.5))
+    assert out.dtype == np.float32 and (out == 3).all()
+    prepared = chip.prepare(_double, np.ones((8, 128)))
+    with pytest.raises(ValueError, match=r"\(16, 128\), but .* prepared for \(8, 128\)"):
+        prepared(np.ones((16, 128)))
+
+
+@needs_libtpu
 def test_another_libtpu_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dump, "KNOWN_LIBTPU", ("0.0.1",))
     version = lab.compile_versions()["libtpu"]
     with pytest.raises(chip.UnknownOperation, match=rf"libtpu is {version}.*0\.0\.1"):
         chip.run(_double, np.zeros((8, 128), np.float32))
+
+
+@needs_libtpu
+def test_a_text_that_cannot_be_kept_is_executed_all_the_same(monkeypatch, tmp_path, capsys):
+    (tmp_path / "rpa").mkdir()
+    (tmp_path / "rpa" / "chip").touch()  # a file where the folder should be
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    x = np.ones((8, 128), np.float32)
+    assert (chip.run(_double, x) == 2).all()
 
 
 @needs_libtpu
@@ -361,6 +400,8 @@ def test_what_the_compiler_refuses_is_said_in_words(monkeypatch):
 def test_arguments_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="dma is 'soon'"):
         chip.run(_double, np.zeros((8, 128), np.float32), dma="soon")
+    with pytest.raises(ValueError, match="dma is array"):
+        chip.run(_double, np.zeros((8, 128), np.float32), dma=np.arange(3))
     with pytest.raises(ValueError, match="v5p"):
         chip.run(_double, np.zeros((8, 128), np.float32), chip="v5p")
 

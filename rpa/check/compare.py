@@ -64,7 +64,10 @@ def show(value) -> str | None:
     if array.size > SHOWN_ELEMENTS:
         return None
     if array.dtype.kind not in "biuf":  # bfloat16 and float8 print through float32
-        array = array.astype(np.float32)
+        try:
+            array = array.astype(np.float32)
+        except OverflowError:  # an integer of hundreds of digits
+            return None
     if array.dtype == bool:
         array = array.astype(int)  # ones and zeros line up, True and False do not
     return np.array2string(array, precision=4, suppress_small=True, floatmode="maxprec")

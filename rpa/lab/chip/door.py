@@ -50,7 +50,7 @@ def run(function, *args, chip="v5e", dma="late"):
     >>> bool((out == 2 * x).all())  # doctest: +SKIP
     True
     """
-    if dma not in DMA_ORDERS:
+    if not isinstance(dma, str) or dma not in DMA_ORDERS:
         raise ValueError(f"dma is {dma!r}, but must be one of {', '.join(map(repr, DMA_ORDERS))}.")
     return prepare(function, *args, chip=chip)(*args, dma=dma)
 
@@ -94,9 +94,23 @@ class Prepared(NamedTuple):
         def run_kernel(eqn, inputs):
             return kernels[id(eqn)].run(inputs, late=dma == "late")
 
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(args)]
+        leaves = [
+            _as_traced(leaf, aval)
+            for leaf, aval in zip(jax.tree.leaves(args), self.closed.in_avals, strict=True)
+        ]
         outputs = evaluate(self.closed, leaves, run_kernel)
         return jax.tree.unflatten(self.structure, list(map(jnp.asarray, outputs)))
+
+
+def _as_traced(leaf, aval) -> np.ndarray:
+    """An argument as the kernels were compiled for it: JAX traces NumPy's float64 as float32."""
+    array = np.asarray(leaf)
+    if array.shape != aval.shape:
+        raise ValueError(
+            f"an argument has shape {array.shape}, but the function was prepared for "
+            f"{aval.shape}: prepare it anew."
+        )
+    return array.astype(aval.dtype, copy=False)
 
 
 def compile_kernels(eqns, chip, watch=None) -> list[Kernel]:

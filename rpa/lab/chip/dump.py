@@ -79,14 +79,14 @@ def compiled_texts(eqns, chip) -> list[str]:
     known = chips.chip(chip)
     specs = [_spec(eqn, known) for eqn in eqns]
     entries = [cache_dir().parent / "chip" / f"{_hash(spec)}.json" for spec in specs]
-    missing = {
-        entry: spec for entry, spec in zip(entries, specs, strict=True) if not read_kept(entry)
-    }
+    kept = {entry: read_kept(entry) for entry in entries}
+    missing = {entry: spec for entry, spec in zip(entries, specs, strict=True) if not kept[entry]}
     if missing:
         texts = _compile(list(missing.values()), known)
         for entry, text in zip(missing, texts, strict=True):
-            write_kept(entry, {"text": text, "files": {}})
-    return [read_kept(entry)["text"] for entry in entries]
+            kept[entry] = {"text": text, "files": {}}
+            write_kept(entry, kept[entry])
+    return [kept[entry]["text"] for entry in entries]
 
 
 def _spec(eqn, chip):

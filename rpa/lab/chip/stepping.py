@@ -77,6 +77,7 @@ def step_listing(lines, rows, num_out=SUBLANES, chip="v5e") -> tuple[np.ndarray,
         f32[num_out, 128], NaN where nothing was stored, and the steps.
 
     Raises:
+        ValueError: if rows are no such array.
         UnknownOperation: if an instruction, or a spelling of it, is not known.
         KernelFault: if it leaves an array.
 
@@ -94,7 +95,12 @@ def step_listing(lines, rows, num_out=SUBLANES, chip="v5e") -> tuple[np.ndarray,
     >>> out[:, 0].tolist()
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
     """
-    steps = []
+    rows, steps = np.asarray(rows, np.float32), []
+    if rows.ndim != 2 or rows.shape[1] != LANES or not len(rows):
+        raise ValueError(
+            f"rows has shape {rows.shape}, but must be [n, {LANES}]: numbers.repeat({LANES})"
+            f".reshape(-1, {LANES}) puts each number into all lanes of a row."
+        )
     arguments = ", ".join(
         f"%{name}: i32 {{llo.type = memref<{n}x{LANES}xf32, #xir.tiled<(8,128),[1,1]>, "
         "#xir.memory_space<vmem, tc>>}"
@@ -104,7 +110,7 @@ def step_listing(lines, rows, num_out=SUBLANES, chip="v5e") -> tuple[np.ndarray,
     text = "\n".join([head, *lines, "return", "}"])
     result = jax.ShapeDtypeStruct((num_out, LANES), np.float32)
     kernel = Kernel(text, MODELS[chip], 1, (result,), {}, _recorder(steps))
-    (out,) = kernel.run([np.asarray(rows, np.float32)], late=True)
+    (out,) = kernel.run([rows], late=True)
     return out, steps
 
 

@@ -84,7 +84,12 @@ class _Translation:
         for operation in block.operations:
             if operation.name in _TERMINATORS:
                 return [_name(value) for value in operation.operands]
-            self.operation(operation, depth)
+            try:
+                self.operation(operation, depth)
+            except ValueError as error:
+                raise UnknownOperation(
+                    f"{operation.text[:200]!r} cannot be read ({error})."
+                ) from error
         return []
 
     def operation(self, operation: Operation, depth):
