@@ -418,3 +418,12 @@ def test_generated_problems_are_valid(number):
         update_kv_cache=problem.options.get("update_kv_cache", True),
     )
     assert str(number) in str(problem)
+
+
+def test_every_default_of_the_sweep_has_room_for_two_blocks():
+    for name in MODELS:
+        for problem in hunt.default_block_problems(name):
+            room = problem.pages_per_seq * problem.page_size
+            for kernel in "dm":
+                _, kv_tokens, _, _ = problem.options[f"{kernel}_block_sizes"]
+                assert room > 2 * kv_tokens

@@ -98,6 +98,16 @@ def test_generated_problems(name):
     assert [str(found) for found in hunt.hunt(20, name, first=1000) if found.wrong] == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_blocks_of_the_sweep(name):
+    found = [
+        finding
+        for problem in hunt.default_block_problems(name)
+        for finding in hunt.check_problem(problem, name, num_batches=2)
+    ]
+    assert [str(finding) for finding in found if finding.wrong] == []
+
+
 # --- Seeded faults --------------------------------------------------------------------------------
 
 ROWS = layout.WordRows

@@ -7,6 +7,7 @@ import jax
 
 from rpa.cli.options import whole
 from rpa.lab.chip import ChipError
+from rpa.lab.chip.hunt import check_problem, default_block_problems, hunt
 from rpa.lab.chip.machine import MODELS
 
 
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="run N generated problems of rung 8 a chip",
     )
     what.add_argument(
+        "--blocks",
+        action="store_true",
+        help="run the default block sizes of the sweep, on contexts of twice their length",
+    )
+    what.add_argument(
         "--selftest",
         action="store_true",
         help="run every layout path of the self-test, rungs 7 and 8",
@@ -45,7 +51,11 @@ def main(args) -> int:
     try:
         if args.conformance:
             return _conformance(names)
-        return _selftest(names) if args.selftest else _hunt(names, args)
+        if args.blocks:
+            return _report(names, _default_blocks)
+        if args.selftest:
+            return _selftest(names)
+        return _report(names, lambda chip: hunt(args.hunt, chip, args.first))
     except ChipError as error:
         print(error, file=sys.stderr)
         return 1
@@ -83,13 +93,17 @@ def _selftest(names):
     return 1 if bad else 0
 
 
-def _hunt(names, args):
-    from rpa.lab.chip.hunt import hunt
+def _default_blocks(chip):
+    for problem in default_block_problems(chip):
+        yield from check_problem(problem, chip, num_batches=4)
 
+
+def _report(names, find):
+    """Print what `find(chip)` yields, and how much of it is wrong."""
     bad = 0
     for chip in names:
         count = wrong = 0
-        for finding in hunt(args.hunt, chip, args.first):
+        for finding in find(chip):
             print(finding, flush=True)
             count, wrong = count + 1, wrong + bool(finding.wrong)
         print(f"{chip}: {count} cases, {wrong} wrong", flush=True)
