@@ -441,8 +441,8 @@ def test_an_odd_answer_is_refused_in_words(kind):
     assert "Exercise 9.1" in refusal(ODD_ANSWERS[kind])
 
 
-@pytest.mark.parametrize("function", [len, jnp.exp, np.exp, "x".join], ids=repr)
-def test_the_door_refuses_functions_that_are_not_written_in_python(function, monkeypatch):
+@pytest.mark.parametrize("function", [len, jnp.exp, np.exp, "x".join, lambda *_: 10**400], ids=repr)
+def test_the_door_refuses_what_an_answer_rarely_is(function, monkeypatch):
     monkeypatch.setenv("RPA_PROGRESS", "off")
     with pytest.raises(CheckFailed, match="Exercise 0.1"):
         rpa.check("0.1", function)

@@ -81,6 +81,8 @@ def _compare_one(expected, actual, tolerance: float, name: str) -> Wrong | None:
     if not _is_numeric(actual):
         return Wrong(f"{name} is a {type(actual).__name__}, expected an array or a number")
     array, truth = np.asarray(actual), np.asarray(expected)
+    if array.dtype == object:  # an integer of hundreds of digits, or a list of all sorts of things
+        return Wrong(f"{name} is no number of at most 64 bits, nor an array of such numbers")
     if array.shape != truth.shape:
         return Wrong(f"{name} has shape {array.shape}, expected {truth.shape}")
     if not isinstance(expected, int | float) and not _dtype_fits(truth.dtype, array.dtype):
