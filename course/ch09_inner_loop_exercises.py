@@ -9,13 +9,13 @@
 # # Chapter 9: The inner loop, exercises
 #
 # You name what a schedule is bound by, count what a strided load costs, reorder a kernel and have
-# it compiled by the real TPU compiler, and put four heads into one product. Read the lesson first:
-# `notebooks/09_inner_loop.ipynb`.
+# it compiled by the real TPU compiler, put four heads into one product, and read
+# instructions that the chip executes. Read the lesson first: `notebooks/09_inner_loop.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 65 minutes; 9.1 and 9.2 are short. The check of 9.3 compiles your kernel for a
+# **Time:** about 80 minutes; 9.1 and 9.2 are short. The check of 9.3 compiles your kernel for a
 # v5e and takes some seconds; where no compiler shows its schedule, it says so and takes what was
 # recorded.
 
@@ -27,6 +27,7 @@ import numpy as np
 import rpa
 from rpa.figures import optimise as pictures
 from rpa.figures import show_source
+from rpa.lab.chip import step_listing
 from rpa.lab.schedule import inner_loop
 from rpa.lab.schedule.inner_loop import scores, softmax, weighted_values
 from rpa.lab.schedule.recorded import recorded, recorded_step
@@ -523,3 +524,169 @@ def attend_heads(q, k, v):
     out = weights @ jnp.concatenate(list(v), axis=1) / jnp.sum(weights, axis=1, keepdims=True)
     blocks = out.reshape(heads, rows, heads, lanes)
     return jnp.stack([blocks[h, :, h] for h in range(heads)])
+
+
+# %% [markdown]
+# ## Exercise 9.5: Predict a register
+#
+# A few instructions, as the compiler writes them (section 11 of the lesson):
+
+# %%
+LISTING = [
+    "%one = llo.constant {value = 1 : i32} : i32",
+    "%two = llo.constant {value = 2 : i32} : i32",
+    '%place = "llo.saddr.vmem"(%x, %one) : (i32, i32) -> i32',
+    "%a = llo.vector_load_slane_stride %place {sublane_count = 8 : i64, sublane_stride = 3 : i64} "
+    ": i32 -> vector<8x128xf32>",
+    "%b = llo.vrot.slane %a, %two : vector<8x128xf32>, i32 -> vector<8x128xf32>",
+    "%c = llo.vsub.f32 %a, %b : vector<8x128xf32>",
+    "llo.vector_store %c into %out : vector<8x128xf32> into i32",
+]
+
+# %% [markdown]
+# `saddr.vmem` moves an address by whole rows. `vrot.slane %a, n` rotates **towards sublane 0**:
+# what was in sublane s is then in sublane s - n, and what falls off at 0 comes back at 7.
+#
+# Write `predict(rows)`: `rows` f32[n] is what the rows of `%x` hold (the same number in all lanes);
+# return f32[8], the sublanes of `%c`.
+#
+# By hand: row r holds r. `%a` is 1, 4, 7, 10, 13, 16, 19, 22; `%b` is 7, 10, 13, 16, 19, 22, 1, 4;
+# `%c` is -6 six times, then 18, 18.
+#
+# **Teaches:** a listing is read line by line, and each line is an array operation on 8 sublanes.
+
+# %% [markdown] tags=["hint"]
+# One line of NumPy per instruction. Which rows are in `%a`?
+
+# %% [markdown] tags=["hint"]
+# `rows[first::stride][:8]` takes eight rows. `np.roll(a, n)` moves an element from place s to place
+# s + n.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# a = rows[1::...][:8]
+# return a - np.roll(a, ...)
+# ```
+
+
+# %% tags=["exercise"]
+def predict(rows):
+    """The sublanes of %c, f32[8], when row r of %x holds rows[r]."""
+    ### BEGIN SOLUTION
+    a = rows[1::3][:8]
+    return a - np.roll(a, -2)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("9.5", predict)
+
+# %% [markdown]
+# Ask the machine. Change the listing and predict again: a stride of 2, a rotation by 5.
+
+# %%
+numbers = np.arange(24.0, dtype=np.float32)
+_, steps = step_listing(LISTING, numbers.repeat(128).reshape(24, 128))
+print(*steps, sep="\n")
+
+# %% [markdown] tags=["explanation"]
+# `%a` has the rows 1, 4, ..., 22: the address says where the first one is, the stride how far on
+# the next one. Rotating towards sublane 0 is `np.roll` by a negative number. Rotations by 4, 2 and
+# 1 with an addition each are how a sum over the 8 sublanes is made: three rotations, not eight
+# loads.
+
+
+# %% tags=["wrong"] refused="rotated away from sublane 0"
+# instead of
+#     return a - np.roll(a, -2)
+# write
+#     return a - np.roll(a, 2)
+
+
+# %% tags=["wrong"] refused="the first row is row 0"
+# instead of
+#     a = rows[1::3][:8]
+# write
+#     a = rows[0::3][:8]
+
+
+# %% tags=["wrong"] refused="eight rows that follow each other"
+# instead of
+#     a = rows[1::3][:8]
+# write
+#     a = rows[1:9]
+
+
+# %% tags=["wrong"] refused="what is rotated is lost at the end"
+def predict(rows):
+    a = rows[1::3][:8]
+    return a - np.concatenate([a[2:], np.zeros(2, a.dtype)])
+
+
+# %% [markdown]
+# ## Exercise 9.6: Find the wrong stride
+#
+# A kernel loads the keys of one head: `words` rows per token, one of them for each head, and 8
+# tokens to a register. The answer is wrong. You fill the buffer with numbers that say where they
+# are from: row `token * words + head` holds `10 * token + head` (there are at most 10 heads). Then
+# you look at the register.
+#
+# Write `find_stride(found, words)`: `found` f32[8] are the sublanes of the loaded register. Return
+# the row of sublane 0, and the stride of the load, in rows.
+#
+# By hand: `words` = 4, and head 1 should be 1, 11, 21, ... You see 1, 10, 13, 22, ... 1 is row 1;
+# 10 is token 1, head 0, that is row 4; 13 is row 7. `(1, 3)`: the stride is 3, and should be 4.
+#
+# **Teaches:** numbers that name their place turn a wrong result into a wrong line.
+
+# %% [markdown] tags=["hint"]
+# First turn each number back into its row.
+
+# %% [markdown] tags=["hint"]
+# The token is `found // 10`, the head `found % 10`; the row is a number of rows, not of tokens.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# rows = (found // 10) * ... + found % 10
+# return int(rows[0]), ...
+# ```
+
+
+# %% tags=["exercise"]
+def find_stride(found, words):
+    """(row of sublane 0, rows from one sublane to the next) of a load, from what it found."""
+    ### BEGIN SOLUTION
+    rows = (found // 10) * words + found % 10
+    return int(rows[0]), int(rows[1] - rows[0])
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("9.6", find_stride)
+
+# %% [markdown] tags=["explanation"]
+# The check executed loads with these strides on the lab's machine and gave you what they found. So
+# do the tests of rung 8: of eleven faults put into its layout code (another word row, neighbours
+# instead of every stride-th row, halves exchanged ...) each is wrong here, and each passes in the
+# interpreter (`tests/test_lab_chip_full.py`).
+
+
+# %% tags=["wrong"] refused="differences of the numbers"
+# instead of
+#     return int(rows[0]), int(rows[1] - rows[0])
+# write
+#     return int(rows[0]), int(found[1] - found[0])
+
+
+# %% tags=["wrong"] refused="counted in tokens"
+# instead of
+#     rows = (found // 10) * words + found % 10
+# write
+#     rows = found // 10
+
+
+# %% tags=["wrong"] refused="ten rows per token"
+# instead of
+#     rows = (found // 10) * words + found % 10
+# write
+#     rows = found

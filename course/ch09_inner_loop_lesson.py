@@ -577,6 +577,73 @@ assert ahead["tpu7x"][0] > 1.3 * ahead["tpu7x"][1] and ahead["v5e"][0] < 1.01 * 
 # the lab says what that costs.
 
 # %% [markdown]
+# ## 11. What does the chip execute?
+#
+# A schedule tells when, not what. The lab executes that, too: `rpa.lab.chip` takes the last text
+# that the compiler writes before it packs instructions into bundles, and does what each of them
+# says, in NumPy. So a kernel runs **as compiled** on a laptop, with the chip's registers, addresses
+# and packing. Here is a whole kernel for a v5e, `out[...] = x[pl.ds(1, 10, stride=3)]`, every third
+# row of f32[40, 128]:
+
+# %%
+from rpa.lab.chip import KernelFault, step_listing, strided_load
+
+listing = strided_load()
+print(*listing, sep="\n")
+
+# %% [markdown]
+# `%x` and `%out` are addresses. A register is 8 sublanes of 128 lanes: `vector<8x128xf32>`. Ten
+# rows are one register and two sublanes of another, so there are two loads; `masked %0` with `%0` =
+# 3, binary 11, lets two sublanes through. The stride is in the instruction: sublane s gets the row
+# `stride * s` after the address. Step through it, on rows that hold their own number; of a register
+# you see lane 0 of its sublanes:
+
+# %%
+rows = np.arange(40.0).repeat(128).reshape(40, 128)  # row r holds r in every lane
+out, steps = step_listing(listing, rows, num_out=10)
+print(*steps, sep="\n")
+assert out[:, 0].tolist() == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28]
+
+# %% [markdown]
+# By hand: the array begins at byte 16,384, a row is 512 bytes, so row 1 is at 16,896. Sublane 0 has
+# row 1, sublane 1 row 1 + 3. What no load has written is NaN: had the store not been masked, it
+# would show.
+#
+# Rung 8 loads the keys of one head in this way: tokens are rows, and the stride is the number of
+# rows per token. What if the compiler, or the kernel, had a wrong one?
+
+# %%
+wrong, _ = step_listing(
+    [line.replace("sublane_stride = 3", "sublane_stride = 2") for line in listing], rows, num_out=10
+)
+print("stride 2:", wrong[:, 0].tolist())
+assert wrong[:, 0].tolist() == [1, 3, 5, 7, 9, 11, 13, 15, 25, 27]
+
+# %% [markdown]
+# No error, no NaN: rows of another token, a wrong answer. The interpreter cannot show it, for rung
+# 8 gives it another code path, without strides. So this machine is what tests rung 8: all layout
+# paths on three chips, and hundreds of generated batches, are right as compiled (`docs/chip.md`
+# says what that proves, and what only a TPU can tell).
+#
+# A load further on than the array is long is an error, in words:
+
+# %%
+far = [line.replace("sublane_stride = 3", "sublane_stride = 12") for line in listing]
+try:
+    step_listing(far, rows, num_out=10)
+except KernelFault as fault:
+    print(fault)
+    assert "leave" in str(fault)
+
+# %% [markdown]
+# Your own kernel, on a machine with libtpu: `rpa.lab.chip.run(function, *arrays, chip="v6e")`
+# returns what it returns there, and `rpa.lab.chip.step_through(function, *arrays)` all its steps.
+# Two exercises are about reading them: 9.5 and 9.6.
+#
+# **Takeaway.** An address, a stride, a mask: that is all a load knows. A wrong stride is no crash,
+# it is the row of another token.
+
+# %% [markdown]
 # ## What is still slow
 #
 # The last bundles of each loop. At its start and its end the MXU has nothing that is independent

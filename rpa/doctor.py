@@ -699,8 +699,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also compare rungs 7 and 8 with rung 3 on this device: every path of the layout on a "
-        "TPU, some of them in the interpreter elsewhere",
+        help="also compare rungs 7 and 8 with rung 3: every path of the layout on a TPU, or as "
+        "libtpu compiles it, executed here; some of them in the interpreter where it cannot",
     )
 
 
@@ -717,7 +717,7 @@ def main(args):
 
 
 def _run_selftest(facts, quiet):
-    """The results of `rpa.selftest` on the device of this machine, printed as they come."""
+    """The results of `rpa.selftest` on this machine, printed as they come."""
     if not facts.backend.platform:
         return []  # "no-device" is among the findings
     on_tpu = facts.backend.platform == "tpu"
@@ -726,10 +726,11 @@ def _run_selftest(facts, quiet):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rpa import selftest
 
+    heading, results_to_come = selftest.begin(on_tpu, facts.backend.device_kind)
     if not quiet:
-        print(f"\n{selftest.heading(on_tpu, facts.backend.device_kind)}")
+        print(f"\n{heading}")
     results = []
-    for result in selftest.run(on_tpu):
+    for result in results_to_come:
         results.append(result)
         if not quiet:
             print(selftest.line(result), flush=True)

@@ -31,7 +31,7 @@ import numpy as np
 
 from rpa import dense
 from rpa.chips import LANES  # head_dim is padded to whole rows of a register, 128 lanes
-from rpa.page_pool import cdiv
+from rpa.page_pool import cdiv, whole_number
 
 # --- The layout -----------------------------------------------------------------------------
 
@@ -40,12 +40,14 @@ def packing_of(dtype) -> int:
     """How many values of a dtype share a 32-bit lane: 1 of float32, 2 of bfloat16, 4 of float8.
 
     Raises:
-        ValueError: for a dtype of more than 32 bits.
+        ValueError: for a dtype of more than 32 bits, or of none.
 
     >>> packing_of(jnp.bfloat16)
     2
     """
     item_bytes = jnp.dtype(dtype).itemsize
+    if item_bytes == 0:
+        raise ValueError(f"dtype is {dtype!r}, which has no bits: take float32 or bfloat16.")
     if item_bytes > 4:
         raise ValueError(
             f"dtype is {jnp.dtype(dtype).name}, but must have at most 32 bits, as a lane of a TPU "
@@ -75,8 +77,8 @@ def get_kv_cache_shape(
             shape, and with it the layout, is the one without.
 
     Raises:
-        ValueError: if lanes shall be shared by heads that leave no room for it, or for a dtype of
-            more than 32 bits.
+        ValueError: if lanes shall be shared by heads that leave no room for it, for a dtype of
+            more than 32 bits, or for a size that is no positive whole number.
 
     Eight KV heads of 128 in bfloat16: 16 combined heads, in 8 rows of packed pairs. The same of 64,
     with shared lanes: 8 heads in 4 rows.
@@ -86,6 +88,15 @@ def get_kv_cache_shape(
     >>> get_kv_cache_shape(100, 16, 8, 64, jnp.bfloat16, share_lanes=True)
     (100, 16, 4, 2, 128)
     """
+    sizes = {
+        "total_num_pages": total_num_pages,
+        "page_size": page_size,
+        "actual_num_kv_heads": actual_num_kv_heads,
+        "actual_head_dim": actual_head_dim,
+    }
+    for name, size in sizes.items():
+        if whole_number(name, size) < 1:
+            raise ValueError(f"{name} is {size!r}, but must be positive.")
     packing = packing_of(kv_dtype)
     if share_lanes and 2 * actual_head_dim != LANES:
         raise ValueError(

@@ -12,8 +12,9 @@ get one of them wrong. `python -m rpa doctor --selftest` takes every one of them
 
 Rung 7 reads K and V by value, so it has one path per packing: those marked `plain_too`.
 
-Off-TPU a few of the paths run through the interpreter, which tests the self-test and the rest of
-the kernel, and the output says so.
+Without a TPU `rpa.lab.chip` executes what the compiler makes of all these paths for `CHIP`. Where
+that cannot be, a few of the paths run through the interpreter, which tests the self-test and the
+rest of the kernel. The output says which of the three it was.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rpa import compat, interpreter, plain
 from rpa.kernel import ragged_paged_attention
+from rpa.lab import chip as lab_chip
 from rpa.paging import cdiv, get_kv_cache_shape, pack_kv, unpack_kv
 from rpa.ragged import RaggedBatch, ref_ragged_paged_attention
 
@@ -49,6 +51,9 @@ BLOCKS = {
     "p_block_sizes": (16, 64, 8, 32),
     "m_block_sizes": (16, 64, 8, 32),
 }
+
+CHIP = "v5e"
+"""For this one the kernels are compiled where there is no TPU."""
 
 LIMITS = {"float32": 6e-6, "bfloat16": 5e-3, "float8_e4m3fn": 2e-2, "float8_e5m2": 2e-2}
 """Allowed error by dtype of the cache: twice what the tests allow for a whole batch, because one
@@ -152,13 +157,45 @@ def run(on_tpu, attention=ragged_paged_attention):
             `off_tpu` run through the interpreter.
         attention: what is tested, with the signature of `rpa.ragged_paged_attention`.
     """
-    yield timed(DMA_CHECK, "beside an operand that is not read", partial(check_dma, on_tpu))
-    for path in PATHS:
-        if on_tpu or path.off_tpu:
-            yield timed(str(path), path.covers, partial(check_path, path, on_tpu, attention))
-    for path in PATHS:
-        if path.plain_too and (on_tpu or path.off_tpu):
-            check = partial(check_path, path, on_tpu, by_rung_7)
+    paths = [path for path in PATHS if on_tpu or path.off_tpu]
+    yield from _run_paths(paths, on_tpu, attention, by_rung_7, copy_rows)
+
+
+def run_as_compiled(chip):
+    """Run all paths without a TPU; yields one `Result` after the other.
+
+    Args:
+        chip: for which one the kernels are compiled; `rpa.lab.chip` executes them.
+
+    >>> [result.wrong for result in run_as_compiled("v5e")]  # doctest: +SKIP
+    ['', '', '', '', '', '', '', '', '', '', '', '', '']
+    """
+
+    def executed(function):
+        return lambda *args, **options: lab_chip.run(partial(function, **options), *args, chip=chip)
+
+    rung_8 = partial(ragged_paged_attention, chip=chip)
+    yield from _run_paths(PATHS, True, executed(rung_8), executed(by_rung_7), executed(copy_rows))
+
+
+def begin(on_tpu, device_kind):
+    """(heading, results to come) of the strongest self-test that this machine allows."""
+    if on_tpu:
+        return heading(True, device_kind), run(True)
+    try:
+        lab_chip.check_compiler()
+    except lab_chip.ChipError as why_not:
+        return heading(False, device_kind, str(why_not)), run(False)
+    return heading_as_compiled(CHIP), run_as_compiled(CHIP)
+
+
+def _run_paths(paths, compiled, rung_8, rung_7, copy):
+    yield timed(DMA_CHECK, "beside an operand that is not read", partial(check_dma, compiled, copy))
+    for path in paths:
+        yield timed(str(path), path.covers, partial(check_path, path, compiled, rung_8))
+    for path in paths:
+        if path.plain_too:
+            check = partial(check_path, path, compiled, rung_7)
             yield timed(f"rung 7: {path}", path.covers, check, REPORT_7)
 
 
@@ -346,11 +383,11 @@ def wrong_places(kv_cache, case):
 # --- The DMA of jax issue 39744 -----------------------------------------------------------------
 
 
-def check_dma(on_tpu):
-    """Run `copy_rows`; returns (errors, limit, wrong, fix) as in `Result`."""
+def check_dma(compiled, copy):
+    """Run `copy_rows`, or what executes it; returns (errors, limit, wrong, fix) as in `Result`."""
     source = np.arange(1.0, 4097.0, dtype=np.float32).reshape(16, 256)
-    interpret = False if on_tpu else interpreter.params()
-    copied = np.asarray(copy_rows(source, interpret=interpret))
+    interpret = False if compiled else interpreter.params()
+    copied = np.asarray(copy(source, interpret=interpret))
     if np.array_equal(copied, source[8:]):
         return {}, 0.0, "", ""
     wrong = f"a copy from HBM delivered {'something else' if copied.any() else 'zeros'}"
@@ -388,8 +425,12 @@ def _copy_rows_kernel(source, _, target, rows, sems):
 # --- In words -----------------------------------------------------------------------------------
 
 
-def heading(on_tpu, device_kind):
+def heading(on_tpu, device_kind, why_not=""):
     """What is run how, as the lines above the table.
+
+    Args:
+        on_tpu, device_kind: of this machine.
+        why_not: without a TPU, why the kernels are not executed as compiled.
 
     >>> print(heading(True, "TPU v5 lite").splitlines()[0])
     Self-test of rungs 7 and 8 on TPU v5 lite, compiled, against rung 3 in float32 on the host.
@@ -403,7 +444,17 @@ def heading(on_tpu, device_kind):
     return (
         f"Self-test of rungs 7 and 8 in the TPU interpreter on {device_kind}, against rung 3 in "
         f"float32.\nThis is {count} of {len(PATHS)} paths, and the interpreter takes neither "
-        f"bitcasts nor strided loads:\nonly a TPU can say whether those are right.\n{COLUMNS}"
+        f"bitcasts nor strided loads:\nonly a TPU can say whether those are right, or the kernels "
+        f"executed as compiled. They are not: {why_not}\n{COLUMNS}"
+    )
+
+
+def heading_as_compiled(chip):
+    """The same where `rpa.lab.chip` executes the kernels."""
+    return (
+        f"Self-test of rungs 7 and 8 as libtpu compiles them for {chip}, against rung 3 in "
+        f"float32.\nThe instructions are executed here, one by one: all {len(PATHS)} paths. What "
+        f"that does not prove: docs/chip.md.\n{COLUMNS}"
     )
 
 

@@ -342,3 +342,12 @@ def test_the_key_of_an_entry_holds_the_format(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(compiler, "FORMAT", compiler.FORMAT + 1)
     assert not compile_it().from_cache
     assert len(list(compiler.cache_dir().glob("*.json"))) == 2
+
+
+def test_an_entry_of_another_format_is_ignored(tmp_path):
+    entry = tmp_path / "entry.json"
+    compiler.write_kept(entry, {"files": {}})
+    assert compiler.read_kept(entry) is not None
+    kept = json.loads(entry.read_text(encoding="utf-8"))
+    entry.write_text(json.dumps(kept | {"format": compiler.FORMAT - 1}), encoding="utf-8")
+    assert compiler.read_kept(entry) is None

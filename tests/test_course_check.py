@@ -407,3 +407,42 @@ def test_what_jax_says_of_a_traced_value_gets_words(line, error, meaning):
     with pytest.raises(error) as raised:
         jax.jit(raises)(1)
     assert meaning in messages.meaning_of(raised.value, line)
+
+
+class Badly(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def _raises_badly(x):
+    raise Badly
+
+
+ODD_ANSWERS = {
+    "written in C": len,
+    "a method of a str": "x".join,
+    "of JAX": jnp.exp,
+    "of NumPy": np.exp,
+    "a class": dict,
+    "an integer of 400 digits": lambda x: 10**400,
+    "a complex number": lambda x: 1j,
+    "an object": lambda x: object(),
+    "nothing": lambda x: None,
+    "text": lambda x: ["x"],
+    "an empty array": lambda x: np.zeros(0),
+    "a generator": lambda x: (y for y in x),
+    "no arguments": lambda: 1,
+    "an exception without words": _raises_badly,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ANSWERS)
+def test_an_odd_answer_is_refused_in_words(kind):
+    assert "Exercise 9.1" in refusal(ODD_ANSWERS[kind])
+
+
+@pytest.mark.parametrize("function", [len, jnp.exp, np.exp, "x".join, lambda *_: 10**400], ids=repr)
+def test_the_door_refuses_what_an_answer_rarely_is(function, monkeypatch):
+    monkeypatch.setenv("RPA_PROGRESS", "off")
+    with pytest.raises(CheckFailed, match="Exercise 0.1"):
+        rpa.check("0.1", function)

@@ -89,6 +89,12 @@ def test_wrong_options_are_refused_in_words(case, kind, backend):
         call(case, **{"backend": backend} | options)
 
 
+@pytest.mark.parametrize("backend", ["x", "", 3, np.arange(3), ["tpu"], True], ids=repr)
+def test_what_is_no_backend_is_refused(case, backend):
+    with pytest.raises(ValueError, match="backend is .*must be one of 'tpu'"):
+        call(case, backend=backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", CHANGED)
 def test_wrong_lengths_and_pages_are_refused_in_words(case, kind, backend):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from rpa import fused, lab, ragged_paged_attention, selftest
+from rpa import fused, lab, ragged_paged_attention, ref_ragged_paged_attention, selftest
 from rpa.lab import chip
 from rpa.lab.chip import conformance, dump, hunt
 from rpa.lab.chip.conformance_kernels import KERNELS
@@ -192,6 +192,65 @@ def test_text_that_is_no_kernel_is_refused():
         parse("module {}")
 
 
+# --- Step by step ---------------------------------------------------------------------------------
+
+
+def test_a_listing_is_stepped_through_and_shows_what_each_instruction_gave():
+    rows = np.arange(40, dtype=np.float32).repeat(128).reshape(40, 128)
+    out, steps = chip.step_listing(chip.strided_load(), rows, num_out=10)
+    np.testing.assert_array_equal(out, rows[1::3][:10])
+    assert [step.is_register for step in steps] == [False, False, True, False, True, False, False]
+    assert steps[2].value[:, 0].tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert "sublane_stride = 3}" in str(steps[2]) and steps[-1].value is None
+    assert "\n" not in str(steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("%a = llo.vadd.f32 %b, %c : vector<8x128xf32>", "v_b"),
+        ("%a = llo.constant {value = x : i32} : i32", "cannot be read"),
+        ("scf.for", "cannot be read"),
+        ("llo.vector_store %x into %out : vector<8x128xf32> into i32", "was not made for"),
+        ("%a = llo.vector_load %x", "vector_load|not known"),
+    ],
+)
+def test_a_listing_that_makes_no_sense_is_a_sentence(line, said):
+    with pytest.raises(chip.UnknownOperation, match=said):
+        chip.step_listing([line], ROWS)
+
+
+@pytest.mark.parametrize("rows", [None, [1, 2], np.ones(128), np.ones((8, 127)), np.ones((0, 128))])
+def test_rows_that_are_no_array_of_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="rows has shape"):
+        chip.step_listing([], rows)
+
+
+def test_loops_show_each_turn():
+    lines = [
+        "%zero = llo.constant {value = 0 : i32} : i32",
+        "%one = llo.constant {value = 1 : i32} : i32",
+        "%two = llo.constant {value = 2 : i32} : i32",
+        "%s = scf.for %i = %zero to %two step %one iter_args(%a = %zero) -> (i32)  : i32 {",
+        "%b = llo.sadd.s32 %a, %one",
+        "scf.yield %b : i32",
+        "}",
+    ]
+    _, steps = chip.step_listing(lines, ROWS)
+    assert [step.value for step in steps] == [1, 2]
+
+
+@needs_libtpu
+def test_a_function_is_stepped_through_as_compiled():
+    kernel = KERNELS["load_strided"]
+    steps = chip.step_through(kernel.call, *kernel.inputs, chip="v5e")
+    assert [step.text for step in steps] == [
+        line.replace("%x", "%arg0").replace("%out", "%arg1")
+        for line in chip.strided_load()
+        if "llo.constant" not in line
+    ]
+
+
 # --- What the compiler makes ----------------------------------------------------------------------
 
 SAMPLE = (
@@ -199,6 +258,7 @@ SAMPLE = (
     *("float8_e4m3fn_to_f32", "roll_strided", "transpose_40x72", "sum_axis1", "load_strided"),
     *("store_unaligned_bf16", "matmul_bf16_nt_odd", "matmul_f32_highest", "matmul_float8_e4m3fn"),
     *("copy_overlapping", "copy_box_of_boxes", "grid_ragged_bf16", "grid_matmul"),
+    *("table_of_scalars", "half_of_the_heads"),
 )
 
 
@@ -231,6 +291,29 @@ def test_rung_8_is_right_as_compiled():
     errors, limit, wrong, _ = selftest.check_path(path, True, attention)
     assert not wrong
     assert max(errors.values()) < limit
+
+
+@needs_libtpu
+def test_the_learners_kernel_is_right_as_compiled():
+    """Its cache is float8: four values per word."""
+    assert_right_as_compiled(conformance.LEARNER, selftest.PATHS[7], "v5e")
+
+
+def assert_right_as_compiled(attention, path, name, dma="late"):
+    """Hold what a function of the ladder's signature gives on a chip against rung 3."""
+    case = selftest.make_case(path)
+    arrays = (case.queries, case.keys, case.values, case.kv_cache, case.batch)
+    output, kv_cache = chip.run(attention, *arrays, chip=name, dma=dma)
+    truth, _ = ref_ragged_paged_attention(
+        *(case.queries.astype(np.float32), *arrays[1:4], *case.metadata),
+        sm_scale=attention.keywords["sm_scale"],
+    )
+    rows = int(case.batch.cu_q_lens[-1])
+    output, truth = np.asarray(output).astype(np.float32), np.asarray(truth)
+    errors = selftest.row_errors(output[:rows], truth[:rows])
+    assert errors.max() <= selftest.LIMITS[path.kv_dtype]
+    assert not output[rows:].any()
+    assert selftest.wrong_places(np.asarray(kv_cache), case) == []
 
 
 @needs_libtpu
@@ -280,12 +363,30 @@ def test_kernels_inside_loops_and_branches_are_executed():
 
 
 @needs_libtpu
+def test_arrays_of_float64_are_what_jax_takes_them_for():
+    out = chip.run(_double, np.full((8, 128), 1.5))
+    assert out.dtype == np.float32 and (out == 3).all()
+    prepared = chip.prepare(_double, np.ones((8, 128)))
+    with pytest.raises(ValueError, match=r"\(16, 128\), but .* prepared for \(8, 128\)"):
+        prepared(np.ones((16, 128)))
+
+
+@needs_libtpu
 def test_another_libtpu_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(dump, "KNOWN_LIBTPU", ("0.0.1",))
     version = lab.compile_versions()["libtpu"]
     with pytest.raises(chip.UnknownOperation, match=rf"libtpu is {version}.*0\.0\.1"):
         chip.run(_double, np.zeros((8, 128), np.float32))
+
+
+@needs_libtpu
+def test_a_text_that_cannot_be_kept_is_executed_all_the_same(monkeypatch, tmp_path, capsys):
+    (tmp_path / "rpa").mkdir()
+    (tmp_path / "rpa" / "chip").touch()  # a file where the folder should be
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    x = np.ones((8, 128), np.float32)
+    assert (chip.run(_double, x) == 2).all()
 
 
 @needs_libtpu
@@ -299,6 +400,8 @@ def test_what_the_compiler_refuses_is_said_in_words(monkeypatch):
 def test_arguments_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="dma is 'soon'"):
         chip.run(_double, np.zeros((8, 128), np.float32), dma="soon")
+    with pytest.raises(ValueError, match="dma is array"):
+        chip.run(_double, np.zeros((8, 128), np.float32), dma=np.arange(3))
     with pytest.raises(ValueError, match="v5p"):
         chip.run(_double, np.zeros((8, 128), np.float32), chip="v5p")
 
@@ -315,3 +418,12 @@ def test_generated_problems_are_valid(number):
         update_kv_cache=problem.options.get("update_kv_cache", True),
     )
     assert str(number) in str(problem)
+
+
+def test_every_default_of_the_sweep_has_room_for_two_blocks():
+    for name in MODELS:
+        for problem in hunt.default_block_problems(name):
+            room = problem.pages_per_seq * problem.page_size
+            for kernel in "dm":
+                _, kv_tokens, _, _ = problem.options[f"{kernel}_block_sizes"]
+                assert room > 2 * kv_tokens

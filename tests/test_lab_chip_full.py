@@ -19,6 +19,7 @@ from rpa.kernel import layout
 from rpa.lab import chip
 from rpa.lab.chip import conformance, hunt
 from rpa.lab.chip.machine import MODELS
+from tests.test_lab_chip import assert_right_as_compiled
 
 pytestmark = [
     pytest.mark.full,
@@ -45,6 +46,9 @@ KNOWN_GAPS = {
 """By chip, operations of the ladder that no tiny kernel makes the compiler use there."""
 
 
+FLOAT32 = selftest.PATHS[0]
+
+
 def attention_on(name, dma="late"):
     """The public function, executed as compiled for a chip."""
 
@@ -68,10 +72,40 @@ def test_every_path_of_rung_8(path, name, dma):
     assert verdict(path, attention_on(name, dma)) == ""
 
 
+OF_RUNG_7 = [path for path in selftest.PATHS if path.plain_too]
+
+
+@pytest.mark.parametrize("dma", chip.DMA_ORDERS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("path", OF_RUNG_7, ids=str)
+def test_rung_7(path, name, dma):
+    def attention(*args, **options):
+        return chip.run(partial(selftest.by_rung_7, **options), *args, chip=name, dma=dma)
+
+    assert verdict(path, attention) == ""
+
+
+@pytest.mark.parametrize("dma", chip.DMA_ORDERS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("path", [FLOAT32, *OF_RUNG_7], ids=str)
+def test_the_learners_kernel(path, name, dma):
+    assert_right_as_compiled(conformance.LEARNER, path, name, dma)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_generated_problems(name):
     # Other numbers than those of the command's first run.
     assert [str(found) for found in hunt.hunt(20, name, first=1000) if found.wrong] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_blocks_of_the_sweep(name):
+    found = [
+        finding
+        for problem in hunt.default_block_problems(name)
+        for finding in hunt.check_problem(problem, name, num_batches=2)
+    ]
+    assert [str(finding) for finding in found if finding.wrong] == []
 
 
 # --- Seeded faults --------------------------------------------------------------------------------

@@ -134,6 +134,21 @@ def test_paged_attention_reads_only_live_tokens(window):
     np.testing.assert_allclose(np.asarray(out), truth, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("size", [0, -1, 1.5, np.nan, "16", None, [16], np.arange(3)], ids=repr)
+def test_a_shape_of_what_is_no_size_is_refused_and_named(place, size):
+    names = ("total_num_pages", "page_size", "actual_num_kv_heads", "actual_head_dim")
+    sizes = [4, 16, 2, 64]
+    sizes[place] = size
+    with pytest.raises(ValueError, match=f"{names[place]} is .* must be (positive|a whole number)"):
+        get_kv_cache_shape(*sizes, jnp.bfloat16)
+
+
+def test_a_dtype_without_bits_is_refused():
+    with pytest.raises(ValueError, match="no bits"):
+        get_kv_cache_shape(4, 16, 2, 64, {})
+
+
 def test_lanes_are_shared_only_by_heads_that_fill_them_together():
     with pytest.raises(ValueError, match="share_lanes=True with head_dim 80: only with 64"):
         get_kv_cache_shape(1, 8, 2, 80, "float32", share_lanes=True)

@@ -175,6 +175,13 @@ def test_what_cannot_be_done_changes_nothing(make):
     s.pool.check()
 
 
+def test_a_second_plan_is_refused_for_what_it_is():
+    """Without its own check it fails later, of shapes that do not fit."""
+    s, _, call = planned_twice()
+    with pytest.raises(ValueError, match="planned last is not finished: call finish"):
+        call()
+
+
 @pytest.mark.parametrize("value", NOT_WHOLE)
 def test_wrong_types_change_nothing(value):
     s = scheduler([request("a")])

@@ -1,6 +1,8 @@
 """The doctor's self-test: it passes, it names what is wrong, and its paths compile for chips."""
 
 import json
+import platform
+import re
 from unittest import mock
 
 import jax
@@ -9,14 +11,20 @@ import numpy as np
 import pytest
 
 from rpa import __main__ as command_line
-from rpa import ragged_paged_attention, selftest
+from rpa import lab, ragged_paged_attention, selftest
 from rpa.kernel import layout
+from rpa.lab.chip import dump
 from tests import kernel_programs
 from tests.kernel_harness import assert_compiles
 from tests.mutants import replaced
 from tests.test_doctor import LAPTOP, doctor
 
 pytestmark = pytest.mark.core
+
+needs_libtpu = pytest.mark.skipif(
+    lab.compile_versions()["libtpu"] is None,
+    reason=f"libtpu is not installed ({platform.system()} {platform.machine()})",
+)
 
 FLOAT32, *OTHERS = [path for path in selftest.PATHS if path.off_tpu]
 
@@ -139,13 +147,14 @@ def test_rung_7_is_among_the_results_and_has_a_remedy_of_its_own():
 
 
 def test_the_dma_check_passes_and_names_zeros():
-    assert selftest.check_dma(False) == ({}, 0.0, "", "")
-    with mock.patch.object(selftest, "copy_rows", lambda *_, **__: jnp.zeros((8, 256))):
-        _, _, wrong, fix = selftest.check_dma(False)
+    assert selftest.check_dma(False, selftest.copy_rows) == ({}, 0.0, "", "")
+    _, _, wrong, fix = selftest.check_dma(False, lambda *_, **__: jnp.zeros((8, 256)))
     assert wrong == "a copy from HBM delivered zeros" and "0.0.43 to 0.0.45" in fix
 
 
 def run_command(monkeypatch, attention, *options):
+    """The command where the chip's executor knows other versions of libtpu only."""
+
     def run(on_tpu):
         for path in (FLOAT32, *OTHERS):
             yield selftest.timed(
@@ -153,6 +162,7 @@ def run_command(monkeypatch, attention, *options):
             )
 
     monkeypatch.setattr(selftest, "run", run)
+    monkeypatch.setattr(dump, "KNOWN_LIBTPU", ("0.0.1",))
     monkeypatch.setattr(doctor, "collect", lambda: LAPTOP)
     return command_line.main(["doctor", "--selftest", *options])
 
@@ -161,6 +171,7 @@ def test_the_command_prints_a_line_a_path_and_exits_with_0(monkeypatch, capsys):
     assert run_command(monkeypatch, by_reference) == 0
     printed = capsys.readouterr().out
     assert "neither bitcasts nor strided loads:\nonly a TPU can say" in printed
+    assert re.search(r"executed as compiled\. They are not: .*(libtpu|jax)", printed)
     assert all(str(path) in printed for path in (FLOAT32, *OTHERS))
     assert printed.endswith("All 3 ok.\n")
 
@@ -177,6 +188,35 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(monkeypatch, capsys):
         assert "backend='reference'" in result["fix"]
     assert run_command(monkeypatch, refuse) == 1
     assert "What to do: Do not use rung 8" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_without_a_tpu_every_path_is_executed_as_compiled(monkeypatch, capsys):
+    chips = []
+
+    def run_as_compiled(chip):
+        chips.append(chip)
+        yield selftest.timed("a path", "", lambda: ({}, 0.0, "", ""))
+
+    monkeypatch.setattr(selftest, "run_as_compiled", run_as_compiled)
+    monkeypatch.setattr(doctor, "collect", lambda: LAPTOP)
+    assert command_line.main(["doctor", "--selftest"]) == 0
+    assert chips == [selftest.CHIP]
+    printed = capsys.readouterr().out
+    assert f"all {len(selftest.PATHS)} paths" in printed and printed.endswith("All 1 ok.\n")
+
+
+@needs_libtpu
+def test_what_runs_as_compiled_are_the_dma_all_paths_and_rung_7(monkeypatch):
+    few = [path for path in selftest.PATHS if path.plain_too][1:]
+    monkeypatch.setattr(selftest, "PATHS", few)
+    results = list(selftest.run_as_compiled(selftest.CHIP))
+    assert [result.path for result in results] == [
+        selftest.DMA_CHECK,
+        str(few[0]),
+        f"rung 7: {few[0]}",
+    ]
+    assert [result.wrong for result in results] == [""] * 3
 
 
 def test_every_packing_meets_every_width_of_a_load():

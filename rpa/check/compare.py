@@ -64,7 +64,10 @@ def show(value) -> str | None:
     if array.size > SHOWN_ELEMENTS:
         return None
     if array.dtype.kind not in "biuf":  # bfloat16 and float8 print through float32
-        array = array.astype(np.float32)
+        try:
+            array = array.astype(np.float32)
+        except OverflowError:  # an integer of hundreds of digits
+            return None
     if array.dtype == bool:
         array = array.astype(int)  # ones and zeros line up, True and False do not
     return np.array2string(array, precision=4, suppress_small=True, floatmode="maxprec")
@@ -78,6 +81,8 @@ def _compare_one(expected, actual, tolerance: float, name: str) -> Wrong | None:
     if not _is_numeric(actual):
         return Wrong(f"{name} is a {type(actual).__name__}, expected an array or a number")
     array, truth = np.asarray(actual), np.asarray(expected)
+    if array.dtype == object:  # an integer of hundreds of digits, or a list of all sorts of things
+        return Wrong(f"{name} is no number of at most 64 bits, nor an array of such numbers")
     if array.shape != truth.shape:
         return Wrong(f"{name} has shape {array.shape}, expected {truth.shape}")
     if not isinstance(expected, int | float) and not _dtype_fits(truth.dtype, array.dtype):

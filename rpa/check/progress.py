@@ -15,6 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from rpa.check.one_at_a_time import alone_with
 from rpa.check.registry import all_exercises
 
 FILE_NAME = ".progress.json"
@@ -43,17 +44,22 @@ def note(number: str, solved: bool) -> None:
         solved: whether the check was passed.
     """
     path = progress_path()
-    kept = _read(path)
-    if kept is None:
+    if _read(path) is None:
         return
+    try:
+        with alone_with(path):
+            _count(path, number, solved)
+    except OSError as error:
+        _say_once(path, f"cannot be written ({error.strerror or error})")
+
+
+def _count(path, number, solved):
+    kept = _read(path) or {}
     before = kept.get(number, {"attempts": 0, "solved": False})
     if before["solved"]:
         return
     kept[number] = {"attempts": before["attempts"] + 1, "solved": solved}
-    try:
-        write_aside(path, json.dumps(kept, indent=1, sort_keys=True))
-    except OSError as error:
-        _say_once(path, f"cannot be written ({error.strerror or error})")
+    write_aside(path, json.dumps(kept, indent=1, sort_keys=True))
 
 
 def progress() -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from functools import partial
 
 import jax
 
 from rpa.cli.options import whole
-from rpa.lab.chip import ChipError, run
+from rpa.lab.chip import ChipError
+from rpa.lab.chip.hunt import check_problem, default_block_problems, hunt
 from rpa.lab.chip.machine import MODELS
 
 
@@ -29,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="run N generated problems of rung 8 a chip",
     )
     what.add_argument(
-        "--selftest", action="store_true", help="run every layout path of rung 8's self-test"
+        "--blocks",
+        action="store_true",
+        help="run the default block sizes of the sweep, on contexts of twice their length",
+    )
+    what.add_argument(
+        "--selftest",
+        action="store_true",
+        help="run every layout path of the self-test, rungs 7 and 8",
     )
     parser.add_argument(
         "--first", type=whole(0, 10**9), default=0, help="number of the first problem"
@@ -44,7 +51,11 @@ def main(args) -> int:
     try:
         if args.conformance:
             return _conformance(names)
-        return _selftest(names) if args.selftest else _hunt(names, args)
+        if args.blocks:
+            return _report(names, _default_blocks)
+        if args.selftest:
+            return _selftest(names)
+        return _report(names, lambda chip: hunt(args.hunt, chip, args.first))
     except ChipError as error:
         print(error, file=sys.stderr)
         return 1
@@ -71,31 +82,28 @@ def _conformance(names):
 
 
 def _selftest(names):
-    from rpa import ragged_paged_attention, selftest
+    from rpa import selftest
 
     bad = 0
     for name in names:
-
-        def attention(*args, chip=name, **options):
-            function = partial(ragged_paged_attention, **options, chip=chip)
-            return run(function, *args, chip=chip)
-
-        print(f"{name}, as compiled, against rung 3 in float32.\n{selftest.COLUMNS}")
-        for path in selftest.PATHS:
-            check = partial(selftest.check_path, path, True, attention)
-            result = selftest.timed(str(path), path.covers, check)
+        print(selftest.heading_as_compiled(name))
+        for result in selftest.run_as_compiled(name):
             print(selftest.line(result), flush=True)
             bad += bool(result.wrong)
     return 1 if bad else 0
 
 
-def _hunt(names, args):
-    from rpa.lab.chip.hunt import hunt
+def _default_blocks(chip):
+    for problem in default_block_problems(chip):
+        yield from check_problem(problem, chip, num_batches=4)
 
+
+def _report(names, find):
+    """Print what `find(chip)` yields, and how much of it is wrong."""
     bad = 0
     for chip in names:
         count = wrong = 0
-        for finding in hunt(args.hunt, chip, args.first):
+        for finding in find(chip):
             print(finding, flush=True)
             count, wrong = count + 1, wrong + bool(finding.wrong)
         print(f"{chip}: {count} cases, {wrong} wrong", flush=True)

@@ -264,7 +264,7 @@ def _choose_backend(backend):
         return "interpret", backend
     if backend is None:
         backend = "tpu" if jax.default_backend() == "tpu" else "interpret"
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:  # an array has no one truth
         raise ValueError(
             f"backend is {backend!r}, but must be one of {', '.join(map(repr, BACKENDS))}, the "
             "InterpretParams of the TPU interpreter, or None to choose by the device."

@@ -15,6 +15,7 @@ from rpa.check.chapters.ablation import is_model, with_schedule
 from rpa.check.chapters.launchers import interpreted
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
+from rpa.lab import chip
 from rpa.lab.schedule import inner_loop
 
 RNG = np.random.default_rng(8)
@@ -467,3 +468,99 @@ def _one_maximum(q, k, v):
     scores = np.asarray(q) @ np.swapaxes(np.asarray(k), 1, 2)
     out[scores.max(axis=2) < scores.max() - 149] = np.nan
     return out
+
+
+# 9.5 predict a register ---------------------------------------------------------------------------
+
+LISTING = [
+    "%one = llo.constant {value = 1 : i32} : i32",
+    "%two = llo.constant {value = 2 : i32} : i32",
+    '%place = "llo.saddr.vmem"(%x, %one) : (i32, i32) -> i32',
+    "%a = llo.vector_load_slane_stride %place {sublane_count = 8 : i64, sublane_stride = 3 : i64} "
+    ": i32 -> vector<8x128xf32>",
+    "%b = llo.vrot.slane %a, %two : vector<8x128xf32>, i32 -> vector<8x128xf32>",
+    "%c = llo.vsub.f32 %a, %b : vector<8x128xf32>",
+    "llo.vector_store %c into %out : vector<8x128xf32> into i32",
+]
+
+
+def _executed(rows):
+    """What the lab's machine makes of the listing."""
+    out, _ = chip.step_listing(LISTING, np.repeat(rows, 128).reshape(-1, 128))
+    return out[:, 0]
+
+
+predict = Exercise("9.5", _executed, outputs=("sublanes of %c",), convert=np.array, tolerance=1e-6)
+predict.case("row r holds r", rows=np.arange(24, dtype=np.float32))
+predict.case("row r holds r * r", rows=np.arange(24, dtype=np.float32) ** 2)
+predict.case("random rows", rows=RNG.standard_normal(40).astype(np.float32))
+
+
+@predict.mistake("the register is rotated away from sublane 0: what was in s has to be in s - 2")
+def _other_direction(rows):
+    a = rows[1::3][:8]
+    return a - np.roll(a, 2)
+
+
+@predict.mistake("the first row is row 0: saddr.vmem moves the address by one row")
+def _from_row_0(rows):
+    a = rows[0::3][:8]
+    return a - np.roll(a, -2)
+
+
+@predict.mistake("you take eight rows that follow each other: the stride is 3")
+def _neighbours(rows):
+    a = rows[1:9]
+    return a - np.roll(a, -2)
+
+
+@predict.mistake("what is rotated is lost at the end: a rotation brings it back in sublane 7")
+def _shifted(rows):
+    a = rows[1::3][:8]
+    return a - np.concatenate([a[2:], np.zeros(2, a.dtype)])
+
+
+# 9.6 find the wrong stride ------------------------------------------------------------------------
+
+
+def _found(first, stride, words):
+    """The register that a load of a row and a stride gives, executed: f32[8]."""
+    rows = np.arange(first + 7 * stride + 1)
+    numbers = (10 * (rows // words) + rows % words).astype(np.float32)
+    listing = [
+        f"%first = llo.constant {{value = {first} : i32}} : i32",
+        LISTING[2].replace("%one", "%first"),
+        LISTING[3].replace("stride = 3", f"stride = {stride}"),
+        LISTING[6].replace("%c", "%a"),
+    ]
+    out, _ = chip.step_listing(listing, numbers.repeat(128).reshape(-1, 128))
+    return out[:, 0]
+
+
+def _find_stride(found, words):
+    rows = (found // 10) * words + found % 10
+    return int(rows[0]), int(rows[1] - rows[0])
+
+
+find_stride = Exercise(
+    "9.6", _find_stride, outputs=("first row", "stride"), convert=np.array, tolerance=1e-6
+)
+for _words, _first, _stride in ((4, 1, 3), (4, 1, 4), (9, 2, 8), (9, 11, 1), (3, 5, 2), (6, 0, 12)):
+    find_stride.case(
+        f"{_words} rows per token", found=_found(_first, _stride, _words), words=_words
+    )
+
+
+@find_stride.mistake("you take differences of the numbers: turn them into rows first")
+def _of_numbers(found, words):
+    return _find_stride(found, words)[0], int(found[1] - found[0])
+
+
+@find_stride.mistake("it is counted in tokens: a token has as many rows as `words` says")
+def _in_tokens(found, words):
+    return int(found[0] // 10), int(found[1] // 10 - found[0] // 10)
+
+
+@find_stride.mistake("you count ten rows per token: ten is in the numbers only")
+def _ten_rows(found, words):
+    return int(found[0]), int(found[1] - found[0])

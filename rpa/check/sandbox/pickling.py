@@ -145,7 +145,8 @@ def names_in(plain) -> Iterator[str]:
             if isinstance(member, types.FunctionType):
                 yield from names_in(member)
         return
-    codes = [plain.__code__]
+    # A function that is not written in Python, like `len` or `jnp.exp`, looks nothing up.
+    codes = [plain.__code__] if isinstance(plain, types.FunctionType) else []
     while codes:
         code = codes.pop()
         yield from code.co_names

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from rpa.check.one_at_a_time import alone_with
 from rpa.check.progress import in_notebook, write_aside
 from rpa.check.sandbox.pickling import pack
 
@@ -49,18 +50,24 @@ def collect(number: str, function: Callable, path: Path | None = None) -> Path |
     plain = inspect.unwrap(function)
     if path is None or getattr(plain, "__module__", "") == MODULE:
         return None
+    parcel, cell = pack(function), _cell_of(plain)
+    with alone_with(path):  # another notebook of the learner may be adding its own
+        _add(path, number, plain.__name__, cell, parcel)
+    return path
+
+
+def _add(path, number, name, cell, parcel):
+    """Read the file, add one section and what it needs, write the file."""
     sections = read(path)
-    sections[number] = (plain.__name__, _cell_of(plain))
+    sections[number] = (name, cell)
     numbers = sorted(sections, key=lambda n: [int(part) for part in n.split(".")])
     sections = {n: sections[n] for n in numbers}
-    parcel = pack(function)
     imports = imports_of(path) | _imports(parcel)
     body = "\n".join(text for _, text in sections.values())
     extra = _from_other_cells(parcel, defined_in(body))
     if extra:
-        sections[number] = (plain.__name__, f"{extra}\n\n\n{sections[number][1]}")
+        sections[number] = (name, f"{extra}\n\n\n{cell}")
     write_aside(path, _render(imports, sections))
-    return path
 
 
 def read(path: Path) -> dict[str, tuple[str, str]]:

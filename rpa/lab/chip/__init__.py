@@ -12,12 +12,16 @@ those of the chip. In the order in which a kernel passes through the files:
     machine.py       memory.py, dma.py, mxu.py, xlu.py: the units with what is in them
     run.py           one execution: operands in, grid and windows, outputs out
     evaluate.py      the function around the kernels
+    stepping.py      the same instruction by instruction, with what each one gave
 
 docs/chip.md says what this proves and what it does not.
 """
 
 from rpa.lab.chip.door import DMA_ORDERS, prepare, run
+from rpa.lab.chip.dump import check_compiler
 from rpa.lab.chip.errors import ChipError, KernelFault, NotCompiled, UnknownOperation
+from rpa.lab.chip.stepping import Step, step_listing, step_through, strided_load
 
 __all__ = ["DMA_ORDERS", "ChipError", "KernelFault", "NotCompiled", "UnknownOperation"]
-__all__ += ["prepare", "run"]
+__all__ += ["Step", "check_compiler", "prepare", "run", "step_listing", "step_through"]
+__all__ += ["strided_load"]

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from rpa import fused, ragged_paged_attention, selftest, streamed, tiled
+from rpa import fused, plain, ragged_paged_attention, selftest, streamed, tiled
 from rpa.lab.chip.conformance_kernels import KERNELS, TinyKernel
 from rpa.lab.chip.door import DMA_ORDERS, prepare
 from rpa.lab.chip.dump import compiled_texts, on_chip
@@ -19,6 +19,7 @@ from rpa.lab.chip.evaluate import kernels_in
 from rpa.lab.chip.instructions import INSTRUCTIONS
 from rpa.lab.chip.text import parse, walk
 from rpa.lab.programs import PROGRAMS, Workload
+from rpa.yours import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,10 @@ def compile_all(kernels, chip):
 
 
 def ladder_operations(chip) -> frozenset[str]:
-    """Names of the instructions in the ladder's kernels: rungs 4 to 6, and rung 8's self-test."""
+    """Names of the instructions in the ladder's kernels.
+
+    Rungs 4 to 6, and on the paths of the self-test rungs 7 and 8 and the kernel of a learner.
+    """
     found = set()
     for name, function, q_len in (
         ("tiled", tiled.flash_attention, 40),
@@ -103,18 +107,36 @@ def ladder_operations(chip) -> frozenset[str]:
             found |= operations_of(partial(function, **program.kwargs), program.args, chip)
     for path in selftest.PATHS:
         case = selftest.make_case(path)
-        attention = partial(
-            ragged_paged_attention,
-            **path.options,
-            **selftest.BLOCKS,
-            chunk_prefill_size=selftest.CHUNK_PREFILL_SIZE,
-            backend="tpu",
-            chip=chip,
-            validate=False,
-        )
-        args = (case.queries, case.keys, case.values, case.kv_cache, *case.metadata)
-        found |= operations_of(attention, args, chip)
+        arrays = (case.queries, case.keys, case.values, case.kv_cache)
+        found |= operations_of(rung_8(path, chip), (*arrays, *case.metadata), chip)
+        if path.plain_too:
+            found |= operations_of(rung_7(path), (*arrays, case.batch), chip)
+            found |= operations_of(LEARNER, (*arrays, case.batch), chip)
     return frozenset(found)
+
+
+def rung_8(path, chip):
+    """The public function as the self-test calls it on one path."""
+    return partial(
+        ragged_paged_attention,
+        **path.options,
+        **selftest.BLOCKS,
+        chunk_prefill_size=selftest.CHUNK_PREFILL_SIZE,
+        backend="tpu",
+        chip=chip,
+        validate=False,
+    )
+
+
+def rung_7(path):
+    """Rung 7 on a path that is marked `plain_too`."""
+    block_q, block_kv, _, _ = selftest.BLOCKS["m_block_sizes"]
+    sizes = {"block_q": block_q, "block_kv": block_kv, "interpret": False}
+    return partial(plain.attention, sm_scale=path.head_dim**-0.5, **sizes, **path.options)
+
+
+LEARNER = partial(reference.ragged_attention, sm_scale=0.1, block_tokens=32)
+"""The whole kernel that the course's assembly line gives."""
 
 
 def table(outcomes, ladder) -> list[str]:

@@ -546,6 +546,28 @@ def scalars(n_ref, out_ref):
         out_ref[2] = 3
 
 
+# Places in a table whose rows are longer than 128: the remainder is that of Python.
+_PLACES = np.array([299, 128, 127, 0, 255, 256, 1, 200], np.int32)
+_TABLE = integers(3, 300, low=0, high=1000)
+_TABLE[0, :8] = _PLACES
+
+
+@kernel(
+    lambda table: jnp.stack([table[i % 3, table[0, i]] for i in range(8)]),
+    _TABLE,
+    space=pltpu.SMEM,
+)
+def table_of_scalars(table_ref, out_ref):
+    for i in range(8):
+        out_ref[i] = table_ref[i % 3, table_ref[0, i]]
+
+
+@kernel(lambda x: x[:, 4:].reshape(64, 128), floats(16, 8, 128, dtype=BF16))
+def half_of_the_heads(x_ref, out_ref):
+    """The second four of eight rows per token, all below each other: sublanes change places."""
+    out_ref[...] = x_ref[:, 4:].reshape(64, 128)
+
+
 # Two values per word, laid side by side: whole rows, the halves of their words, and back to rows.
 unary(
     "halves_side_by_side",

@@ -50,22 +50,25 @@ def run(function, *args, chip="v5e", dma="late"):
     >>> bool((out == 2 * x).all())  # doctest: +SKIP
     True
     """
-    if dma not in DMA_ORDERS:
+    if not isinstance(dma, str) or dma not in DMA_ORDERS:
         raise ValueError(f"dma is {dma!r}, but must be one of {', '.join(map(repr, DMA_ORDERS))}.")
     return prepare(function, *args, chip=chip)(*args, dma=dma)
 
 
-def prepare(function, *args, chip="v5e") -> "Prepared":
+def prepare(function, *args, chip="v5e", watch=None) -> "Prepared":
     """The same in two steps: compile for the shapes and dtypes of args, then call it often.
 
-    Args and errors are those of `run`; of `args` only shapes and dtypes are used.
+    Args and errors are those of `run`; of `args` only shapes and dtypes are used. `watch` is called
+    after every instruction, see `rpa.lab.chip.stepping`.
     """
     name = chips.chip(chip).name
     if name not in MODELS:
         raise ValueError(f"chip is {chip!r}, but only {', '.join(MODELS)} can be executed.")
     with on_chip(name):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    return Prepared(closed, jax.tree.structure(shape), compile_kernels(kernels_in(closed), name))
+    return Prepared(
+        closed, jax.tree.structure(shape), compile_kernels(kernels_in(closed), name, watch)
+    )
 
 
 class Prepared(NamedTuple):
@@ -91,21 +94,35 @@ class Prepared(NamedTuple):
         def run_kernel(eqn, inputs):
             return kernels[id(eqn)].run(inputs, late=dma == "late")
 
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(args)]
+        leaves = [
+            _as_traced(leaf, aval)
+            for leaf, aval in zip(jax.tree.leaves(args), self.closed.in_avals, strict=True)
+        ]
         outputs = evaluate(self.closed, leaves, run_kernel)
         return jax.tree.unflatten(self.structure, list(map(jnp.asarray, outputs)))
 
 
-def compile_kernels(eqns, chip) -> list[Kernel]:
+def _as_traced(leaf, aval) -> np.ndarray:
+    """An argument as the kernels were compiled for it: JAX traces NumPy's float64 as float32."""
+    array = np.asarray(leaf)
+    if array.shape != aval.shape:
+        raise ValueError(
+            f"an argument has shape {array.shape}, but the function was prepared for "
+            f"{aval.shape}: prepare it anew."
+        )
+    return array.astype(aval.dtype, copy=False)
+
+
+def compile_kernels(eqns, chip, watch=None) -> list[Kernel]:
     """The compiled and translated kernel of each equation of a `pallas_call`."""
     kernels = []
     for eqn, text in zip(eqns, compiled_texts(eqns, chip), strict=True):
         results = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
         aliases = tuple(dict(eqn.params["input_output_aliases"]).items())
-        kernels.append(_translated(text, chip, len(eqn.invars), results, aliases))
+        kernels.append(_translated(text, chip, len(eqn.invars), results, aliases, watch))
     return kernels
 
 
 @functools.lru_cache(maxsize=32)
-def _translated(text, chip, num_inputs, results, aliases):
-    return Kernel(text, MODELS[chip], num_inputs, results, dict(aliases))
+def _translated(text, chip, num_inputs, results, aliases, watch):
+    return Kernel(text, MODELS[chip], num_inputs, results, dict(aliases), watch)

@@ -25,6 +25,33 @@ KNOWN_LIBTPU = ("0.0.52",)
 TIMEOUT_S = 600.0
 
 
+def check_compiler():
+    """Return if kernels can be compiled and executed here.
+
+    Raises:
+        NotCompiled: if this JAX cannot lower for a chip that is not here, or there is no libtpu.
+        UnknownOperation: if libtpu is of a version that was not tested.
+    """
+    _check_jax()
+    versions = compile_versions()
+    if versions["libtpu"] is None:
+        raise NotCompiled(words.no_libtpu(platform.system(), platform.machine())[1])
+    if versions["libtpu"] not in KNOWN_LIBTPU:
+        raise UnknownOperation(
+            f"libtpu is {versions['libtpu']}, but what a compiled kernel means was tested with "
+            f"{', '.join(KNOWN_LIBTPU)} only: pip install libtpu=={KNOWN_LIBTPU[-1]}, or add "
+            "this version to KNOWN_LIBTPU and run `python -m rpa lab chip --conformance`."
+        )
+
+
+def _check_jax():
+    if compat.JAX_VERSION < (0, 10, 2):
+        raise NotCompiled(
+            f"jax {jax.__version__} cannot lower a kernel for a chip that is not here: install "
+            "jax 0.10.2 or newer."
+        )
+
+
 def on_chip(chip):
     """Context manager: trace and lower for one core of a chip that is not there.
 
@@ -32,11 +59,7 @@ def on_chip(chip):
         NotCompiled: if this JAX cannot.
     """
     known = chips.chip(chip)
-    if compat.JAX_VERSION < (0, 10, 2):
-        raise NotCompiled(
-            f"jax {jax.__version__} cannot lower a kernel for a chip that is not here: install "
-            "jax 0.10.2 or newer."
-        )
+    _check_jax()
     device = jax.sharding.AbstractDevice(known.device_kinds[0], known.cores_per_device, "tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
@@ -56,14 +79,14 @@ def compiled_texts(eqns, chip) -> list[str]:
     known = chips.chip(chip)
     specs = [_spec(eqn, known) for eqn in eqns]
     entries = [cache_dir().parent / "chip" / f"{_hash(spec)}.json" for spec in specs]
-    missing = {
-        entry: spec for entry, spec in zip(entries, specs, strict=True) if not read_kept(entry)
-    }
+    kept = {entry: read_kept(entry) for entry in entries}
+    missing = {entry: spec for entry, spec in zip(entries, specs, strict=True) if not kept[entry]}
     if missing:
         texts = _compile(list(missing.values()), known)
         for entry, text in zip(missing, texts, strict=True):
-            write_kept(entry, {"text": text, "files": {}})
-    return [read_kept(entry)["text"] for entry in entries]
+            kept[entry] = {"text": text, "files": {}}
+            write_kept(entry, kept[entry])
+    return [kept[entry]["text"] for entry in entries]
 
 
 def _spec(eqn, chip):
@@ -89,15 +112,7 @@ def _hash(spec):
 
 
 def _compile(specs, chip):
-    versions = compile_versions()
-    if versions["libtpu"] is None:
-        raise NotCompiled(words.no_libtpu(platform.system(), platform.machine())[1])
-    if versions["libtpu"] not in KNOWN_LIBTPU:
-        raise UnknownOperation(
-            f"libtpu is {versions['libtpu']}, but what a compiled kernel means was tested with "
-            f"{', '.join(KNOWN_LIBTPU)} only: pip install libtpu=={KNOWN_LIBTPU[-1]}, or add "
-            "this version to KNOWN_LIBTPU and run `python -m rpa lab chip --conformance`."
-        )
+    check_compiler()
     with tempfile.TemporaryDirectory() as dump:
         order = {"kernels": specs, "function": "rpa.lab.chip.worker:main", "dump": dump}
         answer = ask_worker(
@@ -106,7 +121,7 @@ def _compile(specs, chip):
             environment={"LIBTPU_INIT_ARGS": f"--xla_mosaic_dump_to={dump}"},
         )
     if "message" in answer:
-        raise NotCompiled(words.explain(answer["message"], chip.name, versions)[1])
+        raise NotCompiled(words.explain(answer["message"], chip.name, compile_versions())[1])
     return answer["texts"]
 
 

@@ -16,6 +16,7 @@ from rpa.lab.chip.door import DMA_ORDERS, prepare
 from rpa.lab.chip.errors import ChipError
 from rpa.paging import cdiv, get_kv_cache_shape, pack_kv
 from rpa.ragged import RaggedBatch
+from rpa.shapes import heads_of
 
 HEADS = ((8, 2), (9, 3), (5, 1), (7, 7), (16, 1), (32, 8), (3, 1), (6, 2), (2, 2))
 DTYPES = (
@@ -63,7 +64,8 @@ class Problem:
     def __str__(self):
         layout = "K and V share lanes, " if self.share_lanes else ""
         options = {k: v for k, v in self.options.items() if not k.endswith("block_sizes")}
-        blocks = "given blocks" if "d_block_sizes" in self.options else "default blocks"
+        blocks = self.options.get("d_block_sizes", ())
+        blocks = f"blocks {blocks}" if blocks else "default blocks"
         return (
             f"{self.number}: {self.heads[0]}/{self.heads[1]} heads of {self.head_dim}, "
             f"q {self.q_dtype}, KV {self.kv_dtype}, pages of {self.page_size}, {layout}"
@@ -260,3 +262,36 @@ def hunt(num_cases, chip, first=0, batches_per_problem=4):
     for number in range(first, first + cdiv(num_cases, batches_per_problem)):
         left = num_cases - (number - first) * batches_per_problem
         yield from check_problem(draw_problem(number), chip, min(left, batches_per_problem))
+
+
+def default_block_problems(chip) -> list[Problem]:
+    """The shapes of the sweep of block sizes, with the blocks that are the defaults there.
+
+    Generated problems are small, and so are their blocks; these have room for two of the largest.
+
+    >>> [(p.heads, p.options["d_block_sizes"][1]) for p in default_block_problems("v6e")]
+    [((32, 8), 1024), ((8, 1), 2048)]
+    """
+    from rpa.lab.bench import tune  # here: it imports all that predicts
+
+    problems = []
+    for k, model in enumerate(tune.MODELS):
+        blocks = {case: tune.default_blocks(tune.Place(chip, model, case)) for case in tune.CASES}
+        *heads, head_dim = heads_of(model)
+        widest = max(kv_tokens for _, kv_tokens, _, _ in blocks.values())
+        problems.append(
+            Problem(
+                *(10**9 + k, tuple(heads), head_dim),
+                *("bfloat16", "bfloat16", 128),
+                share_lanes=False,
+                max_num_seqs=3,
+                pages_per_seq=2 * cdiv(widest, 128) + 1,
+                options={
+                    "sm_scale": head_dim**-0.5,
+                    "d_block_sizes": blocks["decode"],
+                    "m_block_sizes": blocks["mixed"],
+                },
+                has_sinks=False,
+            )
+        )
+    return problems

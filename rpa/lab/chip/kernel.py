@@ -41,7 +41,7 @@ class Kernel:
         operands: all arrays, in order.
     """
 
-    def __init__(self, text, model: Model, num_inputs, results, aliases):
+    def __init__(self, text, model: Model, num_inputs, results, aliases, watch=None):
         """Read the compiled text of a kernel.
 
         Args:
@@ -50,6 +50,7 @@ class Kernel:
             num_inputs: its inputs, scalars included.
             results: `jax.ShapeDtypeStruct` of each output.
             aliases: {input: output} that share memory.
+            watch: see `translate`.
 
         Raises:
             UnknownOperation: if it holds anything that the machine does not know.
@@ -58,7 +59,7 @@ class Kernel:
         kernel, *others = parse(text)
         maps = {function.name: translate(function) for function in others}
         self.name, self.model, self.num_inputs = kernel.name, model, num_inputs
-        self.body = translate(kernel)
+        self.body = translate(kernel, watch)
         self.grid = _integers(r"iteration_bounds = array<i64: ([-\d, ]+)>", kernel.attributes)
         if any(bound < 0 for bound in self.grid):
             raise UnknownOperation(f"{self.name} has a grid whose size is known at run time only.")

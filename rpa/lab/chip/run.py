@@ -55,7 +55,7 @@ class Run:
     def _step(self, step, addresses):
         try:
             self.kernel.body.run(self.machine, *step, *addresses)
-        except (IndexError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, NameError, TypeError, ValueError) as error:
             raise UnknownOperation(
                 f"{self.kernel.name}: an instruction met operands that it was not made for "
                 f"({error}); the lines above name it."

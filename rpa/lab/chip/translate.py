@@ -8,6 +8,7 @@ The source is kept (`Translated.source`): that is what the chip executes, in wor
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from rpa.lab.chip.errors import UnknownOperation
@@ -30,13 +31,18 @@ class Translated(NamedTuple):
     source: str
 
 
-def translate(function: Function) -> Translated:
+def translate(function: Function, watch: Callable | None = None) -> Translated:
     """Translate a function.
+
+    Args:
+        function: what to translate.
+        watch: called after every instruction with its `Operation` and what it gave, None of a
+            store; it makes the source twice as long.
 
     Raises:
         UnknownOperation: if an instruction is not in the table; its name is in the message.
     """
-    translation = _Translation()
+    translation = _Translation(watch)
     arguments = "".join(f", {_name(argument)}" for argument in function.arguments)
     translation.emit(0, f"def run(machine{arguments}):")
     results = translation.block(function.body, 1)
@@ -57,8 +63,8 @@ def _name(value) -> str:
 
 
 class _Translation:
-    def __init__(self):
-        self.lines, self.names = [], {}
+    def __init__(self, watch):
+        self.lines, self.names, self.watch = [], {}, watch
 
     def emit(self, depth, text):
         self.lines.append(" " * depth + text)
@@ -78,7 +84,12 @@ class _Translation:
         for operation in block.operations:
             if operation.name in _TERMINATORS:
                 return [_name(value) for value in operation.operands]
-            self.operation(operation, depth)
+            try:
+                self.operation(operation, depth)
+            except ValueError as error:
+                raise UnknownOperation(
+                    f"{operation.text[:200]!r} cannot be read ({error})."
+                ) from error
         return []
 
     def operation(self, operation: Operation, depth):
@@ -102,6 +113,9 @@ class _Translation:
             called = self.keep(re.sub(r"\W", "", operation.name.replace(".", "_")), function)
             call = f"{called}({', '.join(['machine'] * takes_machine + operands)})"
             self.emit(depth, f"{results[0]} = {call}" if results else call)
+            if self.watch is not None:
+                watch = self.keep("watch", partial(self.watch, operation))
+                self.emit(depth, f"{watch}({results[0] if results else None})")
 
     def region(self, operation, results, operands, depth):
         self.assign(depth, results, self.block(operation.regions[0], depth))
