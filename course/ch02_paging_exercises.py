@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 import rpa
+from rpa.figures import exercises as pictures
 from rpa.paging import cdiv, unpack_kv
 
 # %% [markdown]
@@ -45,6 +46,15 @@ from rpa.paging import cdiv, unpack_kv
 # token of its third page: page 5, slot 1.
 #
 # **Teaches:** an address in two steps, which every paged kernel computes before it moves a byte.
+
+# %%
+pictures.strips(
+    [("sequence 0", "0 1 2 3 | 4 5 6 7 | 8 *9 10 11"),
+     ("its pages", "7 7 7 7 | 2 2 2 2 | 5 *5 5 5"),
+     ("slot", "0 1 2 3 | 0 1 2 3 | 0 *1 2 3")],
+    "Sequence 0 in three pages of four tokens, 7, 2 and 5. Position 9 is in page 5, slot 1.",
+    legend={"*": "the token of the example"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Two questions. Which page *of the sequence* is it, and how far into that page? Then one look into
@@ -119,6 +129,15 @@ def address(page_indices, pages_per_seq, seqs, positions, page_size):
 # with 200, 210 and 0.
 #
 # **Teaches:** the way from a page table to K, and the layout of the cache, read from its far end.
+
+# %%
+pictures.strips(
+    [("cache", "200 210 | _ 100 110 | _ 000 010"), ("keys", "_ _ *200 *210 *000")],
+    "Pages 2, 1 and 0 of two slots, with the first number of each slot. The keys of the sequence "
+    "are 200 and 210 of page 2, then 0 of page 0; slot 1 of page 0 is not used.",
+    arrows=[((0, 0), (1, 2)), ((0, 1), (1, 3)), ((0, 6), (1, 4))],
+    legend={"": "page 2, page 1, page 0: first lane of K of head 0", "*": "keys, in order"},
+)
 
 # %% [markdown] tags=["hint"]
 # Four steps: take the live pages; line their slots up to one row of tokens and cut it at `kv_len`;
@@ -208,6 +227,15 @@ def gather_keys(kv_cache, pages, kv_len, num_kv_heads, head_dim):
 # By hand, two heads of 2, packing 2, lanes 4: row 0 is K and V of head 0, row 1 those of head 1.
 #
 # **Teaches:** why a token of the cache is one solid block that one DMA can move.
+
+# %%
+pictures.strips(
+    [("row 0, pack 0", "K0 K0 - -"), ("row 0, pack 1", "*V0 *V0 - -"),
+     ("row 1, pack 0", "K1 K1 - -"), ("row 1, pack 1", "*V1 *V1 - -")],
+    "One token with two heads of two lanes: row 0 holds K and V of head 0, row 1 those of head 1; "
+    "two of four lanes are zero.",
+    legend={"": "key", "*": "value", "-": "zero"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Bring the heads into the order K0, V0, K1, V1, ...; pad at the end what is missing to whole rows
@@ -302,6 +330,19 @@ def pack(keys, values, packing, lanes):
 # then each goes on by itself: `a` should read "a kitten" and `b` "a kitty".
 #
 # **Teaches:** reference counts, and the one moment at which a shared page must be copied.
+
+# %%
+pictures.strips(
+    [
+        ("a and b", "a . k i | t t - -"),
+        ("b, on a copy", "_ _ _ _ t t *y -"),
+        ("a, on the old page", "_ _ _ _ t t *e -"),
+    ],
+    "Sequences a and b share two pages of four letters, the second with room for two. The first to "
+    "write, b, takes a copy of that page and writes there; a stays where it was and writes too.",
+    arrows=[((0, 4), (1, 4)), ((0, 5), (1, 5))],
+    legend={"": "shared, or copied", "*": "written", "-": "room"},
+)
 
 # %% [markdown] tags=["hint"]
 # There are three situations. The last page is full (or there is none): take a page. It has room
@@ -575,6 +616,15 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
 # common, and that is two full pages: `[7, 2]`.
 #
 # **Teaches:** prefix caching, and why a page is not known by its own tokens alone.
+
+# %%
+pictures.strips(
+    [("older", "b e . k | i n d : | . y o"), ("in page", "7 7 7 7 | 2 2 2 2 | 5 5 5"),
+     ("new", "*b *e *. *k | *i *n *d *: | . +h +i")],
+    "The new prompt agrees with the older one in nine letters: two full pages, 7 and 2, are "
+    "reused; the ninth letter is on a page that differs.",
+    legend={"*": "reused: whole pages that agree", "+": "differs"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # For each older sequence: how many tokens agree from the beginning on? How many full pages is

@@ -29,6 +29,7 @@ import rpa
 from rpa.check import sandbox
 from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
 from rpa.compat import hbm_memory_space
+from rpa.figures import exercises as pictures
 from rpa.interpreter import choose_interpret
 from rpa.yours import earlier
 
@@ -185,6 +186,15 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
 # | 3 | none left | chunk 3 | buffer 1 |
 #
 # **Teaches:** start first, wait second; two buffers, two semaphores; and the ends of the loop.
+
+# %%
+pictures.lanes(
+    {"copy into buffer 0": [(0, 2, "chunk 0"), (4, 2, "chunk 2")],
+     "copy into buffer 1": [(2, 2, "chunk 1"), (6, 2, "chunk 3")],
+     "add": [(2, 2, "buffer 0"), (4, 2, "buffer 1"), (6, 2, "buffer 0"), (8, 2, "buffer 1")]},
+    "Four chunks through two buffers: while chunk n is added, chunk n + 1 is copied into the other "
+    "buffer.",
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # One copy before the loop, and in step n start the copy of chunk n + 1 if there is one, then wait
@@ -428,6 +438,15 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
 # **Teaches:** the address of a copy is a number that the kernel computes; and many copies share one
 # semaphore, if you wait for all of them.
 
+# %%
+pictures.strips(
+    [("cache in HBM", "0 0 0 | 1 1 1 | *2 *2 *2"), ("out in VMEM", "*2 *2 *2 | 0 0 0")],
+    "The cache has pages 0, 1 and 2. The sequence's pages are 2 and 0: page 2 goes to the first "
+    "rows of the output, page 0 to the rows behind them.",
+    arrows=[((0, 7), (1, 1)), ((0, 1), (1, 4))],
+    legend={"*": "page 2, rows 0 to 7", "": "other pages, 8 rows each"},
+)
+
 # %% [markdown] tags=["hint"]
 # Two loops over the pages, the first starts, the second waits. Both make the same descriptor.
 
@@ -571,6 +590,16 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
 # By hand: 13 tokens, pages of 8. Two copies: 8 rows of the first page, 5 rows of the second.
 #
 # **Teaches:** a DMA takes a size from a register; shapes are fixed, bytes are not.
+
+# %%
+pictures.strips(
+    [("pages", "0 1 2 3 4 5 6 7 | 8 9 10 11 12 - - -"),
+     ("out", "*0 *1 *2 *3 *4 *5 *6 *7 *8 *9 *10 *11 *12 0 0 0")],
+    "13 tokens on two pages of eight: one copy of eight rows, one of five. Three rows of the "
+    "output are zero.",
+    arrows=[((0, 3), (1, 3)), ((0, 10), (1, 10))],
+    legend={"*": "copied: 8 rows, 5 rows", "-": "belongs to nobody: not read", "": "in HBM; zeros"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # First zeros everywhere, then the copies. Page p has min(what is left, page_size) tokens; the
@@ -1048,6 +1077,17 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
 # **Teaches:** a whole kernel with DMAs of its own, and its launch.
 
 # %%
+pictures.strips(
+    [("pages in HBM", "0 1 2 3 4 5 6 7 | 8 9 10 11 12 - - -"),
+     ("block in VMEM", "*0 *1 *2 *3 *4 *5 *6 *7 *8 *9 *10 *11 *12 - - -"),
+     ("the mask", "1 1 1 1 1 1 1 1 1 1 1 1 1 - - -")],
+    "One block of 16 tokens: two copies, of eight and of five rows, and one wait for 13 tokens. "
+    "Rows 13 to 15 are stale and the mask hides them.",
+    arrows=[((0, 3), (1, 3)), ((0, 10), (1, 10))],
+    legend={"*": "arrived: one wait for 13", "-": "stale, hidden by the mask"},
+)  # fmt: skip
+
+# %%
 attend, new_state, output_of = earlier("attend", "new_state", "output_of")
 
 # %% [markdown] tags=["hint"]
@@ -1233,6 +1273,16 @@ def paged_decode(
 # %% tags=["check"]
 rpa.check("5.6", paged_decode)
 
+# %% [markdown]
+# SmolLM2 with *your* attention in one layer of thirty, because the interpreter is slow. Your kernel
+# decodes, so rung 3 reads the prompts; `behind_store` stores the new token before your function is
+# called.
+
+# %%
+from rpa.models.speak import behind_store, speak
+
+speak(behind_store(paged_decode), own_layers=1, own_prompt=False)
+
 # %% [markdown] tags=["explanation"]
 # Compare it with 4.7: `attend` is the same, letter by letter. What has changed is who brings the
 # keys. The grid knows sequences only, because how many blocks a sequence has is a number in SMEM,
@@ -1341,6 +1391,15 @@ rpa.check("5.6", paged_decode)
 #
 # **Teaches:** the HBM must never wait for the end of a computation; who starts the first copy, and
 # who starts none.
+
+# %%
+pictures.lanes(
+    {"copies": [(0, 2, "(0, 0) into 0"), (2, 2, "(0, 1) into 1"), (4, 2, "(2, 0) into 0")],
+     "compute": [(2, 2, "(0, 0)"), (4, 2, "(0, 1)"), (6, 2, "(2, 0)")]},
+    "Blocks (0, 0), (0, 1) and (2, 0): while the last block of sequence 0 is computed, the first "
+    "block of sequence 2 is copied. Idle sequence 1 has none.",
+    title="(sequence, block): the idle sequence 1 is passed over",
+)  # fmt: skip
 
 # %%
 attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(

@@ -29,6 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.compat import hbm_memory_space, keep_in_hbm
+from rpa.figures import exercises as pictures
+from rpa.figures.fused import blocks_and_pages
 from rpa.interpreter import choose_interpret
 from rpa.paging import cdiv, pack_kv
 from rpa.yours import earlier
@@ -156,6 +158,9 @@ def moved_bytes(q_lens, kv_lens, token_bytes):
 # **Teaches:** one position, divided twice: by the block for the computation, by the page for
 # memory.
 
+# %%
+blocks_and_pages(10, 1, [5, 2, 7], page_size=4, block_tokens=8)
+
 # %% [markdown] tags=["hint"]
 # Everything follows from the position in the sequence, and the positions of the new tokens are
 # those of exercise 3.2: the last `q_len` of `kv_len`.
@@ -241,6 +246,15 @@ def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
 #
 # **Teaches:** a block is cut twice, at `kv_len - q_len` and at `kv_len`; attention does not see
 # where a token came from.
+
+# %%
+pictures.strips(
+    [("from_pages", "0 1 - -"), ("new_kv from start", "_ _ +2"), ("the block", "0 1 +2 0")],
+    "A block of four rows: rows 0 and 1 come from pages, row 2 from new_kv, row 3 is zero although "
+    "stale memory stood there.",
+    arrows=[((1, 2), (2, 2))],
+    legend={"": "cached; zero", "+": "new", "-": "stale, may be NaN"},
+)
 
 # %% [markdown] tags=["hint"]
 # Give each row of the block its position in the sequence. The position decides where the row comes
@@ -344,6 +358,9 @@ def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
 #
 # **Teaches:** exactly the new rows are written. One row more and a neighbour's token, or your own
 # cached one, is gone.
+
+# %%
+blocks_and_pages(6, 3, [5, 2], page_size=4, block_tokens=8)
 
 # %% [markdown] tags=["hint"]
 # The new tokens of the block are rows `num_cached` up to `num_valid`, two numbers that are clipped
@@ -486,6 +503,15 @@ def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
 #
 # **Teaches:** reading a buffer twice is harmless, filling it is not: which is the wait that a
 # write-back needs, and when at the latest.
+
+# %%
+pictures.lanes(
+    {"load": [(0, 2, "0 into 0"), (2, 2, "1 into 1"), (5, 2, "2 into 0")],
+     "add": [(2, 2, "0"), (5, 2, "1"), (7, 2, "2")],
+     "store": [(2, 3, "0 from 0"), (5, 2, "1 from 1"), (7, 2, "2 from 0")]},
+    "Three blocks, two buffers: block 2 is loaded into buffer 0 only when the write-back of block "
+    "0 from that buffer has ended.",
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Before block b + 1 can be loaded, its buffer must be free. Who used that buffer last? Block b - 1,
@@ -938,6 +964,9 @@ def write_back_kernel(
 # **Teaches:** a cache that is updated in place, while it is read.
 
 # %%
+blocks_and_pages(10, 2, [5, 2, 7], page_size=4, block_tokens=8)
+
+# %%
 attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(
     "attend_heads", "choose_block", "fold_heads", "start_pages", "wait_tokens"
 )
@@ -1184,6 +1213,16 @@ def fused_attention(
 
 # %% tags=["check"]
 rpa.check("6.6", fused_attention)
+
+# %% [markdown]
+# SmolLM2 with *your* attention in one layer of thirty, because the interpreter is slow. The prompts
+# are longer than the 8 new tokens that your kernel takes, so rung 3 reads them. From there on your
+# kernel also *writes* the cache: were one token stored in a wrong place, the next words would tell.
+
+# %%
+from rpa.models.speak import speak
+
+speak(jax.jit(fused_attention, static_argnames="sm_scale"), own_layers=1, own_prompt=False)
 
 # %% [markdown] tags=["explanation"]
 # No row of the cache is read and written in one call: what lies before `first_new` comes from

@@ -27,6 +27,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 import rpa
+from rpa.figures import exercises as pictures
+from rpa.figures.kernel import batch_walk
 from rpa.interpreter import choose_interpret
 from rpa.paging import cdiv, pack_kv
 from rpa.ragged import check_call
@@ -49,6 +51,14 @@ from rpa.yours import earlier
 #
 # **Teaches:** the effective KV length of a query block: this is where a kernel saves half of a
 # prefill.
+
+# %%
+pictures.mask_tiles(
+    [*range(4, 10)], 10, 4, 10, window=3,
+    words="Six queries at positions 4 to 9 in blocks of four, with a window of three keys. Block 0 "
+    "sees keys 2 to 7, block 1 keys 6 to 9.",
+    title="a window of 3: block 0 reads keys 2 to 7",
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Two queries decide. The first one of the block sees the earliest keys, the last one the latest.
@@ -157,6 +167,10 @@ def block_keys(kv_len, q_len, q_block, bq, sliding_window):
 # 7: one KV block. Query block 1 holds 8 and 9: two. The steps are (0, 0, 0), (0, 1, 0), (0, 1, 1).
 #
 # **Teaches:** a pipeline must never drain, and one idle slot can stop it for ever.
+
+# %%
+steps = [(0, 0, 0, "masked"), (0, 1, 0, "interior"), (0, 1, 1, "masked")]
+batch_walk(steps, [2], ["6 new of 10"], title="The three steps of the example")
 
 # %% [markdown] tags=["hint"]
 # Like an odometer: count up the last wheel; where it is full, set it to 0 and count up the one
@@ -350,6 +364,15 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
 # **Teaches:** any batch is a list of blocks of queries; the list is data, and the kernel stays.
 
 # %%
+pictures.strips(
+    [("sequence 0", "27 | +28"), ("block w", "_ *0"),
+     ("sequence 2", "27 | +28 +29 +30 +31 | +32 +33"), ("block w", "_ *1 *1 *1 *1 *2 *2")],
+    "Sequence 0 has one new token at position 28, sequence 2 six from 28 on. Blocks of four "
+    "queries: w = 0 is sequence 0, w = 1 the first four of sequence 2, w = 2 its last two.",
+    legend={"": "cached", "+": "new", "*": "its w"},
+)  # fmt: skip
+
+# %%
 choose_block, list_work, live_lengths, run_work = earlier(
     "choose_block", "list_work", "live_lengths", "run_work"
 )
@@ -445,6 +468,15 @@ def ragged_attention(queries, keys, values, kv_cache, batch, *, sm_scale, block_
 
 # %% tags=["check"]
 rpa.check("7.3", ragged_attention)
+
+# %% [markdown]
+# SmolLM2 with *your* attention: this time your kernel reads the prompts, too. It attends in one
+# layer of thirty, because the interpreter is slow; on a TPU it could be all of them.
+
+# %%
+from rpa.models.speak import speak
+
+speak(jax.jit(ragged_attention, static_argnames="sm_scale"), own_layers=1, num_tokens=6)
 
 # %% [markdown] tags=["explanation"]
 # A kernel of some 250 lines, with all that went before it, that takes any ragged batch: yours. Each

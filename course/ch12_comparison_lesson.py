@@ -14,8 +14,8 @@
 # **You need:** chapters 4 to 10, and chapter 11 if a server waits for your kernel. No TPU; with
 # one, everything is timed as well.
 #
-# **You will be able to:** put eight rungs, your own kernel and three others on one page, in lines, bytes and
-# microseconds; say which of these numbers is counted, which predicted and which measured; and name
+# **You will be able to:** put eight rungs, your own kernel and three others on one page, in lines,
+# bytes and microseconds; say which of these numbers is counted, which predicted and which measured; and name
 # what is not solved yet.
 #
 # You have climbed a ladder. From up here one can look down, and sideways: at the kernels that serve
@@ -267,9 +267,9 @@ assert rows["v3"]["challenge_bytes"] < rows["kernel"]["challenge_bytes"]
 assert rows["v3"]["challenge_us"]["v5e"] > rows["kernel"]["challenge_us"]["v5e"]
 
 # %% [markdown]
-# v3 moves fewer bytes in this step than rung 8, because its query blocks are larger, and still takes
-# longer: bytes alone do not decide. And look where yours stands, between two rungs of plain JAX: it
-# reads the chunk's 2,048 tokens once for every 8 or so new ones. That is the first thing to change.
+# v3 moves fewer bytes in this step than rung 8, because its query blocks are larger, and still
+# takes longer: bytes alone do not decide. And yours stands between two rungs of plain JAX: it
+# reads the chunk's sequence once for every 32 new tokens, rung 8 for every 128. Change that first.
 #
 # **Before you go:** do [the exercises of this chapter](../exercises/12_comparison.ipynb). After
 # them there is no chapter left, only the kernel, and it is yours.

@@ -32,7 +32,7 @@ def test_a_right_function_writes_what_rung_3_writes_and_a_wrong_one_does_not(cap
     needs_model()
     speak.speak(right, prompts=PROMPTS, num_tokens=3)
     printed = capsys.readouterr().out
-    assert printed.count("rung 3: the same") == 2 and "in all layers" in printed
+    assert printed.count("rung 3:  the same") == 2 and "in all layers" in printed
     speak.speak(keys_for_values, prompts=PROMPTS, num_tokens=3, own_prompt=False)
     printed = capsys.readouterr().out
     assert "the same" not in printed and "after the prompts" in printed

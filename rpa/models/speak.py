@@ -37,7 +37,7 @@ OWN_LAYER = 1
 
 
 def speak(
-    attention: Callable,
+    attention: Callable | None,
     *,
     prompts: tuple[str, ...] = PROMPTS,
     num_tokens: int = 10,
@@ -49,7 +49,7 @@ def speak(
 
     Args:
         attention: (queries, keys, values, kv_cache, batch, *, sm_scale) -> (output, kv_cache), the
-            ladder's signature.
+            ladder's signature; None for rung 3, to try what else is changed.
         prompts: of the user, one sequence each.
         num_tokens: to write for each.
         own_layers: in how many layers it attends; None for all thirty.
@@ -68,10 +68,11 @@ def speak(
     yours = write(model, attention, prompts, num_tokens, own, own_prompt, after_prompt)
     layers = "all layers" if own_layers is None else f"layer {', '.join(map(str, own))} of 30"
     steps = "" if own_prompt else ", after the prompts"
-    print(f"SmolLM2-135M, your function in {layers}{steps}; {time.perf_counter() - start:.0f} s")
+    whose, label = ("rung 3", "changed:") if attention is None else ("your function", "yours:  ")
+    print(f"SmolLM2-135M, {whose} in {layers}{steps}; {time.perf_counter() - start:.0f} s")
     for prompt, right, text in zip(prompts, theirs, yours, strict=True):
-        print(f"\n{prompt}\n  yours:  {text}")
-        print("  rung 3: the same" if text == right else f"  rung 3: {right}")
+        print(f"\n{prompt}\n  {label} {text}")
+        print("  rung 3:  the same" if text == right else f"  rung 3:  {right}")
 
 
 def _own_slice(own_layers):
@@ -146,26 +147,35 @@ def _step(model, token_ids, batch, caches, attention, own):
     rotation = rope_rotation(config, positions)
     new_caches = []
     for layer, kv_cache in enumerate(caches):
-        weights = jax.tree.map(lambda stacked: stacked[layer], params["layers"])  # noqa: B023
-        arrays = *_before(weights, config, hidden, rotation), kv_cache
+        arrays = *_before(params["layers"], layer, config, hidden, rotation), kv_cache
         attend = attention if attention is not None and layer in own else _RUNG_3
         # The interpreter computes inside of callbacks: it hangs if the arrays are still to come.
         arrays = jax.block_until_ready(arrays)
         mixed, kv_cache = jax.block_until_ready(attend(*arrays, batch, sm_scale=config.sm_scale))
-        hidden = _after(weights, config, hidden, mixed)
+        hidden = _after(params["layers"], layer, config, hidden, mixed)
         new_caches.append(kv_cache)
     return np.asarray(lm_head(params, config, hidden[ends - 1])), new_caches
 
 
 _RUNG_3 = jax.jit(ragged_rung, static_argnames="sm_scale")
-_before = jax.jit(qkv_of, static_argnames="config")
 
 
 @partial(jax.jit, static_argnames="config")
-def _after(weights, config, hidden, mixed):
+def _before(layers, layer, config, hidden, rotation):
+    """Queries, keys and values of a layer."""
+    return qkv_of(_weights(layers, layer), config, hidden, rotation)
+
+
+@partial(jax.jit, static_argnames="config")
+def _after(layers, layer, config, hidden, mixed):
     """The second half of a layer: what attention found joins the hidden state."""
+    weights = _weights(layers, layer)
     hidden = hidden + matmul(mixed.reshape(hidden.shape[0], -1), weights["o_proj"])
     return hidden + feed_forward(weights, config, hidden)
+
+
+def _weights(layers, layer):
+    return jax.tree.map(lambda stacked: stacked[layer], layers)
 
 
 def _text(tokenizer, token_ids) -> str:

@@ -1,4 +1,4 @@
-"""The challenge of chapter 12: score an entry, and keep a table of all entries next to the notebook.
+"""The challenge of chapter 12: score an entry, keep a table of all entries next to the notebook.
 
     from rpa.check import leaderboard
 
