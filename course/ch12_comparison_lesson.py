@@ -15,8 +15,8 @@
 # one, everything is timed as well.
 #
 # **You will be able to:** put eight rungs, your own kernel and three others on one page, in lines,
-# bytes and microseconds; say which of these numbers is counted, which predicted and which measured; and name
-# what is not solved yet.
+# bytes and microseconds; say which of these numbers is counted, which predicted and which measured;
+# and name what is not solved yet.
 #
 # You have climbed a ladder. From up here one can look down, and sideways: at the kernels that serve
 # real users today.

@@ -114,10 +114,22 @@ EXAMPLES = {
     "block_diagonal": optimise.block_diagonal,
     "two_lanes": lambda: optimise.two_lanes([(0, 2), (2, 4)], [(2, 5), (5, 8)]),
     "strips": lambda: exercises.strips(
-        [("page 7", "0 1 | +2 -"), ("block", "_ *1 #2")], "Two rows.", arrows=[((0, 1), (1, 1))]
+        [("page 7", "0 1 | +2 -"), ("block", "_ *1 #2")],
+        "Page 7 holds two cached tokens and a new one, which goes into the block.",
+        arrows=[((0, 1), (1, 1))],
     ),
-    "mask_tiles": lambda: exercises.mask_tiles([*range(4, 10)], 10, 4, 4, window=3, words="Tiles."),
-    "lanes": lambda: exercises.lanes({"copy": [(0, 2, "0")], "add": [(2, 1, "0")]}, "Two lanes."),
+    "mask_tiles": lambda: exercises.mask_tiles(
+        [*range(4, 10)],
+        10,
+        4,
+        4,
+        window=3,
+        words="Six queries from position 4 on, ten keys, a window of three keys.",
+    ),
+    "lanes": lambda: exercises.lanes(
+        {"copy": [(0, 2, "0")], "add": [(2, 1, "0")]},
+        "A copy of block 0 in the lane of copies, then its sum in the other lane.",
+    ),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
     ),
