@@ -192,7 +192,7 @@ assert compiles(dma_layouts.tokens_first)
 # and write all eight back, and another sequence may be doing the same on its side. With the token
 # in front of the tile, one token or seven are the same kind of copy.
 #
-# And a *register* read of some rows in VMEM? There a row is in a tile again, 16 of them in bfloat16,
+# And a *register* read of some rows in VMEM? There a row is in a tile again, of 16 in bfloat16,
 # and what is allowed differs from chip to chip. Eight rows, half a tile, from a row that is known
 # at run time only, out of a scratch buffer:
 

@@ -96,6 +96,29 @@ def _added(bundles, slots, capacity, hbm_cycles):
 
 
 @name_the_bound.mistake(
+    "where HBM binds, HBM and bundles are added: the copies run while the block before is computed"
+)
+def _added_where_hbm_binds(bundles, slots, capacity, hbm_cycles):
+    bound, cycles = _name_the_bound(bundles, slots, capacity, hbm_cycles)
+    return bound, cycles + bundles * (bound == "HBM")
+
+
+@name_the_bound.mistake("where HBM binds, the bundles are the time: it takes the HBM's cycles")
+def _bundles_where_hbm_binds(bundles, slots, capacity, hbm_cycles):
+    return _name_the_bound(bundles, slots, capacity, hbm_cycles)[0], bundles
+
+
+@name_the_bound.mistake(
+    "slots are divided by bundles alone: a bundle has more than one slot of some units, and that "
+    "is what `capacity` says"
+)
+def _without_capacity(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    return _fullest(_shares(bundles, slots, dict.fromkeys(slots, 1))), bundles
+
+
+@name_the_bound.mistake(
     "a full unit comes before HBM: it may be full and yet have to wait, for time is the larger of "
     "the two"
 )
@@ -441,6 +464,50 @@ def _first_rows(q, k, v):
 @two_products.mistake("the columns of all heads are added: each head wants its own only")
 def _all_columns(q, k, v):
     return _blocks(q, k, v).sum(axis=2)
+
+
+@two_products.mistake("the mean of all columns is taken: each head wants its own only")
+def _mean_of_columns(q, k, v):
+    return _blocks(q, k, v).mean(axis=2)
+
+
+def _side_by_side(x):
+    """What `x.reshape(tokens, heads * lanes)` makes of [heads, tokens, lanes], by heads again."""
+    heads, tokens, lanes = x.shape
+    return np.asarray(x).reshape(tokens, heads, lanes).swapaxes(0, 1)
+
+
+@two_products.mistake(
+    "the keys are reshaped, not laid side by side: reshape keeps the order of the numbers, and the "
+    "head comes first in k, so a row of it holds several tokens of one head"
+)
+def _keys_reshaped(q, k, v):
+    return _stacked(q, _side_by_side(k), v)
+
+
+@two_products.mistake(
+    "the values are reshaped, not laid side by side: reshape keeps the order of the numbers, and "
+    "the head comes first in v, so a row of it holds several tokens of one head"
+)
+def _values_reshaped(q, k, v):
+    return _stacked(q, k, _side_by_side(v))
+
+
+@two_products.mistake(
+    "keys and values are reshaped, not laid side by side: the head comes first in both, so a row "
+    "holds several tokens of one head"
+)
+def _both_reshaped(q, k, v):
+    return _stacked(q, _side_by_side(k), _side_by_side(v))
+
+
+@two_products.mistake(
+    "the rows of the result are taken for [rows, heads]: row h * rows + r is row r of head h"
+)
+def _rows_before_heads(q, k, v):
+    heads, rows, lanes = np.shape(q)
+    blocks = _blocks(q, k, v).reshape(rows, heads, heads, lanes)
+    return np.stack([blocks[:, h, h] for h in range(heads)])
 
 
 @two_products.mistake("weights are powers of e (exp); rung 8 and this exercise take powers of 2")
