@@ -182,7 +182,7 @@ rpa.check("2.2", gather_keys)
 # the even ones up to `2 * num_kv_heads` are the keys. A padding head or lane is never returned.
 # Had you gathered all entries of the table and cut afterwards, the numbers would be right too,
 # since JAX clamps an index that is out of range; but a kernel would have moved pages that belong
-# to somebody else.
+# to another sequence.
 
 
 # %% tags=["wrong"] refused="all keys are thought to come first"
@@ -346,19 +346,19 @@ pictures.strips(
 
 # %% [markdown] tags=["hint"]
 # There are three situations. The last page is full (or there is none): take a page. It has room
-# and is yours alone: nothing to do. It has room and somebody else lists it too: take a page in its
-# place.
+# and is yours alone: nothing to do. It has room and another sequence lists it too: take a page in
+# its place.
 
 # %% [markdown] tags=["hint"]
 # `book.kv_len[name] % book.page_size == 0` says that there is no room. `book.references[page] > 1`
-# says that somebody else lists the page. If you leave a page, it has one reference less.
+# says that another sequence lists the page. If you leave a page, it has one reference less.
 
 # %% [markdown] tags=["hint"]
 # ```python
 # pages, copies = book.pages[name], []
 # if <no room>:
 #     pages.append(book.take())
-# elif <somebody else lists pages[-1]>:
+# elif <another sequence lists pages[-1]>:
 #     shared, pages[-1] = pages[-1], book.take()
 #     <shared has one reference less>
 #     copies.append(...)
@@ -388,9 +388,9 @@ rpa.check("2.4", append_token)
 
 # %% [markdown] tags=["explanation"]
 # Only the last page is ever written, so only it has to be looked at, and only if it has room: a
-# full shared page stays shared for good. The one who writes moves out, whoever it is; whoever
-# stays behind alone owns the page again (its count fell to 1) and writes without a copy. Were the
-# count not lowered, the page would be copied once more later, and never be freed.
+# full shared page stays shared for good. The sequence that writes moves out; the one
+# that stays behind alone owns the page again (its count fell to 1) and writes without a copy. Were
+# the count not lowered, the page would be copied once more later, and never be freed.
 
 
 # %% tags=["wrong"] refused="nothing is copied, so both sequences write into the page"
@@ -466,7 +466,7 @@ def append_token(book, name):
 # As in a server, the check compiles your function (`jax.jit`) and `kv_len` is known only when it
 # runs: a shape cannot depend on it, so `keys[:kv_len]` raises. Gather all entries of `pages` and
 # mask. What lies after the last token, in its page or in the pages of meaningless table entries,
-# may be an old token of somebody else, or NaN.
+# may be an old token of another sequence, or NaN.
 #
 # **Teaches:** what a mask has to cover when memory may hold NaN.
 
@@ -602,7 +602,7 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
 # %% [markdown]
 # ## Exercise 2.6: Which pages are there already?
 #
-# In the lesson somebody told the pool which sequence to fork. A server finds out by itself: when a
+# In the lesson the pool was told which sequence to fork. A server finds out by itself: when a
 # request arrives, it looks whether an older sequence began with the same tokens, and reuses those
 # pages. Write `reusable_pages(tokens, cached, page_size)`: the longest list of pages that the new
 # sequence can begin with. `cached` is a list of `(tokens, pages)`, one for each older sequence.

@@ -88,7 +88,7 @@ rpa.check("3.1", token_owner)
 # `side="right"` puts a tie on the side of the sequence that *starts* there: row 1 of `[0, 1, 4]` is
 # the first row of sequence 1, not a second row of sequence 0. The same choice skips idle slots for
 # free. In `[0, 1, 1, 3]` both sequence 1 (idle) and sequence 2 start at row 1, and "the last start
-# that is `<= t`" is sequence 2. Rows from `cu_q_lens[-1]` on belong to nobody; a search alone would
+# that is `<= t`" is sequence 2. Rows from `cu_q_lens[-1]` on have no owner; a search alone would
 # answer `num_seqs` there, an index that no array has, and JAX would clamp it without a word.
 
 
@@ -179,7 +179,7 @@ rpa.check("3.2", token_places)
 # the positions start at 0; for a decode there is one row, `t = end - 1`, and the position is
 # `kv_len - 1`. The page table turns a page *of the sequence* into a page *of the cache*; its row is
 # the sequence's, never the token's. Note what protects you here: nothing. A position that is too
-# large clamps to the last column and overwrites somebody's token in silence.
+# large clamps to the last column and overwrites another token in silence.
 
 
 # %% tags=["wrong"] refused="kv_len is taken for the cached tokens only"
@@ -517,7 +517,7 @@ speak(yours)
 # The store comes first because a new token attends to itself and to the new tokens before it: their
 # K and V must be in the cache when it is read. Everything else is addressing. The loop ends at
 # `num_seqs`, since the slots after it hold whatever the last step left there; padding rows go to a
-# page that does not exist, because row 0 of everything belongs to somebody. What this version lacks
+# page that does not exist, because row 0 of every array has an owner. What this version lacks
 # is a fixed shape: each `q_len` compiles `paged_attention` once more. `rpa.ragged` cuts the queries
 # into blocks of fixed size instead, and loops inside jit.
 

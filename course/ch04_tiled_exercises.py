@@ -14,7 +14,7 @@
 # `notebooks/04_tiled.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. Without a TPU kernels run in the TPU
-# interpreter, where memory that nobody wrote holds NaN: what you forget, you see.
+# interpreter, where memory that was never written holds NaN: what you forget, you see.
 #
 # **Time:** about two hours; 4.1, 4.5 and 4.6 are short, 4.4 is the chapter in one function, and 4.7
 # the first whole kernel of your own.
@@ -145,7 +145,7 @@ def vmem_bytes(shape, item_bytes):
 #
 # By hand: x has 8 rows of 256, in blocks of 8 x 128. Step (0, 0) stores the sums of the left block,
 # step (0, 1) adds those of the right one. *What does the output block hold before the first step?*
-# Nobody knows; in the interpreter it is NaN.
+# It is undefined; in the interpreter it is NaN.
 #
 # **Teaches:** grid, `BlockSpec`, `program_id`, and an accumulator that lives over grid steps: the
 # skeleton of flash attention.
@@ -219,7 +219,7 @@ rpa.check("4.2", row_sums)
 # %% [markdown] tags=["explanation"]
 # The output's index map ignores j, so all steps (i, 0), (i, 1), ... want the same block and Pallas
 # leaves it where it is; it goes back to HBM when i changes. That is only right because the *last*
-# axis of the grid runs fastest. And because VMEM is not cleared for anyone, whoever accumulates has
+# axis of the grid runs fastest. And because VMEM is not cleared, a kernel that accumulates has
 # to begin, once for each output block and not once for all: at j == 0.
 
 
@@ -771,7 +771,7 @@ def grouped_rows(q, num_kv_heads, kv_len):
 rpa.check("4.6", grouped_rows)
 
 # %% [markdown] tags=["explanation"]
-# The matrix unit takes 128 rows or more at a time, and one decode token has one row a head.
+# The matrix unit takes 128 rows or more at a time, and one decode token has one row per head.
 # Stacking the group makes 4 of it with Llama 3 8B, for the same K and V: what limits a decode is
 # bytes, and a byte of K now serves the whole group. Token-major order (all heads of token 0, then
 # token 1) keeps the rows of a block of tokens together, so that a block of queries is a slice; and

@@ -46,7 +46,7 @@ sandbox.start()
 # By hand, in time: start the copy in, wait for it, compute, start the copy out, wait for it. After
 # each wait the semaphore is at zero again, so both copies can use it.
 #
-# **Teaches:** a copy is started *and* waited for; between the two its memory is nobody's.
+# **Teaches:** a copy is started *and* waited for; between the two its memory is undefined.
 
 # %% [markdown] tags=["hint"]
 # Five steps, in the order of the paragraph above. The wait for the copy out belongs to the kernel
@@ -110,7 +110,7 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_out.wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_in = pltpu.make_async_copy(x_ref, buffer_ref, sem)
     copy_in.start()
@@ -119,7 +119,7 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     pltpu.make_async_copy(buffer_ref, out_ref, sem).start()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_in = pltpu.make_async_copy(x_ref, buffer_ref, sem)
     copy_in.wait()
@@ -331,7 +331,7 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
         out_ref[...] += buffers_ref[n % 2]
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
     rows = out_ref.shape[0]
 
@@ -349,7 +349,7 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
         out_ref[...] += buffers_ref[n % 2]
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
     rows = out_ref.shape[0]
 
@@ -434,7 +434,7 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
 #
 # By hand: pages [2, 0] of 8 tokens. Two copies: `cache[2]` to rows 0 to 7, `cache[0]` to rows 8 to
 # 15. Start both, then wait for both: the first byte of a copy takes a microsecond to come, and that
-# is not to be paid once a page.
+# is not to be paid once per page.
 #
 # **Teaches:** the address of a copy is a number that the kernel computes; and many copies share one
 # semaphore, if you wait for all of them.
@@ -537,7 +537,7 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
         copy.wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
     page_size = cache_ref.shape[1]
 
@@ -566,7 +566,7 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
         copy(p).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
     page_size = cache_ref.shape[1]
 
@@ -584,7 +584,7 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
 # only. Write `collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem)`: the first
 # `kv_len_ref[0]` tokens of the sequence, and zeros in the rows of `out_ref` behind them.
 #
-# Not a byte more than these tokens is copied: the tail of the last page belongs to nobody, and
+# Not a byte more than these tokens is copied: the tail of the last page holds no token, and
 # entries of the table behind the live ones are garbage (9999, or -1). `kv_len` may be 0. As in 5.3,
 # start all copies, then wait for all.
 #
@@ -599,7 +599,7 @@ pictures.strips(
     "13 tokens on two pages of eight: one copy of eight rows, one of five. Three rows of the "
     "output are zero.",
     arrows=[((0, 3), (1, 3)), ((0, 10), (1, 10))],
-    legend={"*": "copied: 8 rows, 5 rows", "-": "belongs to nobody: not read", "": "in HBM; zeros"},
+    legend={"*": "copied: 8 rows, 5 rows", "-": "no token: not read", "": "in HBM; zeros"},
 )  # fmt: skip
 
 # %% [markdown] tags=["hint"]
@@ -733,7 +733,7 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
         copy(p).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
     page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
     out_ref[...] = jnp.zeros_like(out_ref)
@@ -800,12 +800,12 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
 # %% [markdown]
 # ## Exercise 5.5: Three bugs
 #
-# Somebody wrote a kernel that adds up the tokens of each sequence, [num_seqs, num_tokens, 128] in
+# Here is a kernel that adds up the tokens of each sequence, [num_seqs, num_tokens, 128] in
 # HBM, block by block through two buffers. The prefetch goes over the boundary: while the last block
 # of a sequence is added, the first block of the *next sequence* is on its way. The blocks of all
 # sequences are counted through, `n = 0, 1, 2, ...`.
 #
-# In the author's tests it gave the right numbers. It has **three bugs**. Here it is:
+# In its author's tests it gave the right numbers. It has **three bugs**:
 
 
 # %%
@@ -895,8 +895,8 @@ rpa.check("5.5", fixed)
 # %% [markdown] tags=["explanation"]
 # The wait stood behind the read; the last step started a copy for a block that does not exist; and
 # both buffers signalled one semaphore. Each of them can go well: a copy of a small block has mostly
-# arrived by the time it is read, the copy past the end reads somebody else's memory into a buffer
-# that nobody looks at, and copies mostly arrive in order. That is why a right answer proves so
+# arrived by the time it is read, the copy past the end reads foreign memory into a buffer
+# that is never read, and copies mostly arrive in order. That is why a right answer proves so
 # little here. Late copies (NaN until the wait), a race detector and semaphores that must end at
 # zero: all three were needed to find all three.
 
@@ -924,7 +924,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         copy(n).wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
     num_blocks, block_tokens = x_ref.shape[0] * blocks_per_seq, buffers_ref.shape[1]
 
@@ -982,7 +982,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         out_ref[pl.ds(s, 1)] += buffers_ref[0].sum(axis=0, keepdims=True)
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
     num_blocks, block_tokens = x_ref.shape[0] * blocks_per_seq, buffers_ref.shape[1]
 
@@ -1061,7 +1061,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
 #
 # - `pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=3, ...)`: the first three arguments of the
 #   call are in SMEM before the kernel starts, so its scalar core can compute addresses from them;
-# - `grid=(num_seqs,)`: the kernel runs once a sequence, `pl.program_id(0)` says which;
+# - `grid=(num_seqs,)`: the kernel runs once per sequence, `pl.program_id(0)` says which;
 # - `in_specs`: queries come by a `BlockSpec` with a shape, one sequence a step, by the automatic
 #   pipeline; the cache has none, only `memory_space=hbm_memory_space(interpret)`: it stays where it
 #   is, and the kernel gets a reference to all of it;
@@ -1160,7 +1160,7 @@ def fold_heads(queries, num_kv_heads):
 
 
 def start_pages(cache_ref, page_indices_ref, entry, num_tokens, buffer_ref, sem):
-    """Start the copies of the first num_tokens tokens of a block, one a page.
+    """Start the copies of the first num_tokens tokens of a block, one per page.
 
     Their pages stand in the table from `entry` on. cache_ref: HBM [num_pages, page_size, rows,
     packing, lanes]; page_indices_ref: SMEM i32[num_seqs * pages_per_seq]; buffer_ref: VMEM
@@ -1336,7 +1336,7 @@ speak(behind_store(paged_decode), own_layers=1, own_prompt=False)
 #         wait_tokens(num_keys, buffer_ref, sem)
 # write
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         wait_tokens(num_keys, buffer_ref, sem)
 # write
@@ -1410,8 +1410,8 @@ new_state, output_of = earlier("new_state", "output_of")
 
 # %% [markdown] tags=["hint"]
 # In iteration n the kernel starts block n + 1 and waits for block n. So every block is started one
-# iteration early, except the very first: nobody came before it. And after the last block of all
-# there is nothing to start.
+# iteration early, except the very first, which has no iteration before it. And after the last block
+# of all there is nothing to start.
 
 # %% [markdown] tags=["hint"]
 # `jnp.cumsum(x) - x` sums up what comes before each entry. `jax.lax.cummin(x, reverse=True)` takes,
@@ -1495,7 +1495,7 @@ def prefetching_kernel(
 
         @pl.when(n == 0)
         def _():
-            start(s, b)  # nobody else could have started the first block of all
+            start(s, b)  # the first block of all has no iteration before it
 
         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
         num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
@@ -1553,7 +1553,7 @@ rpa.check("5.7", prefetched_decode)
 # **list of work** can be printed, and tested on the host; chapter 7 makes a whole kernel for any
 # batch from it, and changes nothing else.
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         @pl.when(n == 0)
 # write
@@ -1756,7 +1756,7 @@ rpa.check("5.8", fixed)
 # write
 #     v_copy.wait(), k_copy.wait()
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 # instead of
 #     @pl.when(n + 1 < num_blocks)
 # write

@@ -45,9 +45,9 @@ from rpa.yours import earlier
 #
 # Write `moved_bytes(q_lens, kv_lens, token_bytes)`: how many bytes of K and V are read from HBM or
 # written to it, by the separate way and by the fused one, as two integers. A token is `token_bytes`
-# of K and V; a sequence with `q_len` 0 is idle, nobody reads it.
+# of K and V; a sequence with `q_len` 0 is idle and is not read.
 #
-# By hand: one decode, 3 tokens cached, 10 bytes a token. Separate: the store reads 1 token and
+# By hand: one decode, 3 tokens cached, 10 bytes per token. Separate: the store reads 1 token and
 # writes it, attention reads 4: 60 bytes. Fused: 3 cached and 1 new are read, 1 is written: 50.
 #
 # **Teaches:** fusing saves one of the three trips of a *new* token, and nothing of a cached one.
@@ -98,8 +98,8 @@ for kind, q_len, kv_len in [("decode", 1, 4096), ("chunk", 512, 4096), ("fresh p
 # A cached token is read once, whichever way. A new token is read by the store, written, and read
 # back by attention; fused, it is read and written. So a decode saves one token of thousands, and a
 # fresh prompt a third of everything. For a decode the bytes are not the reason to fuse: the reason
-# is the order. Separate, attention cannot begin before the last token is stored; fused, nobody
-# waits for a store at all, because it runs beside the computation.
+# is the order. Separate, attention cannot begin before the last token is stored; fused,
+# nothing waits for a store, because it runs during the computation.
 
 
 # %% tags=["wrong"] refused="it counts the new ones, too"
@@ -347,7 +347,7 @@ def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
 # The block is merged, and its new tokens have to go to their pages. A DMA copies rows that are
 # neighbours, so the kernel needs one copy for each page that a new token of this block lies on.
 # Write `write_back(kv_len, q_len, block, pages, page_size, block_tokens)`: a list of tuples
-# `(buffer_row, page, page_row, num_tokens)`, in the order of the tokens, one a page: `num_tokens`
+# `(buffer_row, page, page_row, num_tokens)`, in the order of the tokens, one per page: `num_tokens`
 # rows of the buffer from `buffer_row` on go to page `page` of the cache, from `page_row` on.
 #
 # By hand: `kv_len = 6`, `q_len = 3`, pages `[5, 2]` of 4 tokens, one block of 8. The new tokens
@@ -595,12 +595,12 @@ rpa.check("6.5", write_back_kernel)
 # last moment for it is just before `load(b + 1)` starts. Between its start and this wait lies the
 # whole computation of block b - 1 and the beginning of block b: that is the time in which the
 # write-back is free. Adding a block while it is written back is no race, since both only read the
-# buffer. Inside the loop the last store is never waited for, because nobody fills its buffer again;
-# so it is waited for at the end, or the kernel returns a cache in which the last page may still be
-# the old one.
+# buffer. Inside the loop the last store is never waited for, because its buffer is never filled
+# again; so it is waited for at the end, or the kernel returns a cache in which the last page may
+# still be the old one.
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def write_back_kernel(
     page_indices_ref,
     new_ref,
@@ -765,7 +765,7 @@ def write_back_kernel(
     store(num_blocks - 1).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def write_back_kernel(
     page_indices_ref,
     new_ref,
@@ -1245,7 +1245,7 @@ speak(jax.jit(fused_attention, static_argnames="sm_scale"), own_layers=1, own_pr
 # write
 #             pass
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 # instead of
 #             wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
 # write
@@ -1281,7 +1281,7 @@ speak(jax.jit(fused_attention, static_argnames="sm_scale"), own_layers=1, own_pr
 # write
 #             num_cached = num_keys
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         @pl.when(own < num_keys)
 #         def _():

@@ -346,7 +346,7 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
 # Its length has to be known when it is traced, so it has room for the most blocks that there can
 # be; those that do not exist have `kv_end` 0. Then `run_batch`, as in 6.6, and `ragged_attention`
 # with the signature of the ladder, which chooses `block_q`: a whole number of tokens, at most 128
-# rows with `group` heads a token, and 1 where all sequences decode.
+# rows with `group` heads per token, and 1 where all sequences decode.
 #
 # By hand: `q_lens = [1, 0, 6]`, `kv_lens = [29, 40, 34]`, blocks of 4 queries.
 #
@@ -437,7 +437,7 @@ def query_blocks(starts, q_lens, kv_lens, num_tokens, block_q):
 def run_batch(
     queries, keys, values, kv_cache, batch, sm_scale, *, block_q, block_tokens, interpret
 ):
-    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace anew."""
+    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace again."""
     ### BEGIN SOLUTION
     blocks = query_blocks(*live_lengths(batch, len(queries)), len(queries), block_q)
     work = list_work(*blocks, batch.pages_per_seq, block_tokens)

@@ -634,7 +634,7 @@ ragged_attention.case(
     **_attention_arguments([1, 3, 4], [9, 7, 4], [[7, 2, 4], [0, 3], [6]], num_tokens=9),
 )
 ragged_attention.case(
-    "an idle slot, full pages, and NaN wherever nobody may look",
+    "an idle slot, full pages, and NaN wherever no sequence may look",
     **_attention_arguments(
         [1, 0, 4, 3], [8, 5, 12, 3], [[9, 1], [3, 8], [2, 7, 4], [5]], num_tokens=9, free=np.nan
     ),
@@ -868,7 +868,7 @@ def _counts_sequences(kv_lens, cu_q_lens, page_table, page_size):
 
 
 @shared_writes.mistake(
-    "every place of a page that somebody writes is reported; only the writer's place is"
+    "every place of a page that is written is reported; only the writer's place is"
 )
 def _reports_readers(kv_lens, cu_q_lens, page_table, page_size):
     shared = _shared(cdiv(kv_lens, page_size), page_table)

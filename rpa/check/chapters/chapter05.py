@@ -65,8 +65,7 @@ def judge_tokens(timeline, cache, page_indices, kv_len):
     if copied > kv_len * cache[0, 0].nbytes:
         lines = [
             f"{copied // cache[0, 0].nbytes} rows are copied, and there are {kv_len} tokens.",
-            "What lies behind them is not yours: whoever reads it reads what the page's last owner "
-            "left.",
+            "What lies behind them is not yours: a read brings what the page's last owner left.",
         ]
         return faults.explain(TOO_MUCH, lines)
     return judge_together(timeline)
@@ -110,7 +109,7 @@ def _not_doubled(x):
 
 @copy.mistake(
     "nothing is copied back, or what comes back was never filled (source and target swapped?): "
-    "memory that nobody wrote is NaN here"
+    "memory that was never written is NaN here"
 )
 def _not_copied_back(x):
     return np.full(x.shape, np.nan, np.float32)

@@ -225,7 +225,7 @@ def _wrong_step(words, **screws):
 
 _wrong_step(
     "an idle slot (q_len 0) is visited: it has no query block, and the kernel would wait for a "
-    "copy that nobody starts",
+    "copy that is never started",
     most_idle=0,
 )
 _wrong_step("only one idle slot is passed over; there may be several in a row", most_idle=1)
@@ -251,8 +251,8 @@ _wrong_step(
     "so a later block's keys, which it does not see, are fetched",
     end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + min((q_block + 2) * bq, q_len),
 )
-_wrong_step("the KV blocks are not begun anew with a new query block", keeps_kv=True)
-_wrong_step("the query blocks are not begun anew with a new sequence", keeps_q=True)
+_wrong_step("the KV blocks do not begin at 0 with a new query block", keeps_kv=True)
+_wrong_step("the query blocks do not begin at 0 with a new sequence", keeps_q=True)
 _wrong_step(
     "the sequence ends with the KV blocks of one query block: there may be more query blocks",
     num_q=lambda q_len, bq: 1,

@@ -52,7 +52,7 @@ name_the_bound = Exercise(
 name_the_bound.case("ten bundles", **_listing(10, 4, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("more slots, less full", **_listing(10, 4, MATMUL=(9, 1), VALU=(28, 4)))
 name_the_bound.case("two are full", **_listing(20, 4, MATMUL=(17, 1), VALU=(76, 4)))
-name_the_bound.case("nobody is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
+name_the_bound.case("no unit is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
 name_the_bound.case("busy, and waiting for HBM", **_listing(10, 12, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("idle, and waiting for HBM", **_listing(10, 11, MATMUL=(2, 1), VALU=(8, 4)))
 name_the_bound.case(
@@ -74,7 +74,7 @@ def _most_slots(bundles, slots, capacity, hbm_cycles):
 
 
 @name_the_bound.mistake(
-    "the fullest unit is named however idle it is: under 80 % nobody is full, and what takes the "
+    "the fullest unit is named however idle it is: under 80 % no unit is full, and what takes the "
     "time is waiting for results: latency"
 )
 def _never_latency(bundles, slots, capacity, hbm_cycles):
@@ -285,7 +285,7 @@ def _weights(q, kv, head):
 def _heads(num_tokens, chip, num_heads=8):
     q = 0.1 * RNG.standard_normal((1, num_heads, 4, 128))
     kv = RNG.standard_normal((1, num_tokens, num_heads | 1, 2, 128))
-    kv[:, :, num_heads:] = np.nan  # nobody may read what only keeps the distance
+    kv[:, :, num_heads:] = np.nan  # no kernel may read what only keeps the distance
     return {"q": q.astype(jnp.bfloat16), "kv": kv.astype(jnp.bfloat16), "chip": chip}
 
 

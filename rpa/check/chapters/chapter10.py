@@ -131,7 +131,7 @@ def _largest(candidates, q_len, kv_len, vmem_budget_bytes):
 
 @choose_blocks.mistake(
     "every query block reads up to kv_len: the early ones of a chunk end sooner, and large KV "
-    "blocks then fetch and compute what nobody sees"
+    "blocks then fetch and compute what no query sees"
 )
 def _not_causal(candidates, q_len, kv_len, vmem_budget_bytes):
     cost = lambda bq, bkv: _cycles(q_len, kv_len, bq, bkv, causal=False)  # noqa: E731
@@ -284,7 +284,7 @@ def _no_overlap(kv_lens, block_tokens, copy_cycles, compute_cycles):
 
 
 @predict_mbu.mistake(
-    "the longer of all copies and all computations is taken: nobody can compute before the first "
+    "the longer of all copies and all computations is taken: no block is computed before the first "
     "block is there, and the last one is computed when all copies are done"
 )
 def _roofline(kv_lens, block_tokens, copy_cycles, compute_cycles):

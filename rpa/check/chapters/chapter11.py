@@ -181,7 +181,9 @@ def _new_tokens_kept(kv_cache, q_lens, kv_lens, page_table):
     return _poisoned(kv_cache, _kept(kv_cache, kv_lens, page_table)), table
 
 
-@poison.mistake("only pages of nobody are poisoned: the tail of a last page may hold anything, too")
+@poison.mistake(
+    "only pages without an owner are poisoned: the tail of a last page may hold anything, too"
+)
 def _tails_kept(kv_cache, q_lens, kv_lens, page_table):
     cache, table = _poison(kv_cache, q_lens, kv_lens, page_table)
     used = np.isfinite(cache[..., 0]).any(axis=1)  # bool[num_pages]
@@ -712,7 +714,7 @@ validator.case(
     "a page that does not exist", **_step([5, 8], [[0, 10], [-1, 2]], [0, 1, 4], [1, 1, 2])
 )
 validator.case(
-    "garbage where nobody looks, idle slots: legal",
+    "garbage where no kernel looks, idle slots: legal",
     **_step(
         [5, 3, 0, 7, -G], [[0, 1], [7, -G], [G, G], [3, 4], [G, -1]], [0, 1, 3, 3, 3, -7],
         [1, 2, 4],
@@ -780,7 +782,9 @@ def _one_page_too_many(*arguments):
     return _problems(*arguments, page_is_wrong=lambda page: not 0 <= page <= arguments[5])
 
 
-@validator.mistake("a negative page number passes: JAX counts it from the end, on somebody's page")
+@validator.mistake(
+    "a negative page number passes: JAX counts it from the end, on another sequence's page"
+)
 def _negative_passes(*arguments):
     return _problems(*arguments, page_is_wrong=lambda page: page >= arguments[5])
 
@@ -797,7 +801,7 @@ def _idle_refused(*arguments):
     return _problems(*arguments, too_short=lambda kv_len, q_len: kv_len < max(q_len, 1))
 
 
-@validator.mistake("only the first problem is reported: somebody will mend one and call again")
+@validator.mistake("only the first problem is reported: each mended one then needs another call")
 def _first_only(*arguments):
     return _problems(*arguments)[:1]
 
