@@ -15,8 +15,8 @@
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 35 minutes for the first two, and an hour for 7.3, your own kernel; its check runs
-# it in the interpreter, which takes some seconds.
+# **Time:** about 35 minutes for the first two, an hour for 7.3, your own kernel, whose check runs it
+# in the interpreter and takes some seconds, and 15 minutes for a bug hunt.
 
 # %%
 from functools import partial
@@ -534,3 +534,125 @@ speak(jax.jit(ragged_attention, static_argnames="sm_scale"), own_layers=1, num_t
 #     new_kv, pages = pack_kv(keys, values), jnp.asarray(batch.page_indices)
 # write
 #     new_kv, pages = pack_kv(values, keys), jnp.asarray(batch.page_indices)
+
+
+# %% [markdown]
+# ## Exercise 7.4: Right numbers, too many bytes
+#
+# Another list of work, for a kernel with a sliding window: a tuple `(seq, q_block, begin, end)` for
+# each block of queries, which reads keys `begin` to `end - 1` of its sequence. Every answer of the
+# kernel was right in its author's tests: prompts of 6 tokens, blocks of 4, a window as long as the
+# prompt. Two of its **three bugs** never show in an output, because the mask hides what they read.
+# The third one loses keys:
+
+
+# %%
+def broken(q_lens, kv_lens, block_q, window):
+    work = []
+    for seq, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        for q_block in range(q_len // block_q + 1):
+            first = kv_len - q_len + q_block * block_q
+            end = first + block_q
+            begin = max(end - window, 0)
+            work.append((seq, q_block, begin, end))
+    return work
+
+
+# %% [markdown]
+# Write `fixed`: a block for each `block_q` new tokens that exist, the keys that at least one of its
+# queries sees, and no others. A query sees `window` keys, its own among them.
+#
+# By hand: `q_lens = [4]`, `kv_lens = [9]`, blocks of 4, a window of 3. One block, queries at
+# positions 5 to 8. The first query sees keys 3 to 5, the last one 6 to 8: `[(0, 0, 3, 9)]`. The
+# list above says `(0, 0, 6, 9)` and `(0, 1, 10, 13)`.
+#
+# **Teaches:** an output says nothing about work that the mask hides. Count what is read.
+
+# %%
+pictures.mask_tiles(
+    [*range(5, 9)], 9, 4, 9, window=3,
+    words="Four queries at positions 5 to 8 with a window of three keys: keys 3 to 8 are seen.",
+    title="one block of queries: it reads keys 3 to 8",
+)  # fmt: skip
+
+# %% [markdown] tags=["hint"]
+# Take each line with one question. How many blocks has a sequence of 4 new tokens, of 6, of none?
+# Where does the last block end? Which query of a block sees the earliest key?
+
+# %% [markdown] tags=["hint"]
+# `cdiv(a, b)` rounds up, and is 0 for 0. `min(..., kv_len)` ends the last block. The first query
+# decides where the block begins, the last one where it ends.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# for q_block in range(cdiv(...)):
+#     first = kv_len - q_len + q_block * block_q
+#     end = min(...)
+#     begin = max(first - ..., 0)
+# ```
+
+
+# %% tags=["exercise"]
+def fixed(q_lens, kv_lens, block_q, window):
+    """The work of a batch: list of (seq, q_block, begin, end), keys begin to end - 1."""
+    ### BEGIN SOLUTION
+    work = []
+    for seq, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        for q_block in range(cdiv(q_len, block_q)):
+            first = kv_len - q_len + q_block * block_q
+            end = min(first + block_q, kv_len)
+            begin = max(first - window + 1, 0)
+            work.append((seq, q_block, begin, end))
+    return work
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("7.4", fixed)
+
+# %% [markdown]
+# What did the bugs cost? Keys that both lists read, for a step of a server:
+
+# %%
+step = [1] * 30 + [512, 0], [2000] * 30 + [2048, 900]
+for name, function in {"broken": broken, "fixed": fixed}.items():
+    read = sum(max(end - begin, 0) for *_, begin, end in function(*step, 128, 1024))
+    print(f"{name}: {read:,} keys")
+
+# %% [markdown] tags=["explanation"]
+# `q_len // block_q + 1` is right unless the blocks are full, and gives an idle slot a block; `end`
+# reached past the last token; and the window was measured from the last query, so the first one
+# lost `block_q - 1` keys. A window as long as the prompt hides the third bug, since `begin` is 0
+# then. The first two are what an output cannot show, and what `rpa lab traffic` does: its bytes
+# over the least are 1.00, or something is read that no query sees.
+
+
+# %% tags=["wrong"] refused="a full last block is followed by an empty one"
+# instead of
+#     for q_block in range(cdiv(q_len, block_q)):
+# write
+#     for q_block in range(q_len // block_q + 1):
+
+# %% tags=["wrong"] refused="the last block goes on behind the last token"
+# instead of
+#     end = min(first + block_q, kv_len)
+# write
+#     end = first + block_q
+
+# %% tags=["wrong"] refused="the window is measured from the last query of the block"
+# instead of
+#     begin = max(first - window + 1, 0)
+# write
+#     begin = max(end - window, 0)
+
+# %% tags=["wrong"] refused="a block of queries that is not full is left out"
+# instead of
+#     for q_block in range(cdiv(q_len, block_q)):
+# write
+#     for q_block in range(q_len // block_q):
+
+# %% tags=["wrong"] refused="the window is one key too long"
+# instead of
+#     begin = max(first - window + 1, 0)
+# write
+#     begin = max(first - window, 0)
