@@ -15,8 +15,8 @@
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 35 minutes for the first two, an hour for 7.3, your own kernel, whose check runs it
-# in the interpreter and takes some seconds, and 15 minutes for a bug hunt.
+# **Time:** about 35 minutes for the first two, an hour for 7.3, your own kernel, whose check runs
+# it in the interpreter and takes some seconds, and 15 minutes for a bug hunt.
 
 # %%
 from functools import partial
