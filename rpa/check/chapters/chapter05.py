@@ -535,7 +535,7 @@ def _values_weigh(k, v, block_tokens):
 
 
 @weighted.mistake("only the last block is left: out_ref is added to, not written")
-def _last_block(k, v, block_tokens):
+def _only_the_last_block(k, v, block_tokens):
     return _weighted(k[-block_tokens:], v[-block_tokens:], block_tokens)
 
 
