@@ -24,7 +24,7 @@ from rpa.shapes import LLAMA3_8B
 # - Each sequence has `kv_len` tokens in the KV cache, `token_bytes` each; the new token is one of
 #   them, and it attends to all of them.
 #
-# By hand: 100 bytes of weights, 2 bytes a token, one sequence of three tokens. 106 bytes.
+# By hand: 100 bytes of weights, 2 bytes per token, one sequence of three tokens. 106 bytes.
 #
 # **Teaches:** weights are shared by a batch, KV caches are not; and how a check talks to you.
 

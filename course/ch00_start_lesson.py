@@ -141,7 +141,7 @@ figures.compare(["v5e", "v6e", "tpu7x"])
 
 # %% [markdown]
 # All numbers are for **one TensorCore**, because that is what a kernel runs on. v5e and v6e have
-# one a chip; TPU7x has two, so a whole TPU7x chip has twice what is drawn. Every number has a
+# one per chip; TPU7x has two, so a whole TPU7x chip has twice what is drawn. Every number has a
 # source:
 
 # %%
@@ -252,9 +252,9 @@ assert "This is what you get if the weights are read again" in message
 # answer, see it name this mistake, and write the answer that passes. It takes five minutes.
 #
 # What you have solved is kept in a small file next to the exercises, `.progress.json`. Nothing
-# reads it but you: `rpa.check.progress()` prints it as a table, a row a chapter, with the attempts
-# that each exercise took. `RPA_PROGRESS`, an environment variable, names another place for it, or
-# `off`.
+# reads it but you: `rpa.check.progress()` prints it as a table with a row per chapter, with the
+# attempts that each exercise took. `RPA_PROGRESS`, an environment variable, names another place for
+# it, or `off`.
 #
 # **Takeaway.** A failed check is the fastest teacher here: it shows the smallest case that is wrong
 # and says which idea is missing.

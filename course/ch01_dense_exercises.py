@@ -315,7 +315,7 @@ for q_len, kv_len in [(1, 4096), (16, 4096), (256, 4096), (4096, 4096)]:
 
 # %% [markdown] tags=["explanation"]
 # The last query sees `kv_len` keys, the one before it one less, and so on: `q_len * kv_len` minus a
-# triangle. In decode both `q_len` terms vanish beside `kv_len`, and the ratio is
+# triangle. In decode both `q_len` terms vanish next to `kv_len`, and the ratio is
 # `4 * num_q_heads / (2 * num_kv_heads * item_bytes)`, the group size in bfloat16. In prefill FLOPs
 # grow with the square of the length and bytes only in proportion.
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 import rpa
+from rpa.figures import exercises as pictures
 from rpa.paging import cdiv, unpack_kv
 
 # %% [markdown]
@@ -45,6 +46,15 @@ from rpa.paging import cdiv, unpack_kv
 # token of its third page: page 5, slot 1.
 #
 # **Teaches:** an address in two steps, which every paged kernel computes before it moves a byte.
+
+# %%
+pictures.strips(
+    [("sequence 0", "0 1 2 3 | 4 5 6 7 | 8 *9 10 11"),
+     ("its pages", "7 7 7 7 | 2 2 2 2 | 5 *5 5 5"),
+     ("slot", "0 1 2 3 | 0 1 2 3 | 0 *1 2 3")],
+    "Sequence 0 in three pages of four tokens, 7, 2 and 5. Position 9 is in page 5, slot 1.",
+    legend={"*": "the token of the example"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Two questions. Which page *of the sequence* is it, and how far into that page? Then one look into
@@ -120,6 +130,15 @@ def address(page_indices, pages_per_seq, seqs, positions, page_size):
 #
 # **Teaches:** the way from a page table to K, and the layout of the cache, read from its far end.
 
+# %%
+pictures.strips(
+    [("cache", "200 210 | _ 100 110 | _ 000 010"), ("keys", "_ _ *200 *210 *000")],
+    "Pages 2, 1 and 0 of two slots, with the first number of each slot. The keys of the sequence "
+    "are 200 and 210 of page 2, then 0 of page 0; slot 1 of page 0 is not used.",
+    arrows=[((0, 0), (1, 2)), ((0, 1), (1, 3)), ((0, 6), (1, 4))],
+    legend={"": "page 2, page 1, page 0: first lane of K of head 0", "*": "keys, in order"},
+)
+
 # %% [markdown] tags=["hint"]
 # Four steps: take the live pages; line their slots up to one row of tokens and cut it at `kv_len`;
 # line rows and packing up to combined heads; take every second one.
@@ -163,7 +182,7 @@ rpa.check("2.2", gather_keys)
 # the even ones up to `2 * num_kv_heads` are the keys. A padding head or lane is never returned.
 # Had you gathered all entries of the table and cut afterwards, the numbers would be right too,
 # since JAX clamps an index that is out of range; but a kernel would have moved pages that belong
-# to somebody else.
+# to another sequence.
 
 
 # %% tags=["wrong"] refused="all keys are thought to come first"
@@ -208,6 +227,15 @@ def gather_keys(kv_cache, pages, kv_len, num_kv_heads, head_dim):
 # By hand, two heads of 2, packing 2, lanes 4: row 0 is K and V of head 0, row 1 those of head 1.
 #
 # **Teaches:** why a token of the cache is one solid block that one DMA can move.
+
+# %%
+pictures.strips(
+    [("row 0, pack 0", "K0 K0 - -"), ("row 0, pack 1", "*V0 *V0 - -"),
+     ("row 1, pack 0", "K1 K1 - -"), ("row 1, pack 1", "*V1 *V1 - -")],
+    "One token with two heads of two lanes: row 0 holds K and V of head 0, row 1 those of head 1; "
+    "two of four lanes are zero.",
+    legend={"": "key", "*": "value", "-": "zero"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Bring the heads into the order K0, V0, K1, V1, ...; pad at the end what is missing to whole rows
@@ -303,21 +331,34 @@ def pack(keys, values, packing, lanes):
 #
 # **Teaches:** reference counts, and the one moment at which a shared page must be copied.
 
+# %%
+pictures.strips(
+    [
+        ("a and b", "a . k i | t t - -"),
+        ("b, on a copy", "_ _ _ _ t t *y -"),
+        ("a, on the old page", "_ _ _ _ t t *e -"),
+    ],
+    "Sequences a and b share two pages of four letters, the second with room for two. The first to "
+    "write, b, takes a copy of that page and writes there; a stays where it was and writes too.",
+    arrows=[((0, 4), (1, 4)), ((0, 5), (1, 5))],
+    legend={"": "shared, or copied", "*": "written", "-": "room"},
+)
+
 # %% [markdown] tags=["hint"]
 # There are three situations. The last page is full (or there is none): take a page. It has room
-# and is yours alone: nothing to do. It has room and somebody else lists it too: take a page in its
-# place.
+# and is yours alone: nothing to do. It has room and another sequence lists it too: take a page in
+# its place.
 
 # %% [markdown] tags=["hint"]
 # `book.kv_len[name] % book.page_size == 0` says that there is no room. `book.references[page] > 1`
-# says that somebody else lists the page. If you leave a page, it has one reference less.
+# says that another sequence lists the page. If you leave a page, it has one reference less.
 
 # %% [markdown] tags=["hint"]
 # ```python
 # pages, copies = book.pages[name], []
 # if <no room>:
 #     pages.append(book.take())
-# elif <somebody else lists pages[-1]>:
+# elif <another sequence lists pages[-1]>:
 #     shared, pages[-1] = pages[-1], book.take()
 #     <shared has one reference less>
 #     copies.append(...)
@@ -347,9 +388,9 @@ rpa.check("2.4", append_token)
 
 # %% [markdown] tags=["explanation"]
 # Only the last page is ever written, so only it has to be looked at, and only if it has room: a
-# full shared page stays shared for good. The one who writes moves out, whoever it is; whoever
-# stays behind alone owns the page again (its count fell to 1) and writes without a copy. Were the
-# count not lowered, the page would be copied once more later, and never be freed.
+# full shared page stays shared for good. The sequence that writes moves out; the one
+# that stays behind alone owns the page again (its count fell to 1) and writes without a copy. Were
+# the count not lowered, the page would be copied once more later, and never be freed.
 
 
 # %% tags=["wrong"] refused="nothing is copied, so both sequences write into the page"
@@ -425,7 +466,7 @@ def append_token(book, name):
 # As in a server, the check compiles your function (`jax.jit`) and `kv_len` is known only when it
 # runs: a shape cannot depend on it, so `keys[:kv_len]` raises. Gather all entries of `pages` and
 # mask. What lies after the last token, in its page or in the pages of meaningless table entries,
-# may be an old token of somebody else, or NaN.
+# may be an old token of another sequence, or NaN.
 #
 # **Teaches:** what a mask has to cover when memory may hold NaN.
 
@@ -561,7 +602,7 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
 # %% [markdown]
 # ## Exercise 2.6: Which pages are there already?
 #
-# In the lesson somebody told the pool which sequence to fork. A server finds out by itself: when a
+# In the lesson the pool was told which sequence to fork. A server finds out by itself: when a
 # request arrives, it looks whether an older sequence began with the same tokens, and reuses those
 # pages. Write `reusable_pages(tokens, cached, page_size)`: the longest list of pages that the new
 # sequence can begin with. `cached` is a list of `(tokens, pages)`, one for each older sequence.
@@ -575,6 +616,15 @@ def paged_attention(q, kv_cache, pages, kv_len, num_kv_heads):
 # common, and that is two full pages: `[7, 2]`.
 #
 # **Teaches:** prefix caching, and why a page is not known by its own tokens alone.
+
+# %%
+pictures.strips(
+    [("older", "b e . k | i n d : | . y o"), ("in page", "7 7 7 7 | 2 2 2 2 | 5 5 5"),
+     ("new", "*b *e *. *k | *i *n *d *: | . +h +i")],
+    "The new prompt agrees with the older one in nine letters: two full pages, 7 and 2, are "
+    "reused; the ninth letter is on a page that differs.",
+    legend={"*": "reused: whole pages that agree", "+": "differs"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # For each older sequence: how many tokens agree from the beginning on? How many full pages is

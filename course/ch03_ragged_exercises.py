@@ -10,12 +10,14 @@
 #
 # You write the bookkeeping of a ragged batch, and then ragged paged attention itself: whose token
 # is this, where does it go in the cache, what may it see, in which order do the sequences stand,
-# and which batch must be refused. Read the lesson first: `notebooks/03_ragged.ipynb`.
+# which batch must be refused, and which bug of a page table can hide. Read the lesson first:
+# `notebooks/03_ragged.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 75 minutes for all six; 3.1 to 3.4 are short, 3.5 is the chapter in one function.
+# **Time:** about 90 minutes for all seven; 3.1 to 3.4 are short, 3.5 is the chapter in one
+# function.
 
 # %%
 import jax
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rpa
+from rpa.figures import exercises as pictures
 from rpa.paging import cdiv, paged_attention, store_kv
 
 paged_attention = jax.jit(paged_attention, static_argnames="num_kv_heads")  # one compile a shape
@@ -40,6 +43,14 @@ paged_attention = jax.jit(paged_attention, static_argnames="num_kv_heads")  # on
 # `owner = [0, 1, 1, 1, -1, -1]`. A `q_len` may be 0 (an idle slot); it owns no row.
 #
 # **Teaches:** a running sum turns "whose is row t?" into a search, and ties decide everything.
+
+# %%
+pictures.strips(
+    [("row t", "0 1 2 3 4 5"), ("owner", "+0 | #1 #1 #1 | - -")],
+    "Six rows: row 0 is owned by sequence 0, rows 1 to 3 by sequence 1, rows 4 and 5 by none. "
+    "cu_q_lens is 0, 1, 4: where the owners change.",
+    legend={"+": "sequence 0", "#": "sequence 1", "-": "padding: -1"},
+)
 
 # %% [markdown] tags=["hint"]
 # `cu_q_lens` is a sorted list of starts. The owner of row t is the last sequence that starts at or
@@ -77,7 +88,7 @@ rpa.check("3.1", token_owner)
 # `side="right"` puts a tie on the side of the sequence that *starts* there: row 1 of `[0, 1, 4]` is
 # the first row of sequence 1, not a second row of sequence 0. The same choice skips idle slots for
 # free. In `[0, 1, 1, 3]` both sequence 1 (idle) and sequence 2 start at row 1, and "the last start
-# that is `<= t`" is sequence 2. Rows from `cu_q_lens[-1]` on belong to nobody; a search alone would
+# that is `<= t`" is sequence 2. Rows from `cu_q_lens[-1]` on have no owner; a search alone would
 # answer `num_seqs` there, an index that no array has, and JAX would clamp it without a word.
 
 
@@ -122,6 +133,15 @@ def token_owner(q_lens, num_tokens):
 # **Teaches:** a new token's place follows from where its sequence ends; this is the one formula of
 # ragged batching.
 
+# %%
+pictures.strips(
+    [("rows of new tokens", "_ _ _ _ +0 +1 +2"), ("page 9, then page 3", "0 1 2 3 | +4 +5 +6 -")],
+    "Four tokens are cached on page 9. The three new ones have positions 4, 5 and 6, on page 3 in "
+    "slots 0 to 2.",
+    arrows=[((0, 4), (1, 4)), ((0, 5), (1, 5)), ((0, 6), (1, 6))],
+    legend={"": "cached", "+": "new", "-": "room"},
+)
+
 # %% [markdown] tags=["hint"]
 # Work backwards from the end. The last new token of a sequence has position `kv_len - 1` and stands
 # in row `cu_q_lens[s + 1] - 1`. The row before it has the position before it.
@@ -159,7 +179,7 @@ rpa.check("3.2", token_places)
 # the positions start at 0; for a decode there is one row, `t = end - 1`, and the position is
 # `kv_len - 1`. The page table turns a page *of the sequence* into a page *of the cache*; its row is
 # the sequence's, never the token's. Note what protects you here: nothing. A position that is too
-# large clamps to the last column and overwrites somebody's token in silence.
+# large clamps to the last column and overwrites another token in silence.
 
 
 # %% tags=["wrong"] refused="kv_len is taken for the cached tokens only"
@@ -303,6 +323,15 @@ def ragged_mask(kv_lens, cu_q_lens, kv_owner, kv_positions):
 # `distribution = [1, 1, 2]`: one decode, no chunk, one mixed.
 #
 # **Teaches:** the order of a batch is a promise to the kernel, and everything has to follow it.
+
+# %%
+pictures.strips(
+    [("as they came", "#0 #0 #0 #0 | +1"), ("decode first", "+1 | #0 #0 #0 #0")],
+    "Sequence 0 with four new tokens came before sequence 1 with one; in the ordered batch the "
+    "decode stands first.",
+    arrows=[((0, 4), (1, 0)), ((0, 0), (1, 1))],
+    legend={"+": "decode", "#": "mixed: more than a chunk of 3"},
+)
 
 # %% [markdown] tags=["hint"]
 # Give each sequence the number of its kind, 0, 1 or 2, and sort by that number. Then let every
@@ -470,11 +499,25 @@ def ragged_attention(queries, keys, values, kv_cache, batch):
 # %% tags=["check"]
 rpa.check("3.5", ragged_attention)
 
+# %% [markdown]
+# Does it speak? SmolLM2, a real model of 135 million parameters, with *your* attention in all of
+# its 30 layers. Two prompts are served side by side from one paged cache, ten tokens each.
+
+# %%
+from rpa.models.speak import speak
+
+
+def yours(queries, keys, values, kv_cache, batch, *, sm_scale):
+    return ragged_attention(queries, keys, values, kv_cache, batch)  # its scale is the same
+
+
+speak(yours)
+
 # %% [markdown] tags=["explanation"]
 # The store comes first because a new token attends to itself and to the new tokens before it: their
 # K and V must be in the cache when it is read. Everything else is addressing. The loop ends at
 # `num_seqs`, since the slots after it hold whatever the last step left there; padding rows go to a
-# page that does not exist, because row 0 of everything belongs to somebody. What this version lacks
+# page that does not exist, because row 0 of every array has an owner. What this version lacks
 # is a fixed shape: each `q_len` compiles `paged_attention` once more. `rpa.ragged` cuts the queries
 # into blocks of fixed size instead, and loops inside jit.
 
@@ -582,6 +625,15 @@ def ragged_attention(queries, keys, values, kv_cache, batch):
 # **Teaches:** reading shared pages is the point of paging; writing them is the bug that no kernel
 # can see.
 
+# %%
+pictures.strips(
+    [("sequence 0", "0 1 2 3 | 4 +5 - -"), ("its pages", "3 3 3 3 | *5 *5 *5 *5"),
+     ("sequence 1", "0 1 2 3 | 4 +5 - -"), ("its pages", "3 3 3 3 | *5 *5 *5 *5")],
+    "Two sequences of six tokens with pages 3 and 5 both. Page 3 is shared and only read; both "
+    "write their new token to page 5.",
+    legend={"": "cached, only read", "+": "new", "*": "written by both"},
+)  # fmt: skip
+
 # %% [markdown] tags=["hint"]
 # Three masks over the table: *live* (the entry means something), *written* (a live page from the
 # page of the first new token on), *shared* (its page number is live more than once).
@@ -675,3 +727,145 @@ def shared_writes(kv_lens, cu_q_lens, page_table, page_size):
     written = column >= ((kv_lens - q_lens) // page_size)[:, None]
     owners = np.bincount(page_table.reshape(-1))  # garbage may be negative
     return written & (q_lens > 0)[:, None] & (owners[page_table] > 1)
+
+
+# %% [markdown]
+# ## Exercise 3.7: Two pages are swapped
+#
+# A bug in a server exchanges two entries of a sequence's row of the page table, after the cached
+# tokens were stored and before the step. Then the step runs as always: it stores the new tokens
+# through the table, and attends through the table. Is its output wrong? Not always.
+#
+# Write `harmless_swaps(kv_len, q_len, page_size)`: a bool array [num_pages, num_pages] over the
+# `ceil(kv_len / page_size)` live pages, True at [i, j] where exchanging entries i and j leaves the
+# output as it is, except for rounding. A page exchanged with itself is harmless.
+#
+# Two things to know. K is rotated by the token's position *before* it is stored, so a key carries
+# its position with it, wherever it lies. And every new token sees all cached tokens.
+#
+# By hand: `kv_len = 11`, `q_len = 2`, pages of 4. Positions 0 to 8 are cached, 9 and 10 are new.
+# Exchange entries 0 and 1: the same keys with the same values in another order, and a softmax does
+# not know an order. Exchange 1 and 2: tokens 9 and 10 are stored over tokens 5 and 6, and the step
+# takes the page with token 8 for a full one.
+#
+# **Teaches:** attention over cached tokens is a sum over a set; what has an order is the place of
+# the next token, and the end.
+
+# %%
+pictures.strips(
+    [("page 0, 1, 2", "0 1 2 3 | 4 5 6 7 | 8 +9 +10 -")],
+    "A sequence of eleven tokens on three pages of four, the last two tokens new. Pages 0 and 1 "
+    "hold cached tokens only, page 2 holds a cached one, two new ones, and room for one.",
+    legend={"": "cached", "+": "new in this step", "-": "room"},
+)
+
+# %% [markdown] tags=["hint"]
+# Three kinds of pages: all cached, nothing cached, and the one in which the new tokens begin behind
+# cached ones. Which kinds may be exchanged with which?
+
+# %% [markdown] tags=["hint"]
+# Page i holds positions `i * page_size` up to `(i + 1) * page_size - 1`. `np.outer(a, b)` of two
+# bool arrays is True where both are; `np.eye(n, dtype=bool)` is the diagonal.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# num_cached = ...
+# first = np.arange(cdiv(kv_len, page_size)) * page_size
+# all_cached = first + page_size <= ...
+# all_new = ... >= num_cached
+# return np.outer(all_cached, all_cached) | ... | np.eye(len(first), dtype=bool)
+# ```
+
+
+# %% tags=["exercise"]
+def harmless_swaps(kv_len, q_len, page_size):
+    """bool[num_pages, num_pages]: which two entries may be exchanged before the step."""
+    ### BEGIN SOLUTION
+    num_cached = kv_len - q_len
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    all_cached = first + page_size <= num_cached
+    all_new = first >= num_cached
+    both = np.outer(all_cached, all_cached) | np.outer(all_new, all_new)
+    return both | np.eye(len(first), dtype=bool)
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("3.7", harmless_swaps)
+
+# %% [markdown]
+# Read it. SmolLM2 with rung 3 in all layers; only the page table is changed, once, when the prompts
+# are stored. First two full pages of each sequence are exchanged, then the last two, of which one
+# is half full, then one page between the two sequences.
+
+# %%
+from rpa.models.speak import speak
+
+
+def swap_full(table):
+    table[:, [0, 1]] = table[:, [1, 0]]
+    return table
+
+
+speak(None, after_prompt=swap_full)
+
+
+# %%
+def swap_last(table):
+    table[0, [4, 5]], table[1, [3, 4]] = table[0, [5, 4]], table[1, [4, 3]]
+    return table
+
+
+speak(None, after_prompt=swap_last)
+
+
+# %%
+def swap_between(table):
+    table[[0, 1], 3] = table[[1, 0], 3]
+    return table
+
+
+speak(None, after_prompt=swap_between)
+
+# %% [markdown] tags=["explanation"]
+# Two pages of cached tokens: the sum over keys has the same terms in another order. Two pages that
+# hold new tokens only: the step stores through the wrong table and reads through the same wrong
+# table, so it is merely another allocation. Everything else breaks, because the mask knows
+# positions and not tokens: behind a page that is not full the kernel takes stale rows for keys, and
+# the store writes over cached tokens. That is why such a bug can hide for hours: most swaps hit
+# full pages, and the text stays fluent. A page of *another* sequence is never harmless, and the
+# model makes it visible: one prompt begins to answer the other.
+
+
+# %% tags=["wrong"] refused="the order of the cached pages is taken to matter"
+def harmless_swaps(kv_len, q_len, page_size):
+    return np.eye(cdiv(kv_len, page_size), dtype=bool)
+
+
+# %% tags=["wrong"] refused="pages that the new tokens fill count as cached ones"
+def harmless_swaps(kv_len, q_len, page_size):
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    full = first + page_size <= kv_len
+    return np.outer(full, full) | np.eye(len(first), dtype=bool)
+
+
+# %% tags=["wrong"] refused="two pages without a cached token are left out"
+def harmless_swaps(kv_len, q_len, page_size):
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    cached = first + page_size <= kv_len - q_len
+    return np.outer(cached, cached) | np.eye(len(first), dtype=bool)
+
+
+# %% tags=["wrong"] refused="a page that is cached in part counts as cached"
+def harmless_swaps(kv_len, q_len, page_size):
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    cached = first < kv_len - q_len
+    return np.outer(cached, cached) | np.outer(~cached, ~cached)
+
+
+# %% tags=["wrong"] refused="the diagonal is False"
+def harmless_swaps(kv_len, q_len, page_size):
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    cached, new = first + page_size <= kv_len - q_len, first >= kv_len - q_len
+    both = np.outer(cached, cached) | np.outer(new, new)
+    return both & ~np.eye(len(first), dtype=bool)

@@ -183,10 +183,10 @@ print(cu_q_lens)
 assert cu_q_lens.tolist() == [0, 1, 2, 5, 9]
 
 # %% [markdown]
-# The pages come from a pool, as in chapter 2: four tokens a page. The page table has a row for each
-# sequence and a column for each page of it: column 0 names the page of positions 0 to 3, column 1
-# that of positions 4 to 7, and so on. A sequence that needs fewer pages than the longest has
-# padding in its last columns; it is never read.
+# The pages come from a pool, as in chapter 2: four tokens per page. The page table has a row for
+# each sequence and a column for each page of it: column 0 names the page of positions 0 to 3,
+# column 1 that of positions 4 to 7, and so on. A sequence that needs fewer pages than the longest
+# has padding in its last columns; it is never read.
 #
 # `RaggedBatch` holds the four small integer arrays that describe a step; a kernel gets nothing
 # else. `from_lengths` builds it, and two things in its call have to wait for section 8:

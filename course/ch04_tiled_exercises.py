@@ -14,7 +14,7 @@
 # `notebooks/04_tiled.ipynb`.
 #
 # Every exercise is a function to fill in and a check to run. Without a TPU kernels run in the TPU
-# interpreter, where memory that nobody wrote holds NaN: what you forget, you see.
+# interpreter, where memory that was never written holds NaN: what you forget, you see.
 #
 # **Time:** about two hours; 4.1, 4.5 and 4.6 are short, 4.4 is the chapter in one function, and 4.7
 # the first whole kernel of your own.
@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.check.chapters.launchers import run_flash
+from rpa.figures import exercises as pictures
 from rpa.figures import show_source
 from rpa.interpreter import choose_interpret
 from rpa.tiled import MASK_VALUE, dot, empty_state, finish, read_state, write_state, zero_tail
@@ -51,6 +52,13 @@ from rpa.yours import earlier
 #
 # **Teaches:** the last two dimensions decide how much of VMEM, and of every instruction, is
 # padding.
+
+# %%
+pictures.strips(
+    [(f"row {r}", "_ 0 1 2 ... 126 127 |") for r in range(5)] + [("rows 5 to 15", "_ - - - - - -")],
+    "A bfloat16 array of five rows and 128 lanes in one tile of 16 rows: rows 5 to 15 are padding.",
+    legend={"": "5 rows of 128 lanes", "-": "padding up to 16 rows"},
+)
 
 # %% [markdown] tags=["hint"]
 # Pad the last dimension to whole lanes and the one before it to whole rows of a tile, each by
@@ -137,10 +145,19 @@ def vmem_bytes(shape, item_bytes):
 #
 # By hand: x has 8 rows of 256, in blocks of 8 x 128. Step (0, 0) stores the sums of the left block,
 # step (0, 1) adds those of the right one. *What does the output block hold before the first step?*
-# Nobody knows; in the interpreter it is NaN.
+# It is undefined; in the interpreter it is NaN.
 #
 # **Teaches:** grid, `BlockSpec`, `program_id`, and an accumulator that lives over grid steps: the
 # skeleton of flash attention.
+
+# %%
+pictures.strips(
+    [("x, 8 rows", "*0,0 *0,0 *0,0 *0,0 | #0,1 #0,1 #0,1 #0,1"), ("out, 8 rows", "_ _ _ *+ #+")],
+    "x is cut into two blocks of 8 rows and 128 columns. Grid step (0, 0) adds the left block's "
+    "row sums into the output block, step (0, 1) those of the right one, into the same block.",
+    arrows=[((0, 1), (1, 3)), ((0, 6), (1, 4))],
+    legend={"*": "step (0, 0): j = 0 stores", "#": "step (0, 1): adds to it"},
+)
 
 # %% [markdown] tags=["hint"]
 # The kernel has two parts: in the first column of blocks it writes zeros into the output block; in
@@ -202,7 +219,7 @@ rpa.check("4.2", row_sums)
 # %% [markdown] tags=["explanation"]
 # The output's index map ignores j, so all steps (i, 0), (i, 1), ... want the same block and Pallas
 # leaves it where it is; it goes back to HBM when i changes. That is only right because the *last*
-# axis of the grid runs fastest. And because VMEM is not cleared for anyone, whoever accumulates has
+# axis of the grid runs fastest. And because VMEM is not cleared, a kernel that accumulates has
 # to begin, once for each output block and not once for all: at j == 0.
 
 
@@ -607,6 +624,13 @@ def flash_kernel(q_ref, k_ref, v_ref, out_ref, *state_refs, kv_len, block_kv):
 #
 # **Teaches:** the first query of a block decides where masks begin, the last one where work ends.
 
+# %%
+pictures.mask_tiles(
+    [*range(5, 13)], 13, 4, 4,
+    words="Queries at positions 5 to 12 in two blocks of four, 13 keys in blocks of four. For the "
+    "first block of queries, keys 0 to 3 are whole, 4 to 11 partly visible, 12 is skipped.",
+)  # fmt: skip
+
 # %% [markdown] tags=["hint"]
 # Find the positions of the first and of the last query of the block. A query at position p sees
 # p + 1 keys. Whole blocks are counted by rounding down, needed ones by rounding up.
@@ -703,6 +727,16 @@ def key_blocks(q_block, q_len, kv_len, block_q, block_kv):
 #
 # **Teaches:** GQA is a taller matrix, not a loop; and the mask goes by token, not by row.
 
+# %%
+pictures.strips(
+    [("token 0", "*h0 #h1"), ("token 1", "_ _ *h0 #h1"), ("rows of KV head 0", "*h0 #h1 *h0 #h1"),
+     ("positions", "0 0 1 1")],
+    "Two tokens with two query heads each become four rows of one KV head: token 0 head 0, token 0 "
+    "head 1, token 1 head 0, token 1 head 1, at positions 0, 0, 1, 1.",
+    arrows=[((1, 2), (2, 2)), ((1, 3), (2, 3))],
+    legend={"*": "query head 0", "#": "query head 1"},
+)  # fmt: skip
+
 # %% [markdown] tags=["hint"]
 # Split the head axis into [num_kv_heads, group], bring the KV heads to the front, and join tokens
 # and group. Every token has `group` rows in a line, all with its position.
@@ -737,7 +771,7 @@ def grouped_rows(q, num_kv_heads, kv_len):
 rpa.check("4.6", grouped_rows)
 
 # %% [markdown] tags=["explanation"]
-# The matrix unit takes 128 rows or more at a time, and one decode token has one row a head.
+# The matrix unit takes 128 rows or more at a time, and one decode token has one row per head.
 # Stacking the group makes 4 of it with Llama 3 8B, for the same K and V: what limits a decode is
 # bytes, and a byte of K now serves the whole group. Token-major order (all heads of token 0, then
 # token 1) keeps the rows of a block of tokens together, so that a block of queries is a slice; and
@@ -798,6 +832,14 @@ def grouped_rows(q, num_kv_heads, kv_len):
 # nothing.
 #
 # **Teaches:** a kernel is a grid, blocks, scratch, and a function of one step.
+
+# %%
+pictures.mask_tiles(
+    [*range(5, 13)], 13, 4, 4,
+    words="Two blocks of queries at positions 5 to 12, four blocks of keys: eight grid steps for "
+    "each KV head. Step (h, 0, 3) sees nothing and computes nothing.",
+    title="one KV head: rows are i, columns are j",
+)  # fmt: skip
 
 # %%
 online_step = earlier("online_step")
@@ -966,6 +1008,16 @@ def flash_attention(q, k, v, *, sm_scale, block_q=128, block_kv=512):
 
 # %% tags=["check"]
 rpa.check("4.7", flash_attention)
+
+# %% [markdown]
+# SmolLM2 with *your* attention. A kernel in the interpreter is slow, so it attends in one layer of
+# thirty, and writes two words for each prompt; `through_strips` gathers K and V of a sequence from
+# its pages before your function is called.
+
+# %%
+from rpa.models.speak import speak, through_strips
+
+speak(through_strips(flash_attention), own_layers=1, num_tokens=2)
 
 # %% [markdown] tags=["explanation"]
 # One kernel, three levels: the grid says which blocks meet, `causal_kernel` what happens when they

@@ -9,15 +9,16 @@
 # # Chapter 5: Copies by hand, exercises
 #
 # You move the bytes yourself: a copy, a double buffer, copies through a page table, a size that is
-# known at run time only; and then you find three bugs in somebody else's kernel. Read the lesson
+# known at run time only; and then you find bugs in other people's kernels. Read the lesson
 # first: `notebooks/05_streamed.ipynb`.
 #
 # A DMA kernel that is wrong does not always give wrong numbers, and sometimes it never ends. So
 # these checks run your kernel in a process of its own, twice: once with copies that arrive as late
 # as they may, once with a race detector. A kernel that hangs is stopped.
 #
-# **Time:** about 90 minutes for the first five, and as long for 5.6 and 5.7, two whole kernels. The
-# first check takes a few seconds more: that process has to start. The next cell starts it.
+# **Time:** about 90 minutes for the first five, as long for 5.6 and 5.7, two whole kernels, and
+# 20 minutes for 5.8. The first check takes a few seconds more: that process has to start. The next
+# cell starts it.
 
 # %%
 import jax
@@ -29,6 +30,7 @@ import rpa
 from rpa.check import sandbox
 from rpa.check.chapters.launchers import interpreted, run_chunks, run_copy
 from rpa.compat import hbm_memory_space
+from rpa.figures import exercises as pictures
 from rpa.interpreter import choose_interpret
 from rpa.yours import earlier
 
@@ -44,7 +46,7 @@ sandbox.start()
 # By hand, in time: start the copy in, wait for it, compute, start the copy out, wait for it. After
 # each wait the semaphore is at zero again, so both copies can use it.
 #
-# **Teaches:** a copy is started *and* waited for; between the two its memory is nobody's.
+# **Teaches:** a copy is started *and* waited for; between the two its memory is undefined.
 
 # %% [markdown] tags=["hint"]
 # Five steps, in the order of the paragraph above. The wait for the copy out belongs to the kernel
@@ -108,7 +110,7 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_out.wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_in = pltpu.make_async_copy(x_ref, buffer_ref, sem)
     copy_in.start()
@@ -117,7 +119,7 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
     pltpu.make_async_copy(buffer_ref, out_ref, sem).start()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def double_kernel(x_ref, out_ref, buffer_ref, sem):
     copy_in = pltpu.make_async_copy(x_ref, buffer_ref, sem)
     copy_in.wait()
@@ -185,6 +187,15 @@ def double_kernel(x_ref, out_ref, buffer_ref, sem):
 # | 3 | none left | chunk 3 | buffer 1 |
 #
 # **Teaches:** start first, wait second; two buffers, two semaphores; and the ends of the loop.
+
+# %%
+pictures.lanes(
+    {"copy into buffer 0": [(0, 2, "chunk 0"), (4, 2, "chunk 2")],
+     "copy into buffer 1": [(2, 2, "chunk 1"), (6, 2, "chunk 3")],
+     "add": [(2, 2, "buffer 0"), (4, 2, "buffer 1"), (6, 2, "buffer 0"), (8, 2, "buffer 1")]},
+    "Four chunks through two buffers: while chunk n is added, chunk n + 1 is copied into the other "
+    "buffer.",
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # One copy before the loop, and in step n start the copy of chunk n + 1 if there is one, then wait
@@ -320,7 +331,7 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
         out_ref[...] += buffers_ref[n % 2]
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
     rows = out_ref.shape[0]
 
@@ -338,7 +349,7 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
         out_ref[...] += buffers_ref[n % 2]
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
     rows = out_ref.shape[0]
 
@@ -423,10 +434,19 @@ def sum_chunks(x_ref, out_ref, buffers_ref, sems, *, num_chunks):
 #
 # By hand: pages [2, 0] of 8 tokens. Two copies: `cache[2]` to rows 0 to 7, `cache[0]` to rows 8 to
 # 15. Start both, then wait for both: the first byte of a copy takes a microsecond to come, and that
-# is not to be paid once a page.
+# is not to be paid once per page.
 #
 # **Teaches:** the address of a copy is a number that the kernel computes; and many copies share one
 # semaphore, if you wait for all of them.
+
+# %%
+pictures.strips(
+    [("cache in HBM", "0 0 0 | 1 1 1 | *2 *2 *2"), ("out in VMEM", "*2 *2 *2 | 0 0 0")],
+    "The cache has pages 0, 1 and 2. The sequence's pages are 2 and 0: page 2 goes to the first "
+    "rows of the output, page 0 to the rows behind them.",
+    arrows=[((0, 7), (1, 1)), ((0, 1), (1, 4))],
+    legend={"*": "page 2, rows 0 to 7", "": "other pages, 8 rows each"},
+)
 
 # %% [markdown] tags=["hint"]
 # Two loops over the pages, the first starts, the second waits. Both make the same descriptor.
@@ -517,7 +537,7 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
         copy.wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
     page_size = cache_ref.shape[1]
 
@@ -546,7 +566,7 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
         copy(p).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
     page_size = cache_ref.shape[1]
 
@@ -564,13 +584,23 @@ def collect_pages(page_indices_ref, cache_ref, out_ref, sem):
 # only. Write `collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem)`: the first
 # `kv_len_ref[0]` tokens of the sequence, and zeros in the rows of `out_ref` behind them.
 #
-# Not a byte more than these tokens is copied: the tail of the last page belongs to nobody, and
+# Not a byte more than these tokens is copied: the tail of the last page holds no token, and
 # entries of the table behind the live ones are garbage (9999, or -1). `kv_len` may be 0. As in 5.3,
 # start all copies, then wait for all.
 #
 # By hand: 13 tokens, pages of 8. Two copies: 8 rows of the first page, 5 rows of the second.
 #
 # **Teaches:** a DMA takes a size from a register; shapes are fixed, bytes are not.
+
+# %%
+pictures.strips(
+    [("pages", "0 1 2 3 4 5 6 7 | 8 9 10 11 12 - - -"),
+     ("out", "*0 *1 *2 *3 *4 *5 *6 *7 *8 *9 *10 *11 *12 0 0 0")],
+    "13 tokens on two pages of eight: one copy of eight rows, one of five. Three rows of the "
+    "output are zero.",
+    arrows=[((0, 3), (1, 3)), ((0, 10), (1, 10))],
+    legend={"*": "copied: 8 rows, 5 rows", "-": "no token: not read", "": "in HBM; zeros"},
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # First zeros everywhere, then the copies. Page p has min(what is left, page_size) tokens; the
@@ -703,7 +733,7 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
         copy(p).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
     page_size, kv_len = cache_ref.shape[1], kv_len_ref[0]
     out_ref[...] = jnp.zeros_like(out_ref)
@@ -770,12 +800,12 @@ def collect_tokens(page_indices_ref, kv_len_ref, cache_ref, out_ref, sem):
 # %% [markdown]
 # ## Exercise 5.5: Three bugs
 #
-# Somebody wrote a kernel that adds up the tokens of each sequence, [num_seqs, num_tokens, 128] in
+# Here is a kernel that adds up the tokens of each sequence, [num_seqs, num_tokens, 128] in
 # HBM, block by block through two buffers. The prefetch goes over the boundary: while the last block
 # of a sequence is added, the first block of the *next sequence* is on its way. The blocks of all
 # sequences are counted through, `n = 0, 1, 2, ...`.
 #
-# In the author's tests it gave the right numbers. It has **three bugs**. Here it is:
+# In its author's tests it gave the right numbers. It has **three bugs**:
 
 
 # %%
@@ -865,8 +895,8 @@ rpa.check("5.5", fixed)
 # %% [markdown] tags=["explanation"]
 # The wait stood behind the read; the last step started a copy for a block that does not exist; and
 # both buffers signalled one semaphore. Each of them can go well: a copy of a small block has mostly
-# arrived by the time it is read, the copy past the end reads somebody else's memory into a buffer
-# that nobody looks at, and copies mostly arrive in order. That is why a right answer proves so
+# arrived by the time it is read, the copy past the end reads foreign memory into a buffer
+# that is never read, and copies mostly arrive in order. That is why a right answer proves so
 # little here. Late copies (NaN until the wait), a race detector and semaphores that must end at
 # zero: all three were needed to find all three.
 
@@ -894,7 +924,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         copy(n).wait()
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
     num_blocks, block_tokens = x_ref.shape[0] * blocks_per_seq, buffers_ref.shape[1]
 
@@ -952,7 +982,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
         out_ref[pl.ds(s, 1)] += buffers_ref[0].sum(axis=0, keepdims=True)
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
     num_blocks, block_tokens = x_ref.shape[0] * blocks_per_seq, buffers_ref.shape[1]
 
@@ -1031,7 +1061,7 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
 #
 # - `pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=3, ...)`: the first three arguments of the
 #   call are in SMEM before the kernel starts, so its scalar core can compute addresses from them;
-# - `grid=(num_seqs,)`: the kernel runs once a sequence, `pl.program_id(0)` says which;
+# - `grid=(num_seqs,)`: the kernel runs once per sequence, `pl.program_id(0)` says which;
 # - `in_specs`: queries come by a `BlockSpec` with a shape, one sequence a step, by the automatic
 #   pipeline; the cache has none, only `memory_space=hbm_memory_space(interpret)`: it stays where it
 #   is, and the kernel gets a reference to all of it;
@@ -1046,6 +1076,17 @@ def fixed(x_ref, out_ref, buffers_ref, sems, *, blocks_per_seq):
 # block of two copies, of 8 and of 5 rows; one wait for 13. Keys 13 to 15 of the buffer are stale.
 #
 # **Teaches:** a whole kernel with DMAs of its own, and its launch.
+
+# %%
+pictures.strips(
+    [("pages in HBM", "0 1 2 3 4 5 6 7 | 8 9 10 11 12 - - -"),
+     ("block in VMEM", "*0 *1 *2 *3 *4 *5 *6 *7 *8 *9 *10 *11 *12 - - -"),
+     ("the mask", "1 1 1 1 1 1 1 1 1 1 1 1 1 - - -")],
+    "One block of 16 tokens: two copies, of eight and of five rows, and one wait for 13 tokens. "
+    "Rows 13 to 15 are stale and the mask hides them.",
+    arrows=[((0, 3), (1, 3)), ((0, 10), (1, 10))],
+    legend={"*": "arrived: one wait for 13", "-": "stale, hidden by the mask"},
+)  # fmt: skip
 
 # %%
 attend, new_state, output_of = earlier("attend", "new_state", "output_of")
@@ -1119,7 +1160,7 @@ def fold_heads(queries, num_kv_heads):
 
 
 def start_pages(cache_ref, page_indices_ref, entry, num_tokens, buffer_ref, sem):
-    """Start the copies of the first num_tokens tokens of a block, one a page.
+    """Start the copies of the first num_tokens tokens of a block, one per page.
 
     Their pages stand in the table from `entry` on. cache_ref: HBM [num_pages, page_size, rows,
     packing, lanes]; page_indices_ref: SMEM i32[num_seqs * pages_per_seq]; buffer_ref: VMEM
@@ -1233,6 +1274,16 @@ def paged_decode(
 # %% tags=["check"]
 rpa.check("5.6", paged_decode)
 
+# %% [markdown]
+# SmolLM2 with *your* attention in one layer of thirty, because the interpreter is slow. Your kernel
+# decodes, so rung 3 reads the prompts; `behind_store` stores the new token before your function is
+# called.
+
+# %%
+from rpa.models.speak import behind_store, speak
+
+speak(behind_store(paged_decode), own_layers=1, own_prompt=False)
+
 # %% [markdown] tags=["explanation"]
 # Compare it with 4.7: `attend` is the same, letter by letter. What has changed is who brings the
 # keys. The grid knows sequences only, because how many blocks a sequence has is a number in SMEM,
@@ -1285,7 +1336,7 @@ rpa.check("5.6", paged_decode)
 #         wait_tokens(num_keys, buffer_ref, sem)
 # write
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         wait_tokens(num_keys, buffer_ref, sem)
 # write
@@ -1343,6 +1394,15 @@ rpa.check("5.6", paged_decode)
 # who starts none.
 
 # %%
+pictures.lanes(
+    {"copies": [(0, 2, "(0, 0) into 0"), (2, 2, "(0, 1) into 1"), (4, 2, "(2, 0) into 0")],
+     "compute": [(2, 2, "(0, 0)"), (4, 2, "(0, 1)"), (6, 2, "(2, 0)")]},
+    "Blocks (0, 0), (0, 1) and (2, 0): while the last block of sequence 0 is computed, the first "
+    "block of sequence 2 is copied. Idle sequence 1 has none.",
+    title="(sequence, block): the idle sequence 1 is passed over",
+)  # fmt: skip
+
+# %%
 attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(
     "attend_heads", "choose_block", "fold_heads", "start_pages", "wait_tokens"
 )
@@ -1350,8 +1410,8 @@ new_state, output_of = earlier("new_state", "output_of")
 
 # %% [markdown] tags=["hint"]
 # In iteration n the kernel starts block n + 1 and waits for block n. So every block is started one
-# iteration early, except the very first: nobody came before it. And after the last block of all
-# there is nothing to start.
+# iteration early, except the very first, which has no iteration before it. And after the last block
+# of all there is nothing to start.
 
 # %% [markdown] tags=["hint"]
 # `jnp.cumsum(x) - x` sums up what comes before each entry. `jax.lax.cummin(x, reverse=True)` takes,
@@ -1435,7 +1495,7 @@ def prefetching_kernel(
 
         @pl.when(n == 0)
         def _():
-            start(s, b)  # nobody else could have started the first block of all
+            start(s, b)  # the first block of all has no iteration before it
 
         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
         num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
@@ -1493,7 +1553,7 @@ rpa.check("5.7", prefetched_decode)
 # **list of work** can be printed, and tested on the host; chapter 7 makes a whole kernel for any
 # batch from it, and changes nothing else.
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         @pl.when(n == 0)
 # write
@@ -1539,3 +1599,191 @@ rpa.check("5.7", prefetched_decode)
 #     return jnp.cumsum(num_blocks) - num_blocks, next_live.astype(jnp.int32)
 # write
 #     return jnp.cumsum(num_blocks), next_live.astype(jnp.int32)
+
+
+# %% [markdown]
+# ## Exercise 5.8: One semaphore for all
+#
+# A kernel that people use in production gives one DMA semaphore to the K of a block, to its V, and
+# to the K and V of the next block. It has served for months. Here is its skeleton: a row sum of K
+# stands for the scores, and while block n is computed, block n + 1 is on its way.
+
+
+# %%
+def shipped(k_ref, v_ref, out_ref, k_buffers_ref, v_buffers_ref, sems, *, num_blocks):
+    block_tokens = k_buffers_ref.shape[1]
+
+    def copies(n):
+        rows, b = pl.ds(n * block_tokens, block_tokens), n % 2
+        k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, 0])
+        v_copy = pltpu.make_async_copy(v_ref.at[rows], v_buffers_ref.at[b], sems.at[0, 0])
+        return k_copy, v_copy
+
+    def start(n):
+        for copy in copies(n):
+            copy.start()
+
+    out_ref[...] = jnp.zeros_like(out_ref)
+    start(0)
+
+    @pl.loop(0, num_blocks)
+    def _(n):
+        @pl.when(n + 1 < num_blocks)
+        def _():
+            start(n + 1)
+
+        k_copy, v_copy = copies(n)
+        k_copy.wait()
+        weights = k_buffers_ref[n % 2].sum(axis=1, keepdims=True)
+        v_copy.wait()
+        out_ref[...] += (weights * v_buffers_ref[n % 2]).sum(axis=0, keepdims=True)
+
+
+# %% [markdown]
+# Write `fixed`: the same kernel without its race. `sems` has room for four semaphores, `sems.at[0,
+# 0]` to `sems.at[1, 1]`. The overlap has to stay: the scores are computed while V may still be on
+# its way.
+#
+# By hand, in time: K0, V0, K1 and V1 are on their way, 4 KiB each, and the first wait asks for 4
+# KiB. *Which* 4 KiB may have arrived?
+#
+# **Teaches:** a semaphore counts bytes and not copies; what may share one, and what may not.
+
+# %%
+pictures.lanes(
+    {"K": [(0, 2, "K0"), (4, 2, "K1")], "V": [(0, 3, "V0"), (4, 3, "V1")],
+     "compute": [(3, 1, "scores"), (4, 2, "out"), (7, 1, "scores"), (8, 2, "out")]},
+    "Copies of K0 and V0 run together, then those of K1 and V1, while block 0 is computed. With "
+    "one semaphore the wait for V0 may be satisfied by the bytes of K1.",
+    title="Four copies, one counter: which of them has arrived?",
+)  # fmt: skip
+
+# %% [markdown] tags=["hint"]
+# Write down the pairs of copies that can be under way at the same time. If a wait for one of them
+# must not be let through by the other, the two need different semaphores.
+
+# %% [markdown] tags=["hint"]
+# K and V of one block could share one if *both* were waited for before anything is read; here the
+# scores are computed between the two waits. Block n and block n + 1 are always under way together.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[..., ...])
+# v_copy = pltpu.make_async_copy(v_ref.at[rows], v_buffers_ref.at[b], sems.at[..., ...])
+# ```
+
+
+# %% tags=["exercise"]
+def fixed(k_ref, v_ref, out_ref, k_buffers_ref, v_buffers_ref, sems, *, num_blocks):
+    """The values added up, each with the sum of its key's lanes as its weight.
+
+    k_ref, v_ref: HBM f32[num_tokens, 128]; out_ref: VMEM f32[1, 128]; k_buffers_ref,
+    v_buffers_ref: VMEM f32[2, block_tokens, 128]; sems: DMA semaphores [2, 2].
+    """
+    ### BEGIN SOLUTION
+    block_tokens = k_buffers_ref.shape[1]
+
+    def copies(n):
+        rows, b = pl.ds(n * block_tokens, block_tokens), n % 2
+        k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, b])
+        v_copy = pltpu.make_async_copy(v_ref.at[rows], v_buffers_ref.at[b], sems.at[1, b])
+        return k_copy, v_copy
+
+    def start(n):
+        for copy in copies(n):
+            copy.start()
+
+    out_ref[...] = jnp.zeros_like(out_ref)
+    start(0)
+
+    @pl.loop(0, num_blocks)
+    def _(n):
+        @pl.when(n + 1 < num_blocks)
+        def _():
+            start(n + 1)
+
+        k_copy, v_copy = copies(n)
+        k_copy.wait()
+        weights = k_buffers_ref[n % 2].sum(axis=1, keepdims=True)
+        v_copy.wait()
+        out_ref[...] += (weights * v_buffers_ref[n % 2]).sum(axis=0, keepdims=True)
+
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("5.8", fixed)
+
+# %% [markdown] tags=["explanation"]
+# One semaphore for each copy that can be under way: K or V, buffer 0 or 1. With one for all, the
+# first wait is let through by any 4 KiB that have arrived, say those of V0, and the scores are made
+# of what lay in the buffer before. Mostly K0 was started first and arrives first, so mostly the
+# numbers are right: a test on the machine passes, a server gives a wrong token once a day, and it
+# does so under load. A kernel with fewer semaphores is possible: one for each *buffer*, if both
+# waits come before the first read. Then a wait for K may be let through by V, and the second wait
+# cannot be, because it needs the bytes of both.
+
+
+# %% tags=["wrong"] refused="any of them may be the one"
+# instead of
+#     k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, b])
+# write
+#     k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, 0])
+# instead of
+#     v_copy = pltpu.make_async_copy(v_ref.at[rows], v_buffers_ref.at[b], sems.at[1, b])
+# write
+#     v_copy = pltpu.make_async_copy(v_ref.at[rows], v_buffers_ref.at[b], sems.at[0, 0])
+
+# %% tags=["wrong"] refused="starts the copy k[0:8] -> k_buffers[0] on sems[0, 0]"
+# instead of
+#     k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, b])
+# write
+#     k_copy = pltpu.make_async_copy(k_ref.at[rows], k_buffers_ref.at[b], sems.at[0, 0])
+
+# %% tags=["wrong"] refused="a wait() is missing"
+# instead of
+#     v_copy.wait()
+# write
+#     pass
+
+# %% tags=["wrong"] refused="the wait() comes too late"
+# instead of
+#     k_copy.wait()
+# write
+#     pass
+# instead of
+#     v_copy.wait()
+# write
+#     v_copy.wait(), k_copy.wait()
+
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
+# instead of
+#     @pl.when(n + 1 < num_blocks)
+# write
+#     @pl.when(n + 1 <= num_blocks)
+# instead of
+#     rows, b = pl.ds(n * block_tokens, block_tokens), n % 2
+# write
+#     rows, b = pl.ds(n % num_blocks * block_tokens, block_tokens), n % 2
+
+# %% tags=["wrong"] refused="copies and computes by turns"
+# instead of
+#     start(0)
+# write
+#     pass
+# instead of
+#     @pl.when(n + 1 < num_blocks)
+# write
+#     @pl.when(n < num_blocks)
+# instead of
+#     start(n + 1)
+# write
+#     start(n)
+# instead of
+#     k_copy.wait()
+# write
+#     k_copy.wait(), v_copy.wait()
+# instead of
+#     v_copy.wait()
+# write
+#     pass

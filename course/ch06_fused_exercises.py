@@ -29,6 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import rpa
 from rpa.compat import hbm_memory_space, keep_in_hbm
+from rpa.figures import exercises as pictures
+from rpa.figures.fused import blocks_and_pages
 from rpa.interpreter import choose_interpret
 from rpa.paging import cdiv, pack_kv
 from rpa.yours import earlier
@@ -43,9 +45,9 @@ from rpa.yours import earlier
 #
 # Write `moved_bytes(q_lens, kv_lens, token_bytes)`: how many bytes of K and V are read from HBM or
 # written to it, by the separate way and by the fused one, as two integers. A token is `token_bytes`
-# of K and V; a sequence with `q_len` 0 is idle, nobody reads it.
+# of K and V; a sequence with `q_len` 0 is idle and is not read.
 #
-# By hand: one decode, 3 tokens cached, 10 bytes a token. Separate: the store reads 1 token and
+# By hand: one decode, 3 tokens cached, 10 bytes per token. Separate: the store reads 1 token and
 # writes it, attention reads 4: 60 bytes. Fused: 3 cached and 1 new are read, 1 is written: 50.
 #
 # **Teaches:** fusing saves one of the three trips of a *new* token, and nothing of a cached one.
@@ -96,8 +98,8 @@ for kind, q_len, kv_len in [("decode", 1, 4096), ("chunk", 512, 4096), ("fresh p
 # A cached token is read once, whichever way. A new token is read by the store, written, and read
 # back by attention; fused, it is read and written. So a decode saves one token of thousands, and a
 # fresh prompt a third of everything. For a decode the bytes are not the reason to fuse: the reason
-# is the order. Separate, attention cannot begin before the last token is stored; fused, nobody
-# waits for a store at all, because it runs beside the computation.
+# is the order. Separate, attention cannot begin before the last token is stored; fused,
+# nothing waits for a store, because it runs during the computation.
 
 
 # %% tags=["wrong"] refused="it counts the new ones, too"
@@ -155,6 +157,9 @@ def moved_bytes(q_lens, kv_lens, token_bytes):
 #
 # **Teaches:** one position, divided twice: by the block for the computation, by the page for
 # memory.
+
+# %%
+blocks_and_pages(10, 1, [5, 2, 7], page_size=4, block_tokens=8)
 
 # %% [markdown] tags=["hint"]
 # Everything follows from the position in the sequence, and the positions of the new tokens are
@@ -241,6 +246,15 @@ def token_addresses(kv_len, q_len, pages, page_size, block_tokens):
 #
 # **Teaches:** a block is cut twice, at `kv_len - q_len` and at `kv_len`; attention does not see
 # where a token came from.
+
+# %%
+pictures.strips(
+    [("from_pages", "0 1 - -"), ("new_kv from start", "_ _ +2"), ("the block", "0 1 +2 0")],
+    "A block of four rows: rows 0 and 1 come from pages, row 2 from new_kv, row 3 is zero although "
+    "stale memory stood there.",
+    arrows=[((1, 2), (2, 2))],
+    legend={"": "cached; zero", "+": "new", "-": "stale, may be NaN"},
+)
 
 # %% [markdown] tags=["hint"]
 # Give each row of the block its position in the sequence. The position decides where the row comes
@@ -333,7 +347,7 @@ def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
 # The block is merged, and its new tokens have to go to their pages. A DMA copies rows that are
 # neighbours, so the kernel needs one copy for each page that a new token of this block lies on.
 # Write `write_back(kv_len, q_len, block, pages, page_size, block_tokens)`: a list of tuples
-# `(buffer_row, page, page_row, num_tokens)`, in the order of the tokens, one a page: `num_tokens`
+# `(buffer_row, page, page_row, num_tokens)`, in the order of the tokens, one per page: `num_tokens`
 # rows of the buffer from `buffer_row` on go to page `page` of the cache, from `page_row` on.
 #
 # By hand: `kv_len = 6`, `q_len = 3`, pages `[5, 2]` of 4 tokens, one block of 8. The new tokens
@@ -344,6 +358,9 @@ def merge_block(from_pages, new_kv, start, q_len, kv_len, block):
 #
 # **Teaches:** exactly the new rows are written. One row more and a neighbour's token, or your own
 # cached one, is gone.
+
+# %%
+blocks_and_pages(6, 3, [5, 2], page_size=4, block_tokens=8)
 
 # %% [markdown] tags=["hint"]
 # The new tokens of the block are rows `num_cached` up to `num_valid`, two numbers that are clipped
@@ -487,6 +504,15 @@ def write_back(kv_len, q_len, block, pages, page_size, block_tokens):
 # **Teaches:** reading a buffer twice is harmless, filling it is not: which is the wait that a
 # write-back needs, and when at the latest.
 
+# %%
+pictures.lanes(
+    {"load": [(0, 2, "0 into 0"), (2, 2, "1 into 1"), (5, 2, "2 into 0")],
+     "add": [(2, 2, "0"), (5, 2, "1"), (7, 2, "2")],
+     "store": [(2, 3, "0 from 0"), (5, 2, "1 from 1"), (7, 2, "2 from 0")]},
+    "Three blocks, two buffers: block 2 is loaded into buffer 0 only when the write-back of block "
+    "0 from that buffer has ended.",
+)  # fmt: skip
+
 # %% [markdown] tags=["hint"]
 # Before block b + 1 can be loaded, its buffer must be free. Who used that buffer last? Block b - 1,
 # and its write-back may still be reading it.
@@ -569,12 +595,12 @@ rpa.check("6.5", write_back_kernel)
 # last moment for it is just before `load(b + 1)` starts. Between its start and this wait lies the
 # whole computation of block b - 1 and the beginning of block b: that is the time in which the
 # write-back is free. Adding a block while it is written back is no race, since both only read the
-# buffer. Inside the loop the last store is never waited for, because nobody fills its buffer again;
-# so it is waited for at the end, or the kernel returns a cache in which the last page may still be
-# the old one.
+# buffer. Inside the loop the last store is never waited for, because its buffer is never filled
+# again; so it is waited for at the end, or the kernel returns a cache in which the last page may
+# still be the old one.
 
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 def write_back_kernel(
     page_indices_ref,
     new_ref,
@@ -739,7 +765,7 @@ def write_back_kernel(
     store(num_blocks - 1).wait()
 
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 def write_back_kernel(
     page_indices_ref,
     new_ref,
@@ -936,6 +962,9 @@ def write_back_kernel(
 # rows, one write-back of two rows to the third page.
 #
 # **Teaches:** a cache that is updated in place, while it is read.
+
+# %%
+blocks_and_pages(10, 2, [5, 2, 7], page_size=4, block_tokens=8)
 
 # %%
 attend_heads, choose_block, fold_heads, start_pages, wait_tokens = earlier(
@@ -1185,6 +1214,16 @@ def fused_attention(
 # %% tags=["check"]
 rpa.check("6.6", fused_attention)
 
+# %% [markdown]
+# SmolLM2 with *your* attention in one layer of thirty, because the interpreter is slow. The prompts
+# are longer than the 8 new tokens that your kernel takes, so rung 3 reads them. From there on your
+# kernel also *writes* the cache: were one token stored in a wrong place, the next words would tell.
+
+# %%
+from rpa.models.speak import speak
+
+speak(jax.jit(fused_attention, static_argnames="sm_scale"), own_layers=1, own_prompt=False)
+
 # %% [markdown] tags=["explanation"]
 # No row of the cache is read and written in one call: what lies before `first_new` comes from
 # pages, what lies behind is fetched from `new_ref` by every block of queries that sees it. So no
@@ -1206,7 +1245,7 @@ rpa.check("6.6", fused_attention)
 # write
 #             pass
 
-# %% tags=["wrong"] refused="starts a copy that nobody waits for"
+# %% tags=["wrong"] refused="starts a copy that is never waited for"
 # instead of
 #             wait_tokens(num_keys - own, buffer_ref, store_sem)  # before it is filled again
 # write
@@ -1242,7 +1281,7 @@ rpa.check("6.6", fused_attention)
 # write
 #             num_cached = num_keys
 
-# %% tags=["wrong"] refused="waits for a semaphore that nobody signals"
+# %% tags=["wrong"] refused="waits for a semaphore that no copy signals"
 # instead of
 #         @pl.when(own < num_keys)
 #         def _():

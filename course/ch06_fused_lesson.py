@@ -192,6 +192,40 @@ assert compiles(dma_layouts.tokens_first)
 # and write all eight back, and another sequence may be doing the same on its side. With the token
 # in front of the tile, one token or seven are the same kind of copy.
 #
+# And a *register* read of some rows in VMEM? There a row is in a tile again, of 16 in bfloat16,
+# and what is allowed differs from chip to chip. Eight rows, half a tile, from a row that is known
+# at run time only, out of a scratch buffer:
+
+# %%
+from rpa.lab.compile import vmem_slices
+
+show_source(vmem_slices._read)
+
+# %%
+RECORDED_CHIPS = {8: ["v5e", "v6e"], 16: ["v5e", "v6e", "tpu7x"]}  # by libtpu 0.0.52
+
+
+def chips_that_take(kernel, rows):
+    index, taken = jax.ShapeDtypeStruct((1,), jnp.int32), []
+    for chip in ("v5e", "v6e", "tpu7x"):
+        result = lab.compile_for(chip, kernel, index, kwargs={"interpret": False})
+        if result.error_kind in ("no libtpu", "unknown chip", "old libtpu"):
+            print(f"recorded, not run: {result.error}")
+            return RECORDED_CHIPS[rows]
+        taken += [chip] if result.ok else []
+    return taken
+
+
+# %%
+for kernel, rows in ((vmem_slices.eight_rows, 8), (vmem_slices.sixteen_rows, 16)):
+    print(f"{rows:2} rows from index * {rows} on: {', '.join(chips_that_take(kernel, rows))}")
+
+# %% [markdown]
+# v5e and v6e address half a tile, TPU7x does not: there the compiler asks for a proof that the
+# first row is a multiple of 16. A kernel that was written and tried on a v6e may not compile on the
+# next chip, and the interpreter knows nothing of it. So try all chips, which takes seconds, and cut
+# along dimensions in front of the tile: our token is one.
+#
 # Why K next to V, then? Attention needs both of every token, so together they are one copy where
 # apart they are two; and in bfloat16 the K and V of a head share 32-bit words, so that one load
 # brings both into registers. Every dimension has its reason:

@@ -15,8 +15,8 @@
 # Every exercise is a function to fill in and a check to run. A check starts with a case that you
 # can do by hand, stops at the first difference, and says what it recognises.
 #
-# **Time:** about 35 minutes for the first two, and an hour for 7.3, your own kernel; its check runs
-# it in the interpreter, which takes some seconds.
+# **Time:** about 35 minutes for the first two, an hour for 7.3, your own kernel, whose check runs
+# it in the interpreter and takes some seconds, and 15 minutes for a bug hunt.
 
 # %%
 from functools import partial
@@ -27,6 +27,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 import rpa
+from rpa.figures import exercises as pictures
+from rpa.figures.kernel import batch_walk
 from rpa.interpreter import choose_interpret
 from rpa.paging import cdiv, pack_kv
 from rpa.ragged import check_call
@@ -49,6 +51,14 @@ from rpa.yours import earlier
 #
 # **Teaches:** the effective KV length of a query block: this is where a kernel saves half of a
 # prefill.
+
+# %%
+pictures.mask_tiles(
+    [*range(4, 10)], 10, 4, 10, window=3,
+    words="Six queries at positions 4 to 9 in blocks of four, with a window of three keys. Block 0 "
+    "sees keys 2 to 7, block 1 keys 6 to 9.",
+    title="a window of 3: block 0 reads keys 2 to 7",
+)  # fmt: skip
 
 # %% [markdown] tags=["hint"]
 # Two queries decide. The first one of the block sees the earliest keys, the last one the latest.
@@ -157,6 +167,10 @@ def block_keys(kv_len, q_len, q_block, bq, sliding_window):
 # 7: one KV block. Query block 1 holds 8 and 9: two. The steps are (0, 0, 0), (0, 1, 0), (0, 1, 1).
 #
 # **Teaches:** a pipeline must never drain, and one idle slot can stop it for ever.
+
+# %%
+steps = [(0, 0, 0, "masked"), (0, 1, 0, "interior"), (0, 1, 1, "masked")]
+batch_walk(steps, [2], ["6 new of 10"], title="The three steps of the example")
 
 # %% [markdown] tags=["hint"]
 # Like an odometer: count up the last wheel; where it is full, set it to 0 and count up the one
@@ -332,7 +346,7 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
 # Its length has to be known when it is traced, so it has room for the most blocks that there can
 # be; those that do not exist have `kv_end` 0. Then `run_batch`, as in 6.6, and `ragged_attention`
 # with the signature of the ladder, which chooses `block_q`: a whole number of tokens, at most 128
-# rows with `group` heads a token, and 1 where all sequences decode.
+# rows with `group` heads per token, and 1 where all sequences decode.
 #
 # By hand: `q_lens = [1, 0, 6]`, `kv_lens = [29, 40, 34]`, blocks of 4 queries.
 #
@@ -348,6 +362,15 @@ def next_step(q_lens, kv_lens, bq, bkv, seq, q_block, kv_block):
 # you have one for all. That is what rung 8 does better.
 #
 # **Teaches:** any batch is a list of blocks of queries; the list is data, and the kernel stays.
+
+# %%
+pictures.strips(
+    [("sequence 0", "27 | +28"), ("block w", "_ *0"),
+     ("sequence 2", "27 | +28 +29 +30 +31 | +32 +33"), ("block w", "_ *1 *1 *1 *1 *2 *2")],
+    "Sequence 0 has one new token at position 28, sequence 2 six from 28 on. Blocks of four "
+    "queries: w = 0 is sequence 0, w = 1 the first four of sequence 2, w = 2 its last two.",
+    legend={"": "cached", "+": "new", "*": "its w"},
+)  # fmt: skip
 
 # %%
 choose_block, list_work, live_lengths, run_work = earlier(
@@ -414,7 +437,7 @@ def query_blocks(starts, q_lens, kv_lens, num_tokens, block_q):
 def run_batch(
     queries, keys, values, kv_cache, batch, sm_scale, *, block_q, block_tokens, interpret
 ):
-    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace anew."""
+    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace again."""
     ### BEGIN SOLUTION
     blocks = query_blocks(*live_lengths(batch, len(queries)), len(queries), block_q)
     work = list_work(*blocks, batch.pages_per_seq, block_tokens)
@@ -445,6 +468,15 @@ def ragged_attention(queries, keys, values, kv_cache, batch, *, sm_scale, block_
 
 # %% tags=["check"]
 rpa.check("7.3", ragged_attention)
+
+# %% [markdown]
+# SmolLM2 with *your* attention: this time your kernel reads the prompts, too. It attends in one
+# layer of thirty, because the interpreter is slow; on a TPU it could be all of them.
+
+# %%
+from rpa.models.speak import speak
+
+speak(jax.jit(ragged_attention, static_argnames="sm_scale"), own_layers=1, num_tokens=6)
 
 # %% [markdown] tags=["explanation"]
 # A kernel of some 250 lines, with all that went before it, that takes any ragged batch: yours. Each
@@ -502,3 +534,125 @@ rpa.check("7.3", ragged_attention)
 #     new_kv, pages = pack_kv(keys, values), jnp.asarray(batch.page_indices)
 # write
 #     new_kv, pages = pack_kv(values, keys), jnp.asarray(batch.page_indices)
+
+
+# %% [markdown]
+# ## Exercise 7.4: Right numbers, too many bytes
+#
+# Another list of work, for a kernel with a sliding window: a tuple `(seq, q_block, begin, end)` for
+# each block of queries, which reads keys `begin` to `end - 1` of its sequence. Every answer of the
+# kernel was right in its author's tests: prompts of 6 tokens, blocks of 4, a window as long as the
+# prompt. Two of its **three bugs** never show in an output, because the mask hides what they read.
+# The third one loses keys:
+
+
+# %%
+def broken(q_lens, kv_lens, block_q, window):
+    work = []
+    for seq, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        for q_block in range(q_len // block_q + 1):
+            first = kv_len - q_len + q_block * block_q
+            end = first + block_q
+            begin = max(end - window, 0)
+            work.append((seq, q_block, begin, end))
+    return work
+
+
+# %% [markdown]
+# Write `fixed`: a block for each `block_q` new tokens that exist, the keys that at least one of its
+# queries sees, and no others. A query sees `window` keys, its own among them.
+#
+# By hand: `q_lens = [4]`, `kv_lens = [9]`, blocks of 4, a window of 3. One block, queries at
+# positions 5 to 8. The first query sees keys 3 to 5, the last one 6 to 8: `[(0, 0, 3, 9)]`. The
+# list above says `(0, 0, 6, 9)` and `(0, 1, 10, 13)`.
+#
+# **Teaches:** an output says nothing about work that the mask hides. Count what is read.
+
+# %%
+pictures.mask_tiles(
+    [*range(5, 9)], 9, 4, 9, window=3,
+    words="Four queries at positions 5 to 8 with a window of three keys: keys 3 to 8 are seen.",
+    title="one block of queries: it reads keys 3 to 8",
+)  # fmt: skip
+
+# %% [markdown] tags=["hint"]
+# Take each line with one question. How many blocks has a sequence of 4 new tokens, of 6, of none?
+# Where does the last block end? Which query of a block sees the earliest key?
+
+# %% [markdown] tags=["hint"]
+# `cdiv(a, b)` rounds up, and is 0 for 0. `min(..., kv_len)` ends the last block. The first query
+# decides where the block begins, the last one where it ends.
+
+# %% [markdown] tags=["hint"]
+# ```python
+# for q_block in range(cdiv(...)):
+#     first = kv_len - q_len + q_block * block_q
+#     end = min(...)
+#     begin = max(first - ..., 0)
+# ```
+
+
+# %% tags=["exercise"]
+def fixed(q_lens, kv_lens, block_q, window):
+    """The work of a batch: list of (seq, q_block, begin, end), keys begin to end - 1."""
+    ### BEGIN SOLUTION
+    work = []
+    for seq, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        for q_block in range(cdiv(q_len, block_q)):
+            first = kv_len - q_len + q_block * block_q
+            end = min(first + block_q, kv_len)
+            begin = max(first - window + 1, 0)
+            work.append((seq, q_block, begin, end))
+    return work
+    ### END SOLUTION
+
+
+# %% tags=["check"]
+rpa.check("7.4", fixed)
+
+# %% [markdown]
+# What did the bugs cost? Keys that both lists read, for a step of a server:
+
+# %%
+step = [1] * 30 + [512, 0], [2000] * 30 + [2048, 900]
+for name, function in {"broken": broken, "fixed": fixed}.items():
+    read = sum(max(end - begin, 0) for *_, begin, end in function(*step, 128, 1024))
+    print(f"{name}: {read:,} keys")
+
+# %% [markdown] tags=["explanation"]
+# `q_len // block_q + 1` is right unless the blocks are full, and gives an idle slot a block; `end`
+# reached past the last token; and the window was measured from the last query, so the first one
+# lost `block_q - 1` keys. A window as long as the prompt hides the third bug, since `begin` is 0
+# then. The first two are what an output cannot show, and what `rpa lab traffic` does: its bytes
+# over the least are 1.00, or something is read that no query sees.
+
+
+# %% tags=["wrong"] refused="a full last block is followed by an empty one"
+# instead of
+#     for q_block in range(cdiv(q_len, block_q)):
+# write
+#     for q_block in range(q_len // block_q + 1):
+
+# %% tags=["wrong"] refused="the last block goes on behind the last token"
+# instead of
+#     end = min(first + block_q, kv_len)
+# write
+#     end = first + block_q
+
+# %% tags=["wrong"] refused="the window is measured from the last query of the block"
+# instead of
+#     begin = max(first - window + 1, 0)
+# write
+#     begin = max(end - window, 0)
+
+# %% tags=["wrong"] refused="a block of queries that is not full is left out"
+# instead of
+#     for q_block in range(cdiv(q_len, block_q)):
+# write
+#     for q_block in range(q_len // block_q):
+
+# %% tags=["wrong"] refused="the window is one key too long"
+# instead of
+#     begin = max(first - window + 1, 0)
+# write
+#     begin = max(first - window, 0)

@@ -40,7 +40,7 @@ import rpa
 # By hand, four queries from 8 on: with keys 0 to 3 interior, with keys 8 to 11 masked (the
 # diagonal), with keys 16 to 19 skip.
 #
-# **Teaches:** the corners of a rectangle decide; nobody has to look at a pair.
+# **Teaches:** the corners of a rectangle decide; single pairs need no look.
 # %%
 from rpa.figures import kernel as pictures
 
@@ -151,7 +151,7 @@ def tile_kind(q_position, bq_c, kv_position, bkv_c, sliding_window):
 # `distribution` = (i, j, k) says which kernel computes what: sequences [0, i) the decode kernel
 # (`q_len` at most 1), [i, j) the one for chunks (`q_len` at most `chunk_prefill_size`, for which it
 # was compiled), [j, k) the mixed one (anything). In chapter 3 you sorted a batch. Now the order is
-# given: the tokens lie in memory as they are, and nobody will move them.
+# given: the tokens lie in memory as they are, and they stay there.
 #
 # Write `find_distribution(q_lens, chunk_prefill_size)`: the i32[3] array that gives the decode
 # kernel as many sequences as it may have, and then the chunk kernel as many as it may have. With

@@ -36,9 +36,9 @@ from rpa.lab.schedule.recorded import recorded, recorded_step
 # ## Exercise 9.1: Name the bound
 #
 # A schedule gives you three numbers a unit can be judged by: how many `bundles` there are (one is
-# issued a cycle), how many slots of each unit they use, `slots[unit]`, and how many slots of it a
+# issued per cycle), how many slots of each unit they use, `slots[unit]`, and how many slots of it a
 # bundle has, `capacity[unit]`. The lab adds the cycles that HBM needs for the bytes of the same
-# work, `hbm_cycles`; copies run beside the computation.
+# work, `hbm_cycles`; copies run during the computation.
 #
 # Write `name_the_bound(bundles, slots, capacity, hbm_cycles)`. It returns two things:
 #
@@ -52,8 +52,8 @@ from rpa.lab.schedule.recorded import recorded, recorded_step
 # By hand: 10 bundles, 9 of 10 MATMUL slots, 12 of 40 VALU slots, HBM needs 4 cycles. MATMUL uses
 # 90 %: `("MATMUL", 10)`.
 #
-# **Teaches:** the bound is a part of what there is, not the largest count; and if nobody is full,
-# everybody waits.
+# **Teaches:** the bound is a part of what there is, not the largest count; and if no unit is full,
+# all of them wait.
 
 # %% [markdown] tags=["hint"]
 # Two questions, one after the other: is HBM slower than the bundles? If not, which unit is fullest,
@@ -101,11 +101,11 @@ for chip, hbm_cycles in {"v5e": 3836, "tpu7x": 1247}.items():
         print(f"{chip:6} {step:22} {one.bundles:6,} bundles: {cycles:6,} cycles, {bound}")
 
 # %% [markdown] tags=["explanation"]
-# HBM first, because it runs beside the bundles: the longer of the two is the time, and if that is
-# HBM, no unit matters, however full. Then parts, not counts: 28 VALU slots of 40 are 70 %, 9 MATMUL
-# slots of 10 are 90 %. And under 80 % it is nobody: the bundles are there, their slots are empty,
-# and what fills the time is one result waiting for another. A unit that is full wants less work; a
-# loop bound by latency wants *more*, independent, at the same time.
+# HBM first, because it runs at the same time as the bundles: the longer of the two is the time, and
+# if that is HBM, no unit matters, however full. Then parts, not counts: 28 VALU slots of 40 are 70
+# %, 9 MATMUL slots of 10 are 90 %. And under 80 % it is no unit: the bundles are there, their slots
+# are empty, and what fills the time is one result waiting for another. A unit that is full wants
+# less work; a loop bound by latency wants *more*, independent, at the same time.
 
 
 # %% tags=["wrong"] refused="the unit with the most slots is taken"
@@ -167,7 +167,7 @@ def name_the_bound(bundles, slots, capacity, hbm_cycles):
 # By hand: `stride = 8`, 32 banks, 8 rows. The rows are 0, 8, 16, ..., 56; their banks 0, 8, 16, 24,
 # 0, 8, 16, 24. Two in each bank: 2 loads.
 #
-# **Teaches:** why the KV buffer of rung 8 has one row a token more than it needs.
+# **Teaches:** why the KV buffer of rung 8 has one row per token more than it needs.
 
 # %%
 pictures.banks([1, 8, 9, 16])
@@ -199,7 +199,7 @@ def loads_per_register(stride, num_banks, rows):
 rpa.check("9.2", loads_per_register)
 
 # %% [markdown]
-# Is that what VMEM is like? Nobody publishes it. But the compiler knows, and its schedules say how
+# Is that what VMEM is like? It is not published. But the compiler knows, and its schedules say how
 # many loads it takes for a register. Compare, with 32 banks:
 
 # %%
@@ -212,8 +212,8 @@ for chip, by_stride in recorded("strides").items():
 # %% [markdown] tags=["explanation"]
 # The rows go round the banks in steps of `stride`. An odd step visits every bank before it comes
 # back, whatever power of two their number is, so any odd distance is safe on any chip; an even one
-# may be, as 12 is with 32 banks. That is why rung 8 takes `words | 1` rows a token: 8 KV heads in
-# bfloat16 need 8, and get 9. The row that nobody uses costs an eighth more VMEM and saves half of
+# may be, as 12 is with 32 banks. That is why rung 8 takes `words | 1` rows per token: 8 KV heads in
+# bfloat16 need 8, and get 9. The unused row costs an eighth more VMEM and saves half of
 # all loads. (On v6e and TPU7x a distance of 4 or 12 takes one load a register, too, but half as
 # many of them fit a cycle; odd ones are safe there as well.)
 
@@ -322,8 +322,8 @@ for num_ahead, bundles in enumerate(recorded("orders")):
 # does not find this order by itself, because the queue of the MXU is something that it may not
 # reorder: products are taken in the order of the program. One ahead hides most of the softmax
 # behind the next product; the second one hides most of what is left; after that the gain is a few
-# per cent, and with more rows a head (a prefill) every head that waits takes registers, and spills
-# eat the gain: rung 8 runs two ahead there, and seven in a decode (`tricks.MIXED_QK_AHEAD`,
+# per cent, and with more rows per head (a prefill) every head that waits takes registers, and
+# spills eat the gain: rung 8 runs two ahead there, and seven in a decode (`tricks.MIXED_QK_AHEAD`,
 # `tricks.DECODE_QK_AHEAD`; three ahead were 5 % slower in the mixed kernel of a TPU7x when they
 # were tried, see `docs/ablations.md`).
 
@@ -387,7 +387,7 @@ def attend(q_ref, kv_ref, out_ref, load):
 # %% [markdown]
 # ## Exercise 9.4: Several heads in one product
 #
-# A decode has 4 rows of queries for each KV head: too few to keep anybody busy. Put all heads into
+# A decode has 4 rows of queries for each KV head: too few to keep the MXU busy. Put all heads into
 # **one** product Q K^T and **one** product P V.
 #
 # Write `attend_heads(q, k, v)`:
@@ -461,11 +461,11 @@ for step in ("two heads ahead", "four heads a product"):
 # %% [markdown] tags=["explanation"]
 # Written as here, all keys and all values are weights (rung 8 turns some keys round, section 8 of
 # the lesson): that is MATPUSH, and it does not become more. The rows that go through them are few,
-# so zeros among them cost nothing that anybody waits for. What is won is the number of chains: two
+# so zeros among them cost no time. What is won is the number of chains: two
 # softmaxes in place of eight, each with 16 rows, that is two full registers a column block in place
 # of one half-empty one. Eight heads in one product are too many: one single chain, with nothing
 # that could overlap it. Off the diagonal the second product computes weights of one head times
-# values of another. Nobody looks at them, but they have to be finite: 0 times a stale NaN of
+# values of another. They are never read, but they have to be finite: 0 times a stale NaN of
 # another head would be NaN.
 
 

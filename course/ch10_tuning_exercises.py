@@ -31,9 +31,9 @@ from rpa.paging import cdiv
 #
 # | VMEM | bytes |
 # |---|---|
-# | KV block, twice | 4,096 a token of `bkv` |
-# | queries, and output, each twice | 8,192 a token of `bq` |
-# | state of the softmax | 49,152 a token of `bq` |
+# | KV block, twice | 4,096 per token of `bkv` |
+# | queries, and output, each twice | 8,192 per token of `bq` |
+# | state of the softmax | 49,152 per token of `bq` |
 # | scores and weights of a tile | 24 a pair of tokens, `bq * bkv` |
 #
 # | cycles | |
@@ -110,12 +110,13 @@ for mib in (3, 6, 12, 16, 24, 48, 96):
     print(f"{mib:3} MiB: (bq, bkv) = {choose_blocks(pairs, 512, 4096, mib * 2**20)}")
 
 # %% [markdown] tags=["explanation"]
-# Below about 10 MiB the chunk waits for HBM: with few query rows a block, K and V are read so often
-# that the bytes decide, and every MiB goes into `bq`. From 128 rows on the products take longer
-# than the bytes, and more VMEM buys only fewer ends of steps. It buys little, and a large `bkv`
-# loses again what it saves, because on the diagonal and at the end of the sequence whole blocks are
-# read and multiplied for a few tokens. Rung 8 comes to the same answer from the other side:
-# `blocks.default_block_sizes` starts with what is good, and `shrink_to_fit` halves until it fits.
+# Below about 10 MiB the chunk waits for HBM: with few query rows per block, K and V are read so
+# often that the bytes decide, and every MiB goes into `bq`. From 128 rows on the products take
+# longer than the bytes, and more VMEM buys only fewer ends of steps. It buys little, and a large
+# `bkv` loses again what it saves, because on the diagonal and at the end of the sequence whole
+# blocks are read and multiplied for a few tokens. Rung 8 comes to the same answer from the other
+# side: `blocks.default_block_sizes` starts with what is good, and `shrink_to_fit` halves until it
+# fits.
 
 
 # %% tags=["wrong"] refused="VMEM is not asked"
@@ -198,8 +199,8 @@ def choose_blocks(candidates, q_len, kv_len, vmem_budget_bytes):
 # utilisation, that is the part of the time, from the first copy to the end of the last computation,
 # in which HBM would have delivered all tokens at its peak.
 #
-# By hand: one sequence of 20 tokens, blocks of 10, 1 cycle a token, 5 a block. Copies end at 10 and
-# 20, computations at 15 and 25. 20 cycles of copying in 25: 0.8.
+# By hand: one sequence of 20 tokens, blocks of 10, 1 cycle per token, 5 per block. Copies end at 10
+# and 20, computations at 15 and 25. 20 cycles of copying in 25: 0.8.
 #
 # **Teaches:** where the last 20 % of the bandwidth go: the first copy, the last computation, and
 # blocks too short to compute behind.
@@ -252,8 +253,8 @@ def predict_mbu(kv_lens, block_tokens, copy_cycles, compute_cycles):
 rpa.check("10.2", predict_mbu)
 
 # %% [markdown]
-# Now put in numbers of real chips. HBM needs 7.49 cycles a token of Llama 3 8B on a v5e and 2.44 on
-# a TPU7x; a block of 1,024 tokens takes some 1,700 cycles on either (end of the lesson).
+# Now put in numbers of real chips. HBM needs 7.49 cycles per token of Llama 3 8B on a v5e and 2.44
+# on a TPU7x; a block of 1,024 tokens takes some 1,700 cycles on either (end of the lesson).
 
 # %%
 for name, kv_lens in {"128 of 4,096": [4096] * 128, "256 of 512": [512] * 256}.items():

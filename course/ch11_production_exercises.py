@@ -31,7 +31,7 @@ from rpa.paging import cdiv
 # %% [markdown]
 # ## Exercise 11.1: The lost tokens
 #
-# **Symptom.** Answers are right. A day later somebody asks a second question about the same long
+# **Symptom.** Answers are right. A day later a user asks a second question about the same long
 # document, the server finds its pages in the cache, reuses them, and talks nonsense.
 #
 # **Suspect.** Attention under a sliding window. Its new tokens are written back by the last query
@@ -95,7 +95,7 @@ print(f"{(after != kv).any((1, 2)).sum()} of {q_len} new tokens are not in the c
 # The last query block begins at a multiple of `bq`, at `q_len - bq` or later, so at
 # `window + bkv` or later, and its first key is at `bkv + 1` or later: block 0 is skipped with all
 # its new tokens. The first author thought "every query block sees all earlier keys", which is true
-# until somebody adds a window. Rung 8 stores each token with its *own* query block, which always
+# until a window is added. Rung 8 stores each token with its *own* query block, which always
 # runs (`transfers._start_store`, chapter 8): no other block's plans can change that.
 
 
@@ -148,15 +148,15 @@ show_source(wrong_kernels.trusting)
 # page_table)`, which returns two arrays:
 #
 # - the cache, f32[num_pages, page_size, 2], with `NaN` in every place that holds no *cached* token
-#   of a sequence: pages of nobody, tails, and the places that the new tokens will get (the kernel
-#   brings those itself);
+#   of a sequence: pages without an owner, tails, and the places that the new tokens will get (the
+#   kernel brings those itself);
 # - the page table, i32[num_seqs, pages_per_seq], with `GARBAGE` in every entry behind a sequence's
 #   live pages. Live are the first `ceil(kv_len / page_size)`, new tokens included.
 #
 # The arguments stay as they are. By hand: `q_len = 1`, `kv_len = 3`, pages of 4, row `[1, 0]`. Rows
 # 0 and 1 of page 1 stay, all else is NaN; the row becomes `[1, GARBAGE]`.
 #
-# **Teaches:** a test harness is a part of the kernel: what it does not poison, nobody has tested.
+# **Teaches:** a test harness is a part of the kernel: what it does not poison is not tested.
 
 # %%
 GARBAGE = 999_999  # no cache has so many pages
@@ -184,7 +184,7 @@ GARBAGE = 999_999  # no cache has so many pages
 
 # %% tags=["exercise"]
 def poison(kv_cache, q_lens, kv_lens, page_table):
-    """The same batch with NaN and GARBAGE wherever nobody may look: (kv_cache, page_table)."""
+    """The same batch with NaN and GARBAGE wherever no kernel may look: (kv_cache, page_table)."""
     ### BEGIN SOLUTION
     num_pages, page_size = kv_cache.shape[:2]
     kept = np.zeros((num_pages, page_size), bool)
@@ -230,7 +230,7 @@ def poison(kv_cache, q_lens, kv_lens, page_table):
     return np.where(kept[..., None], kv_cache, np.nan), np.where(live, page_table, GARBAGE)
 
 
-# %% tags=["wrong"] refused="only pages of nobody are poisoned"
+# %% tags=["wrong"] refused="only pages without an owner are poisoned"
 def poison(kv_cache, q_lens, kv_lens, page_table):
     page_size = kv_cache.shape[1]
     column = np.arange(page_table.shape[1])
@@ -334,7 +334,7 @@ for window in (None, 128):
 # %% [markdown] tags=["explanation"]
 # `kv_len - 1 + window` must reach 32,768, so `kv_len = 32,769 - window`; without a window, 32,769.
 # With a window it is the newest token that disappears first, and one key of 128 is hardly missed:
-# the answers get worse slowly, as the sequence grows, and nobody can say since when. Two honest
+# the answers get worse slowly, as the sequence grows, and it is hard to say since when. Two honest
 # ways out: compare in 32 bits, or subtract the block's position first and compare small numbers.
 # Rung 8 does the first, once for all heads. The test has a sequence of 33,500 tokens with a window
 # of 33,000.
@@ -466,7 +466,7 @@ def witness_numbers(kv_len, block_tokens):
 
 
 # %% [markdown]
-# ## Exercise 11.5: Somebody else's sink
+# ## Exercise 11.5: Another head's sink
 #
 # **Symptom.** A model with attention sinks (one number for each query head) scores two points less
 # than it should. Models without sinks are fine; and so is this one on eight chips, but not on one.
@@ -521,8 +521,8 @@ rpa.check("11.5", pad_groups)
 # Reshape first, pad then. The suspect is right wherever there is nothing to pad (group 1, 2, 4, 8)
 # and wherever there is one group; with eight chips each had one KV head, and the bug was gone. A
 # test that would have found it has groups of 3 or 5, more than one KV head, and a *different* sink
-# for each head: with equal sinks nobody sees who got whose. That is why the shapes in the traps'
-# test are 5/1, 3/3, 9/3 and 12/2.
+# for each head: with equal sinks no test sees which head got which. That is why the shapes in the
+# traps' test are 5/1, 3/3, 9/3 and 12/2.
 
 
 # %% tags=["wrong"] refused="that is the suspect's own bug"
@@ -612,7 +612,7 @@ rpa.check("11.6", quantize)
 
 # %% [markdown]
 # Use it as a server does: K and V of 40 tokens are quantised and stored, and attention gets the
-# scales. The same step with a bfloat16 cache beside it.
+# scales. The same step next to it with a bfloat16 cache.
 
 # %%
 rng = np.random.default_rng(6)
@@ -796,7 +796,7 @@ def find_problems(
 rpa.check("11.7", find_problems)
 
 # %% [markdown]
-# How long does it take for a server's step, 256 sequences with 256 pages each? Beside it the
+# How long does it take for a server's step, 256 sequences with 256 pages each? Next to it, the
 # package's own, which also looks for shared pages and answers in sentences:
 
 # %%
@@ -824,7 +824,7 @@ print(f"yours {yours:.2f} ms, rpa's {package:.2f} ms, on this machine's processo
 # %% [markdown] tags=["explanation"]
 # Half of the function is about what *not* to look at: unused slots, table entries behind the live
 # ones, idle slots. A validator that refuses legal batches is switched off within a week, and then
-# protects nobody. The early returns are needed because later rules index with what they check: a
+# protects no batch. The early returns are needed because later rules index with what they check: a
 # `k` beyond the arrays or a `cu_q_lens` that falls would raise an IndexError, or worse, not raise
 # it. `rpa.validation` does the same without the loop over sequences, and adds the ownership rule of
 # 3.6.

@@ -635,7 +635,7 @@ assert len(set(buckets.tolist())) < 10
 # For the projections around it a padding row costs what a real one costs. For this kernel it costs
 # a row of zeros: the walk of chapter 8 never comes there.
 #
-# **Takeaway.** Four small arrays, built once a step, read by every layer. Room for sequences,
+# **Takeaway.** Four small arrays, built once per step, read by every layer. Room for sequences,
 # buckets for tokens, garbage allowed in what is left over.
 
 # %% [markdown]

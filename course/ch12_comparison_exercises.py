@@ -31,7 +31,7 @@ from rpa.lab.bench import comparison
 # cases, as one number. Both arguments are f32[num_cases], microseconds.
 #
 # - Every case counts the same, whether it takes a microsecond or a second.
-# - Twice as fast in one case and half as fast in another is 1: nobody has won.
+# - Twice as fast in one case and half as fast in another is 1: neither has won.
 #
 # By hand: `times_us = [10, 40]`, `baseline_us = [20, 20]`. The ratios are 2 and 0.5, and the answer
 # is 1.
@@ -198,7 +198,7 @@ def call_time_us(once_us, twice_us, calls):
 # %% [markdown]
 # ## Exercise 12.3: Neighbours in one copy
 #
-# A kernel starts a copy for each page. If two pages of a sequence lie beside each other in the
+# A kernel starts a copy for each page. If two pages of a sequence lie next to each other in the
 # cache, one copy could bring both: the same bytes, fewer copies to issue. Rung 8 does so where all
 # pages of a block are neighbours (`rpa/kernel/page_table.py`); runs of any length are open.
 #
@@ -263,10 +263,10 @@ for name, pages in {"a new pool": np.arange(64), "a used pool": in_use}.items():
 # %% [markdown] tags=["explanation"]
 # One pass, and the only state is the last run. On the scalar core of a TPU it would not pay:
 # comparing page numbers takes longer than starting the copies. So rung 8 has it done before the
-# kernel and only asks, of a whole block: is this a run? With pages of 16 tokens, one KV head a chip
-# and a pool that keeps sequences together that saves a third of a decode's bundles, with one that
-# does not it costs a tenth (predicted, `docs/ablations.md`). At page 128 a copy is half a megabyte,
-# and it hardly matters. The gain depends on the allocator as much as on the kernel.
+# kernel and only asks, of a whole block: is this a run? With pages of 16 tokens, one KV head per
+# chip and a pool that keeps sequences together that saves a third of a decode's bundles, with one
+# that does not it costs a tenth (predicted, `docs/ablations.md`). At page 128 a copy is half a
+# megabyte, and it hardly matters. The gain depends on the allocator as much as on the kernel.
 
 
 # %% tags=["wrong"] refused="the pages are sorted first"
@@ -327,7 +327,7 @@ def page_runs(pages, most):
 # By hand: one row, `lse_a = log(3)`, `lse_b = 0`. Part a has a sum of 3, part b of 1. The output is
 # `(3 * output_a + 1 * output_b) / 4`, its lse `log(4)`.
 #
-# **Teaches:** attention can be cut anywhere along the keys; an output and one number a row are
+# **Teaches:** attention can be cut anywhere along the keys; an output and one number per row are
 # enough to put it together again.
 
 # %% [markdown] tags=["hint"]
@@ -336,7 +336,7 @@ def page_runs(pages, most):
 
 # %% [markdown] tags=["hint"]
 # `np.maximum(lse_a, lse_b)` is the larger of each row; `np.exp(lse_a - largest)` is at most 1.
-# `np.exp(-np.inf)` is 0. `weight[:, None]` stands beside `[rows, lanes]`.
+# `np.exp(-np.inf)` is 0. `weight[:, None]` stands next to `[rows, lanes]`.
 
 # %% [markdown] tags=["hint"]
 # ```python
@@ -386,7 +386,7 @@ assert np.allclose(merged, whole) and np.allclose(merged_lse, whole_lse)
 # It is the online softmax of chapter 4 with blocks as large as you like: there the running output
 # is kept undivided, here both parts are divided already, so each is multiplied by its sum again.
 # Subtracting the larger lse keeps both weights at most 1; an empty part has weight
-# `exp(-inf) = 0`. The same line serves whoever splits a long context over several chips.
+# `exp(-inf) = 0`. The same line serves a kernel that splits a long context over several chips.
 
 
 # %% tags=["wrong"] refused="both parts weigh the same"
@@ -496,9 +496,9 @@ leaderboard.enter(my_attention, "my first entry")
 # One query block instead of four: the sequence of the chunk is read once, and the table says how
 # many MB that saves in this step. The price is VMEM: with KV blocks of 1,024 it would not fit, so
 # they shrink to 512. Rung 8 does not choose this by itself, because a prefill waits for the matrix
-# units and not for the HBM: what the bytes save, the time does not. Whoever reads the shared prompt
-# once saves more, and gains where it counts: decodes do wait for the HBM. Nobody here has done that
-# yet.
+# units and not for the HBM: what the bytes save, the time does not. A kernel that reads the shared
+# prompt once saves more, and gains where it counts: decodes do wait for the HBM. That has not been
+# done here yet.
 
 
 # %% tags=["wrong"] refused="the scores are not scaled"
@@ -522,7 +522,7 @@ def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     return rpa.ref_ragged_paged_attention(queries, keys, values, kv_cache, *metadata, **options)
 
 
-# %% tags=["wrong"] refused="nobody can read them in the next step"
+# %% tags=["wrong"] refused="the next step cannot read them"
 def my_attention(queries, keys, values, kv_cache, batch, *, sm_scale, backend):
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     arrays = (queries, keys, values, kv_cache)

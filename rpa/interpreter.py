@@ -137,7 +137,7 @@ def deadlocks_raise():
 
 class _Impatient(threading.Condition):
     def wait(self, timeout=None):
-        raise RuntimeError("deadlock: the kernel waits for a semaphore that nobody signals")
+        raise RuntimeError("deadlock: the kernel waits for a semaphore that no copy signals")
 
 
 _INTERPRETER = "jax._src.pallas.mosaic.interpret"

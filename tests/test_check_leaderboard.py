@@ -34,6 +34,15 @@ def test_entries_are_kept_and_stand_in_the_table_by_their_bytes(file):
     assert first.split()[:3] == ["1", "mine", "60.0"]
 
 
+def test_an_entry_with_a_time_stands_between_the_recorded_times_of_its_chip():
+    recorded = {row["name"]: row["challenge_us"] for row in comparison.recorded()["rows"][6:10]}
+    assert list(recorded) == ["plain", "kernel", "yours", "v3"]
+    timed = ENTRY | {"chip": "v6e", "time_us": recorded["v3"]["v6e"] + 0.1}
+    names = [line[3:24].strip() for line in leaderboard.table([timed]).splitlines()[1:]]
+    in_order = ["8 kernel (recorded)", "v3 (recorded)", "mine", "7 plain (recorded)"]
+    assert names[:5] == [*in_order, "yours, after 7.3 (rec"]
+
+
 def test_a_file_that_cannot_be_read_is_said_and_begun_anew(file, capsys):
     file.write_text("[1, 2")
     assert leaderboard.read() == []

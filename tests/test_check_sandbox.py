@@ -93,7 +93,7 @@ def test_what_never_ends_is_stopped_and_the_next_kernel_runs():
 
 
 def test_a_deadlock_is_named_with_its_line():
-    with pytest.raises(KernelFault, match="that nobody signals") as fault:
+    with pytest.raises(KernelFault, match="that no copy signals") as fault:
         run(waits_for_nothing)
     line = waits_for_nothing.__code__.co_firstlineno + 1
     assert f"Line {line}, `pltpu.make_async_copy(x_ref, buffer_ref, sem).wait()`" in str(

@@ -15,7 +15,18 @@ from rpa import figures
 from rpa.chips import CHIPS, chip
 from rpa.figures import chips as chip_pictures
 from rpa.figures import comparison as race_pictures
-from rpa.figures import dense, fused, kernel, optimise, overview, paging, production, ragged, tiled
+from rpa.figures import (
+    dense,
+    exercises,
+    fused,
+    kernel,
+    optimise,
+    overview,
+    paging,
+    production,
+    ragged,
+    tiled,
+)
 from rpa.figures.roofline import under_roof
 from rpa.figures.style import CYCLE, MIN_FONT_POINTS
 from rpa.lab.bench.comparison import recorded
@@ -102,6 +113,23 @@ EXAMPLES = {
     "banks": lambda: optimise.banks([1, 8, 9, 16]),
     "block_diagonal": optimise.block_diagonal,
     "two_lanes": lambda: optimise.two_lanes([(0, 2), (2, 4)], [(2, 5), (5, 8)]),
+    "strips": lambda: exercises.strips(
+        [("page 7", "0 1 | +2 -"), ("block", "_ *1 #2")],
+        "Page 7 holds two cached tokens and a new one, which goes into the block.",
+        arrows=[((0, 1), (1, 1))],
+    ),
+    "mask_tiles": lambda: exercises.mask_tiles(
+        [*range(4, 10)],
+        10,
+        4,
+        4,
+        window=3,
+        words="Six queries from position 4 on, ten keys, a window of three keys.",
+    ),
+    "lanes": lambda: exercises.lanes(
+        {"copy": [(0, 2, "0")], "add": [(2, 1, "0")]},
+        "A copy of block 0 in the lane of copies, then its sum in the other lane.",
+    ),
     "waste_figure": lambda: ragged.waste_figure(
         [("query rows", "padded", 9, 16), ("query rows", "ragged", 9, 9)]
     ),

@@ -19,6 +19,7 @@ from rpa.__main__ import main
 from rpa.lab import programs
 from rpa.lab.compile import words, worker
 from rpa.lab.compile.compiler import file_hash
+from rpa.lab.compile.vmem_slices import eight_rows, sixteen_rows
 from rpa.shapes import MODELS
 from tests import lab_programs
 
@@ -208,3 +209,17 @@ def test_programs_name_functions_that_exist_and_take_these_arguments(name, model
     module, function = program.function.split(":")
     signature = inspect.signature(getattr(importlib.import_module(module), function))
     signature.bind(*program.args, **program.kwargs)
+
+
+@pytest.mark.parametrize(("kernel", "rows"), [(eight_rows, 8), (sixteen_rows, 16)])
+def test_rows_of_a_buffer_are_read_from_where_the_index_says(kernel, rows):
+    first = kernel(jnp.array([3]))[:, 0]
+    assert first.tolist() == [*range(3 * rows, 4 * rows)]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("chip", "compiles"), [("v6e", True), ("tpu7x", False)])
+def test_half_a_tile_of_bfloat16_is_refused_on_one_chip_only(chip, compiles):
+    index = jax.ShapeDtypeStruct((1,), jnp.int32)
+    result = lab.compile_for(chip, eight_rows, index, kwargs={"interpret": False})
+    assert result.ok == compiles and (compiles or "multiple of 16" in result.error)

@@ -1,7 +1,10 @@
 """The player and the trace hold what was recorded, and need nothing else."""
 
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -101,4 +104,125 @@ def test_the_command_line_writes_both(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "start" in done.stdout and data_of(page.read_text())["steps"]
-    assert json.loads(trace.read_text())["traceEvents"]
+    check_format(json.loads(trace.read_text()))
+
+
+# --- In a browser, and in the program that opens traces ------------------------------------------
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium is installed here")
+
+PRESS = """<script>
+const player = document.querySelector(".rpa-player"), said = [];
+for (const key of %s) {
+  player.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  said.push({
+    now: player.querySelector(".now").textContent,
+    cells: [...player.querySelectorAll(".cells")].map(row => row.textContent),
+    here: player.querySelector(".here")?.textContent ?? "",
+    sems: player.querySelector(".sems").textContent,
+  });
+}
+const result = document.createElement("pre"); result.id = "said";
+result.textContent = JSON.stringify(said); document.body.append(result);
+</script></body>"""
+
+
+def in_browser(page, folder, *more):
+    """What a headless browser prints of a page; its profile is in a folder of the test."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,700"]
+    command += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}", *more]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+def after_keys(timeline, keys, folder):
+    """What the player shows after each of these keys."""
+    page = folder / "player.html"
+    text = player(timeline, double).text.replace("</body>", PRESS % json.dumps(keys))
+    page.write_text(text, encoding="utf-8")
+    dom = in_browser(page, folder, "--dump-dom")
+    return json.loads(re.search(r'<pre id="said">(.*?)</pre>', dom, re.S)[1].replace("&gt;", ">")
+                      .replace("&lt;", "<").replace("&amp;", "&"))  # fmt: skip
+
+
+@needs_browser
+def test_keys_step_forwards_and_backwards_in_a_real_browser(timeline, tmp_path):
+    keys = [
+        "Home",
+        "ArrowRight",
+        "ArrowRight",
+        "ArrowLeft",
+        "End",
+        "ArrowRight",
+        "Home",
+        "ArrowLeft",
+    ]
+    seen = after_keys(timeline, keys, tmp_path)
+    last = len(data_of(player(timeline, double).text)["steps"])
+    assert [int(step["now"].split(".")[0]) for step in seen] == [1, 2, 3, 2, last, last, 1, 1]
+    first, second, third = seen[:3]
+    assert first["cells"] == [">" * 8, "?" * 8]  # on its way, and never written
+    assert second["cells"] == [">" * 8, ">" * 8] and "sems[1] 4,096" in second["sems"]
+    assert third["cells"] == ["=" * 8, ">" * 8] and "sems[0] 0" in third["sems"]
+    assert "copy(0).start()" in first["here"] and "copy(n).wait()" in third["here"]
+    assert seen[3] == second and seen[6] == first  # a step back undoes a step
+
+
+@needs_browser
+def test_a_real_browser_draws_the_player(timeline, tmp_path):
+    import matplotlib.image
+
+    page, shot = player(timeline, double).save(tmp_path / "player.html"), tmp_path / "player.png"
+    in_browser(page, tmp_path, f"--screenshot={shot}")
+    pixels = matplotlib.image.imread(shot)[..., :3]
+    near = lambda color: abs(pixels - [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]) < 0.02  # noqa: E731
+    for color in ("#F0E442", "#56B4E9", "#0072B2", "#E69F00"):
+        assert near(color).all(axis=-1).sum() > 500, color
+
+
+def test_the_trace_is_what_the_format_asks_for(timeline):
+    check_format(chrome_trace(timeline, "v5e"))
+
+
+def check_format(trace):
+    """The documented Trace Event Format, and what its readers need: spans of a track that nest."""
+    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    tracks = {}
+    for event in trace["traceEvents"]:
+        assert {"name", "ph", "pid", "tid"} <= set(event) and event["ph"] in "XM"
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name")
+            assert isinstance(event["args"]["name"], str)
+        else:
+            assert isinstance(event["ts"], float) and isinstance(event["dur"], float)
+            assert event["ts"] >= 0 and event["dur"] >= 0
+            tracks.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    for spans in tracks.values():
+        for (_, end), (begin, _) in zip(sorted(spans), sorted(spans)[1:], strict=False):
+            assert begin >= end - 1e-9
+
+
+def trace_processor():
+    """The program of the package `perfetto`, which it downloads at its first use, or why not."""
+    if importlib.util.find_spec("perfetto") is None:
+        pytest.skip("the package perfetto is not installed")
+    where = os.environ.get("TRACE_PROCESSOR") or shutil.which("trace_processor_shell")
+    if where is None:
+        pytest.skip("no trace_processor_shell here: perfetto would download it")
+    return where
+
+
+def test_perfetto_reads_the_trace(timeline, tmp_path):
+    where = trace_processor()
+    from perfetto.trace_processor import TraceProcessor, TraceProcessorConfig
+
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(chrome_trace(timeline, "v5e")), encoding="utf-8")
+    with TraceProcessor(trace=str(path), config=TraceProcessorConfig(bin_path=where)) as found:
+        rows = found.query("select name from slice where name like '%-> buffers%'")
+        assert len(list(rows)) == 3

@@ -18,32 +18,36 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 def ladder_table() -> str:
-    """One line per rung: its file and code lines, what it changes, its bytes, its lesson."""
+    """One line per rung, and one for the learner's kernel: file, lines, bytes, time, lesson."""
     from rpa.lab.bench import comparison
     from rpa.ladder import LADDER
 
     found = comparison.recorded()
     rows = {row["name"]: row for row in found["rows"]}
+    chips = ("v5e", "tpu7x")
     lines = [
-        "| rung | file | code lines | what changes | bytes / least | lesson |",
-        "|---:|---|---:|---|---:|---|",
+        "| rung | file | code lines | what changes | bytes / least | v5e, us | TPU7x, us | lesson "
+        "|",
+        "|---:|---|---:|---|---:|---:|---:|---|",
     ]
-    for rung in LADDER:
-        row, where = rows[rung.name], comparison.RACERS[rung.name].code
-        file = f"rpa/{where}"
-        (lesson,) = (ROOT / "notebooks").glob(f"{rung.number:02d}_*.ipynb")
-        link = f"[{rung.number}](notebooks/{lesson.name})"
+    shown = [(rung.number, rung.name, rung.changes) for rung in LADDER]
+    shown.append((YOURS[0], "yours", YOURS[1]))
+    for number, name, changes in shown:
+        row, where = rows[name], comparison.RACERS[name].code
+        lesson_number = 7 if name == "yours" else number
+        (lesson,) = (ROOT / "notebooks").glob(f"{lesson_number:02d}_*.ipynb")
+        times = [f"{row['time_us'][c]:,.0f}" if c in row["time_us"] else "-" for c in chips]
         cells = (
-            *(
-                rung.number,
-                f"[{file}]({file})",
-                f"{comparison.lines_of_code(where):,}",
-                rung.changes,
-            ),
-            *(f"{row['num_bytes'] / found['least_bytes']:.2f}", link),
+            *(number, f"[rpa/{where}](rpa/{where})", f"{comparison.lines_of_code(where):,}"),
+            *(changes, f"{row['num_bytes'] / found['least_bytes']:.2f}", *times),
+            f"[{lesson_number}](notebooks/{lesson.name})",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+YOURS = ("yours", "what you write in chapters 4 to 7, in one file that grows: any mix")
+"""What the ladder calls the learner's kernel; its file here is that of the reference solutions."""
 
 
 def replace_part(text: str, name: str, part: str) -> str:
@@ -72,7 +76,7 @@ def _ladder():
     from rpa.lab.bench import comparison
     from rpa.ladder import LADDER
 
-    found, rungs = comparison.recorded(), [rung.name for rung in LADDER]
+    found, rungs = comparison.recorded(), [*(rung.name for rung in LADDER), "yours"]
     # Without the peers: next to them belongs at which blocks they are, which `lab gain` says.
     return pictures.ladder(found | {"rows": [r for r in found["rows"] if r["name"] in rungs]})
 

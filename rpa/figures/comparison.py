@@ -30,15 +30,16 @@ us. The least: 1.2 us.
     names = [row["title"] for row in rows]
     ratios = [row["num_bytes"] / found["least_bytes"] for row in rows]
     times_us = [row["time_us"].get(chip) for row in rows]
+    colors = [COLORS["orange" if name == "yours" else "blue"] for name in names]
     with style():
         fig = new_figure(9.6, 1.5 + 0.36 * len(rows))
         left, right = fig.subplots(1, 2, sharey=True)
-        _draw_bars(left, ratios, [f"{ratio:.2f}" for ratio in ratios])
+        _draw_bars(left, ratios, [f"{ratio:.2f}" for ratio in ratios], colors)
         left.axvline(1, color="black", ls=":", lw=1.5)
         left.set_xlabel("bytes over the least (counted)")
         left.set_yticks(range(len(rows)), names)
         left.invert_yaxis()
-        _draw_bars(right, times_us, [f"{us:,.0f}" if us else "" for us in times_us])
+        _draw_bars(right, times_us, [f"{us:,.0f}" if us else "" for us in times_us], colors)
         for y, (row, us) in enumerate(zip(rows, times_us, strict=True)):
             if us is None:
                 words = f"no schedule read: above {hbm_us(row['num_bytes'], chip):,.0f}"
@@ -55,11 +56,11 @@ us. The least: 1.2 us.
     return alt(fig, _words(title, found, chip))
 
 
-def _draw_bars(axes, values, words):
+def _draw_bars(axes, values, words, colors):
     most = max(value for value in values if value is not None)
     for y, (value, text) in enumerate(zip(values, words, strict=True)):
         if value is not None:
-            axes.barh(y, value, height=0.62, color=COLORS["blue"])
+            axes.barh(y, value, height=0.62, color=colors[y])
             axes.text(value + 0.015 * most, y, text, va="center")
     axes.set_xlim(0, 1.15 * most)
     axes.grid(axis="y", visible=False)

@@ -155,7 +155,7 @@ def fold_heads(queries, num_kv_heads):
 
 
 def start_pages(cache_ref, page_indices_ref, entry, num_tokens, buffer_ref, sem):
-    """Start the copies of the first num_tokens tokens of a block, one a page.
+    """Start the copies of the first num_tokens tokens of a block, one per page.
 
     Their pages stand in the table from `entry` on. cache_ref: HBM [num_pages, page_size, rows,
     packing, lanes]; page_indices_ref: SMEM i32[num_seqs * pages_per_seq]; buffer_ref: VMEM
@@ -300,7 +300,7 @@ def prefetching_kernel(
 
         @pl.when(n == 0)
         def _():
-            start(s, b)  # nobody else could have started the first block of all
+            start(s, b)  # the first block of all has no iteration before it
 
         start(jnp.where(last, next_live_ref[s], s), jnp.where(last, 0, b + 1))
         num_keys = jnp.minimum(kv_len - b * block_tokens, block_tokens)
@@ -558,7 +558,7 @@ def query_blocks(starts, q_lens, kv_lens, num_tokens, block_q):
 def run_batch(
     queries, keys, values, kv_cache, batch, sm_scale, *, block_q, block_tokens, interpret
 ):
-    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace anew."""
+    """Any ragged batch in one call of the kernel; `interpret` only makes jit trace again."""
     blocks = query_blocks(*live_lengths(batch, len(queries)), len(queries), block_q)
     work = list_work(*blocks, batch.pages_per_seq, block_tokens)
     sizes = (keys.shape[1], block_q, block_tokens)

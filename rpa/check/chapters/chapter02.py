@@ -531,7 +531,7 @@ def _copies_backwards(book, name):
     return [(target, source) for source, target in _append_token(book, name)]
 
 
-@append_token.mistake("the last page is copied at every token, though nobody else lists it")
+@append_token.mistake("the last page is copied at every token, though no other sequence lists it")
 def _copies_own_page(book, name):
     pages, copies = book.pages[name], []
     if book.kv_len[name] % book.page_size == 0:
@@ -654,7 +654,7 @@ def _case(title, kv_len, spoil, pages=(5, 2, 0, 7), dtype="float32", rows=4, pac
 
 
 _case("four full pages, six q heads on two KV heads", 16, spoil="nowhere")
-_case("an old token of somebody else after the last one", 9, spoil="nowhere")
+_case("an old token of another sequence after the last one", 9, spoil="nowhere")
 _case("keys that are NaN after the last token", 7, spoil="keys")
 _case("keys and values that are NaN after the last token", 7, spoil="everywhere")
 _case("NaN after the last token, which fills its page", 8, spoil="everywhere")

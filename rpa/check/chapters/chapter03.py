@@ -634,7 +634,7 @@ ragged_attention.case(
     **_attention_arguments([1, 3, 4], [9, 7, 4], [[7, 2, 4], [0, 3], [6]], num_tokens=9),
 )
 ragged_attention.case(
-    "an idle slot, full pages, and NaN wherever nobody may look",
+    "an idle slot, full pages, and NaN wherever no sequence may look",
     **_attention_arguments(
         [1, 0, 4, 3], [8, 5, 12, 3], [[9, 1], [3, 8], [2, 7, 4], [5]], num_tokens=9, free=np.nan
     ),
@@ -868,7 +868,7 @@ def _counts_sequences(kv_lens, cu_q_lens, page_table, page_size):
 
 
 @shared_writes.mistake(
-    "every place of a page that somebody writes is reported; only the writer's place is"
+    "every place of a page that is written is reported; only the writer's place is"
 )
 def _reports_readers(kv_lens, cu_q_lens, page_table, page_size):
     shared = _shared(cdiv(kv_lens, page_size), page_table)
@@ -895,3 +895,83 @@ def _rounds_up(kv_lens, cu_q_lens, page_table, page_size):
 def _idle_writes(kv_lens, cu_q_lens, page_table, page_size):
     first = (kv_lens - np.diff(cu_q_lens)) // page_size
     return _from(first, page_table) & _shared(cdiv(kv_lens, page_size), page_table)
+
+
+# 3.7 swapped pages --------------------------------------------------------------------------------
+
+
+def _kinds(kv_len, q_len, page_size):
+    """For each live page: whether all of it is cached, and whether nothing of it is."""
+    first = np.arange(cdiv(kv_len, page_size)) * page_size
+    return first + page_size <= kv_len - q_len, first >= kv_len - q_len
+
+
+def _pairs(*kinds):
+    """Pairs of pages that are both of one of these kinds, and the diagonal."""
+    found = np.eye(len(kinds[0]), dtype=bool)
+    for kind in kinds:
+        found |= np.outer(kind, kind)
+    return found
+
+
+def _harmless_swaps(kv_len, q_len, page_size):
+    return _pairs(*_kinds(kv_len, q_len, page_size))
+
+
+swaps = Exercise("3.7", _harmless_swaps, axes=("page", "page"), convert=np.array)
+swaps.case("two cached pages, and one that is cached in part", kv_len=11, q_len=2, page_size=4)
+swaps.case("a chunk that begins on a fresh page", kv_len=15, q_len=7, page_size=4)
+swaps.case("a chunk that begins in the middle of a page", kv_len=21, q_len=15, page_size=4)
+swaps.case("a decode that fills its page", kv_len=12, q_len=1, page_size=4)
+swaps.case("a decode on a fresh page", kv_len=13, q_len=1, page_size=4)
+swaps.case("a fresh prompt", kv_len=10, q_len=10, page_size=4)
+
+
+@swaps.mistake(
+    "the order of the cached pages is taken to matter; a softmax over keys knows no order, and "
+    "each key was rotated by its position before it was stored"
+)
+def _all_harmful(kv_len, q_len, page_size):
+    return np.eye(cdiv(kv_len, page_size), dtype=bool)
+
+
+@swaps.mistake(
+    "pages that the new tokens fill count as cached ones: exchanged with a cached page, they are "
+    "stored over its tokens"
+)
+def _full_is_cached(kv_len, q_len, page_size):
+    return _pairs((np.arange(cdiv(kv_len, page_size)) + 1) * page_size <= kv_len)
+
+
+@swaps.mistake(
+    "two pages without a cached token are left out: stored and read through the same table, they "
+    "are another allocation"
+)
+def _new_left_out(kv_len, q_len, page_size):
+    return _pairs(_kinds(kv_len, q_len, page_size)[0])
+
+
+@swaps.mistake(
+    "a page that is cached in part counts as cached: exchanged with a full one, its free rows are "
+    "read and its new tokens are stored over old ones"
+)
+def _part_is_cached(kv_len, q_len, page_size):
+    _, new = _kinds(kv_len, q_len, page_size)
+    return _pairs(~new, new)
+
+
+@swaps.mistake("a page that is cached in part counts as new: its cached tokens are lost")
+def _part_is_new(kv_len, q_len, page_size):
+    cached, _ = _kinds(kv_len, q_len, page_size)
+    return _pairs(cached, ~cached)
+
+
+@swaps.mistake("a cached page and a page of new tokens may be exchanged, which they may not")
+def _all_pure(kv_len, q_len, page_size):
+    cached, new = _kinds(kv_len, q_len, page_size)
+    return _pairs(cached | new)
+
+
+@swaps.mistake("the diagonal is False: a page exchanged with itself changes nothing")
+def _no_diagonal(kv_len, q_len, page_size):
+    return _harmless_swaps(kv_len, q_len, page_size) & ~np.eye(cdiv(kv_len, page_size), dtype=bool)

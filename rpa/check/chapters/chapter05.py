@@ -3,7 +3,14 @@
 import numpy as np
 
 from rpa.check.chapters import assembly
-from rpa.check.chapters.launchers import run_chunks, run_copy, run_pages, run_sequences, run_tokens
+from rpa.check.chapters.launchers import (
+    run_chunks,
+    run_copy,
+    run_pages,
+    run_sequences,
+    run_tokens,
+    run_weighted,
+)
 from rpa.check.errors import WrongResult
 from rpa.check.exercise import Exercise
 from rpa.check.sandbox import faults
@@ -58,8 +65,7 @@ def judge_tokens(timeline, cache, page_indices, kv_len):
     if copied > kv_len * cache[0, 0].nbytes:
         lines = [
             f"{copied // cache[0, 0].nbytes} rows are copied, and there are {kv_len} tokens.",
-            "What lies behind them is not yours: whoever reads it reads what the page's last owner "
-            "left.",
+            "What lies behind them is not yours: a read brings what the page's last owner left.",
         ]
         return faults.explain(TOO_MUCH, lines)
     return judge_together(timeline)
@@ -103,7 +109,7 @@ def _not_doubled(x):
 
 @copy.mistake(
     "nothing is copied back, or what comes back was never filled (source and target swapped?): "
-    "memory that nobody wrote is NaN here"
+    "memory that was never written is NaN here"
 )
 def _not_copied_back(x):
     return np.full(x.shape, np.nan, np.float32)
@@ -493,3 +499,46 @@ prefetched_decode = _decode_exercise(
     (faults.NOBODY_SIGNALS, faults.TWO_COPIES, NO_OVERLAP, NO_BOUNDARY),
     (block_order,),
 )
+
+
+# 5.8 one semaphore for all ------------------------------------------------------------------------
+
+
+def _weighted(k, v, block_tokens):
+    k, v = np.asarray(k), np.asarray(v)
+    return (k.sum(axis=1, keepdims=True) * v).sum(axis=0, keepdims=True)
+
+
+weighted = dma_exercise(
+    "5.8",
+    _weighted,
+    run_weighted,
+    judge=judge_overlap,
+    axes=("row", "lane"),
+    tolerance=1e-4,
+    faults=(
+        faults.DOUBTFUL,
+        faults.READ_TOO_EARLY,
+        faults.WAIT_TOO_LATE,
+        faults.LEFTOVER,
+        NO_OVERLAP,
+    ),
+)
+weighted.case("one block", k=normal(8, 128), v=normal(8, 128), block_tokens=8)
+weighted.case("two blocks", k=normal(16, 128), v=normal(16, 128), block_tokens=8)
+weighted.case("five blocks", k=normal(40, 128), v=normal(40, 128), block_tokens=8)
+
+
+@weighted.mistake("keys and values are swapped")
+def _values_weigh(k, v, block_tokens):
+    return _weighted(v, k, block_tokens)
+
+
+@weighted.mistake("only the last block is left: out_ref is added to, not written")
+def _only_the_last_block(k, v, block_tokens):
+    return _weighted(k[-block_tokens:], v[-block_tokens:], block_tokens)
+
+
+@weighted.mistake("the values are added up without their weights")
+def _no_weights(k, v, block_tokens):
+    return np.asarray(v).sum(axis=0, keepdims=True)

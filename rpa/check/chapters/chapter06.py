@@ -82,7 +82,7 @@ def _fused_reads_twice(q_lens, kv_lens, token_bytes):
     return _sums(q_lens, kv_lens, token_bytes, lambda q, kv: kv + 2 * q, lambda q, kv: kv + 2 * q)
 
 
-@moved.mistake("an idle slot (q_len 0) is counted: nobody asks, so nothing is read")
+@moved.mistake("an idle slot (q_len 0) is counted: it has no query, so nothing is read")
 def _idle_counted(q_lens, kv_lens, token_bytes):
     q, kv = int(q_lens.sum()), int(kv_lens.sum())
     return (kv + 2 * q) * token_bytes, (kv + q) * token_bytes
@@ -694,7 +694,7 @@ RAGGED_MISTAKES = {
             start + p - max(first_new, p // block_tokens * block_tokens)
         )
     },
-    "the new tokens are read from their pages, too early: nobody has written them there yet": {
+    "the new tokens are read from their pages, too early: they are not written there yet": {
         "new_row": lambda start, p, first_new, block_tokens: -1
     },
     "the causal mask is missing: a new token sees those after it": {

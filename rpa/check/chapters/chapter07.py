@@ -225,7 +225,7 @@ def _wrong_step(words, **screws):
 
 _wrong_step(
     "an idle slot (q_len 0) is visited: it has no query block, and the kernel would wait for a "
-    "copy that nobody starts",
+    "copy that is never started",
     most_idle=0,
 )
 _wrong_step("only one idle slot is passed over; there may be several in a row", most_idle=1)
@@ -251,8 +251,8 @@ _wrong_step(
     "so a later block's keys, which it does not see, are fetched",
     end=lambda q_len, kv_len, bq, q_block: kv_len - q_len + min((q_block + 2) * bq, q_len),
 )
-_wrong_step("the KV blocks are not begun anew with a new query block", keeps_kv=True)
-_wrong_step("the query blocks are not begun anew with a new sequence", keeps_q=True)
+_wrong_step("the KV blocks do not begin at 0 with a new query block", keeps_kv=True)
+_wrong_step("the query blocks do not begin at 0 with a new sequence", keeps_q=True)
 _wrong_step(
     "the sequence ends with the KV blocks of one query block: there may be more query blocks",
     num_q=lambda q_len, bq: 1,
@@ -411,3 +411,72 @@ for _title, _lengths in {
     )
 for _words, _options in RAGGED_MISTAKES.items():
     ragged_attention.mistake(_words)(wrong_ragged(_options))
+
+
+# 7.4 right numbers, too many bytes ----------------------------------------------------------------
+
+
+def _work_list(q_lens, kv_lens, block_q, window, *, num_blocks=cdiv, end_of=min, begin_of=None):
+    """(seq, q_block, begin, end) of every block of queries; by its options, of a wrong list."""
+    begin_of = begin_of or (lambda first, end, window: first - window + 1)
+    work = []
+    for seq, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        for q_block in range(num_blocks(q_len, block_q)):
+            first = kv_len - q_len + q_block * block_q
+            end = end_of(first + block_q, kv_len)
+            work.append((seq, q_block, max(begin_of(first, end, window), 0), end))
+    return work
+
+
+def _is_list(function, *arguments):
+    """The learner's list of tuples of integers."""
+    work = function(*arguments)
+    if not isinstance(work, list) or not all(len(entry) == 4 for entry in work):
+        raise WrongResult("expected a list of tuples (seq, q_block, begin, end)")
+    return [tuple(int(number) for number in entry) for entry in work]
+
+
+work_list = Exercise("7.4", _work_list, convert=np.array, drive=_is_list)
+for title, q_lens, kv_lens, block_q, window in [
+    ("the author's test: a prompt of 6", [6], [6], 4, 100),
+    ("by hand: one full block", [4], [9], 4, 3),
+    ("a block that is not full", [6], [6], 4, 2),
+    ("a decode, an idle slot, a chunk", [1, 0, 5], [20, 7, 12], 4, 3),
+    ("blocks of one query", [1, 1], [5, 9], 1, 4),
+]:
+    work_list.case(title, q_lens=q_lens, kv_lens=kv_lens, block_q=block_q, window=window)
+
+
+def _wrong_list(words, **options):
+    def wrong(*arguments):
+        return _work_list(*arguments, **options)
+
+    work_list.mistake(words)(wrong)
+
+
+_EXTRA = {"num_blocks": lambda q_len, block_q: q_len // block_q + 1}
+_BEHIND = {"end_of": lambda end, kv_len: end}
+_LAST = {"begin_of": lambda first, end, window: end - window}
+_wrong_list(
+    "a full last block is followed by an empty one, and an idle slot has one, too", **_EXTRA
+)
+_wrong_list("the last block goes on behind the last token of its sequence", **_BEHIND)
+_wrong_list(
+    "the window is measured from the last query of the block: the first query sees earlier keys",
+    **_LAST,
+)
+_wrong_list("two bugs are left: one block too many, and an end behind the last token",
+            **_EXTRA, **_BEHIND)  # fmt: skip
+_wrong_list("two bugs are left: one block too many, and the window of the last query",
+            **_EXTRA, **_LAST)  # fmt: skip
+_wrong_list("two bugs are left: an end behind the last token, and the window of the last query",
+            **_BEHIND, **_LAST)  # fmt: skip
+_wrong_list("it is the list of the author, with all three bugs", **_EXTRA, **_BEHIND, **_LAST)
+_wrong_list(
+    "a block of queries that is not full is left out",
+    num_blocks=lambda q_len, block_q: q_len // block_q,
+)
+_wrong_list(
+    "the window is one key too long: it counts the query's own key",
+    begin_of=lambda first, end, window: first - window,
+)

@@ -53,7 +53,7 @@ name_the_bound = Exercise(
 name_the_bound.case("ten bundles", **_listing(10, 4, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("more slots, less full", **_listing(10, 4, MATMUL=(9, 1), VALU=(28, 4)))
 name_the_bound.case("two are full", **_listing(20, 4, MATMUL=(17, 1), VALU=(76, 4)))
-name_the_bound.case("nobody is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
+name_the_bound.case("no unit is busy", **_listing(10, 4, MATMUL=(5, 1), VALU=(12, 4)))
 name_the_bound.case("busy, and waiting for HBM", **_listing(10, 12, MATMUL=(9, 1), VALU=(12, 4)))
 name_the_bound.case("idle, and waiting for HBM", **_listing(10, 11, MATMUL=(2, 1), VALU=(8, 4)))
 name_the_bound.case(
@@ -75,7 +75,7 @@ def _most_slots(bundles, slots, capacity, hbm_cycles):
 
 
 @name_the_bound.mistake(
-    "the fullest unit is named however idle it is: under 80 % nobody is full, and what takes the "
+    "the fullest unit is named however idle it is: under 80 % no unit is full, and what takes the "
     "time is waiting for results: latency"
 )
 def _never_latency(bundles, slots, capacity, hbm_cycles):
@@ -94,6 +94,29 @@ def _without_hbm(bundles, slots, capacity, hbm_cycles):
 )
 def _added(bundles, slots, capacity, hbm_cycles):
     return _name_the_bound(bundles, slots, capacity, hbm_cycles)[0], bundles + hbm_cycles
+
+
+@name_the_bound.mistake(
+    "where HBM binds, HBM and bundles are added: the copies run while the block before is computed"
+)
+def _added_where_hbm_binds(bundles, slots, capacity, hbm_cycles):
+    bound, cycles = _name_the_bound(bundles, slots, capacity, hbm_cycles)
+    return bound, cycles + bundles * (bound == "HBM")
+
+
+@name_the_bound.mistake("where HBM binds, the bundles are the time: it takes the HBM's cycles")
+def _bundles_where_hbm_binds(bundles, slots, capacity, hbm_cycles):
+    return _name_the_bound(bundles, slots, capacity, hbm_cycles)[0], bundles
+
+
+@name_the_bound.mistake(
+    "slots are divided by bundles alone: a bundle has more than one slot of some units, and that "
+    "is what `capacity` says"
+)
+def _without_capacity(bundles, slots, capacity, hbm_cycles):
+    if hbm_cycles > bundles:
+        return "HBM", hbm_cycles
+    return _fullest(_shares(bundles, slots, dict.fromkeys(slots, 1))), bundles
 
 
 @name_the_bound.mistake(
@@ -263,7 +286,7 @@ def _weights(q, kv, head):
 def _heads(num_tokens, chip, num_heads=8):
     q = 0.1 * RNG.standard_normal((1, num_heads, 4, 128))
     kv = RNG.standard_normal((1, num_tokens, num_heads | 1, 2, 128))
-    kv[:, :, num_heads:] = np.nan  # nobody may read what only keeps the distance
+    kv[:, :, num_heads:] = np.nan  # no kernel may read what only keeps the distance
     return {"q": q.astype(jnp.bfloat16), "kv": kv.astype(jnp.bfloat16), "chip": chip}
 
 
@@ -442,6 +465,50 @@ def _first_rows(q, k, v):
 @two_products.mistake("the columns of all heads are added: each head wants its own only")
 def _all_columns(q, k, v):
     return _blocks(q, k, v).sum(axis=2)
+
+
+@two_products.mistake("the mean of all columns is taken: each head wants its own only")
+def _mean_of_columns(q, k, v):
+    return _blocks(q, k, v).mean(axis=2)
+
+
+def _side_by_side(x):
+    """What `x.reshape(tokens, heads * lanes)` makes of [heads, tokens, lanes], by heads again."""
+    heads, tokens, lanes = x.shape
+    return np.asarray(x).reshape(tokens, heads, lanes).swapaxes(0, 1)
+
+
+@two_products.mistake(
+    "the keys are reshaped, not laid side by side: reshape keeps the order of the numbers, and the "
+    "head comes first in k, so a row of it holds several tokens of one head"
+)
+def _keys_reshaped(q, k, v):
+    return _stacked(q, _side_by_side(k), v)
+
+
+@two_products.mistake(
+    "the values are reshaped, not laid side by side: reshape keeps the order of the numbers, and "
+    "the head comes first in v, so a row of it holds several tokens of one head"
+)
+def _values_reshaped(q, k, v):
+    return _stacked(q, k, _side_by_side(v))
+
+
+@two_products.mistake(
+    "keys and values are reshaped, not laid side by side: the head comes first in both, so a row "
+    "holds several tokens of one head"
+)
+def _both_reshaped(q, k, v):
+    return _stacked(q, _side_by_side(k), _side_by_side(v))
+
+
+@two_products.mistake(
+    "the rows of the result are taken for [rows, heads]: row h * rows + r is row r of head h"
+)
+def _rows_before_heads(q, k, v):
+    heads, rows, lanes = np.shape(q)
+    blocks = _blocks(q, k, v).reshape(rows, heads, heads, lanes)
+    return np.stack([blocks[:, h, h] for h in range(heads)])
 
 
 @two_products.mistake("weights are powers of e (exp); rung 8 and this exercise take powers of 2")

@@ -14,15 +14,19 @@ TOKEN_BYTES, ROW_BYTES, STATE_BYTES, SCORE_BYTES = 4096, 8192, 49_152, 24
 BYTES_A_CYCLE, PAIRS_A_CYCLE, STEP_CYCLES = 500, 8, 300
 
 
-def _vmem(bq, bkv, buffers=2, with_state=True, with_scores=True):
-    kv, q_and_o = buffers * TOKEN_BYTES * bkv, buffers * 2 * ROW_BYTES * bq
+def _vmem(bq, bkv, buffers=2, with_state=True, with_scores=True, q_buffers=None):
+    kv, q_and_o = buffers * TOKEN_BYTES * bkv, (q_buffers or 2 * buffers) * ROW_BYTES * bq
     return kv + q_and_o + with_state * STATE_BYTES * bq + with_scores * SCORE_BYTES * bq * bkv
 
 
 def _steps(q_len, kv_len, bq, bkv, causal=True):
     """KV blocks that the query blocks visit, all together."""
-    ends = [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
-    return sum(cdiv(end if causal else kv_len, bkv) for end in ends)
+    return sum(cdiv(end if causal else kv_len, bkv) for end in _ends(q_len, kv_len, bq))
+
+
+def _ends(q_len, kv_len, bq):
+    """Where each query block ends, in positions of its sequence."""
+    return [kv_len - q_len + min(end, q_len) for end in range(bq, q_len + bq, bq)]
 
 
 def _cycles(q_len, kv_len, bq, bkv, **options):
@@ -73,6 +77,7 @@ choose_blocks.case("a short chunk", **_job(48, 1000, 12))
 choose_blocks.case("a fresh prompt", **_job(1024, 1024, 40))
 choose_blocks.case("a long context", **_job(256, 16384, 6))
 choose_blocks.case("a chunk that is no whole number of blocks", **_job(300, 1000, 16))
+choose_blocks.case("a chunk of one block", **_job(16, 1500, 12))
 choose_blocks.case("a budget that is just enough", **_job(128, 1024, 15.5, [(128, 512), (16, 128)]))
 choose_blocks.case("two that are alike", **_job(16, 128, 64, [(32, 128), (16, 128)]))
 
@@ -98,6 +103,11 @@ def _one_buffer(candidates, q_len, kv_len, vmem_budget_bytes):
     return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, buffers=1)
 
 
+@choose_blocks.mistake("queries and output are counted once: each of the two has two buffers")
+def _queries_or_output(candidates, q_len, kv_len, vmem_budget_bytes):
+    return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, q_buffers=2)
+
+
 @choose_blocks.mistake("the state of the softmax takes no VMEM: it is 48 KiB a query token")
 def _no_state(candidates, q_len, kv_len, vmem_budget_bytes):
     return _choose_with(candidates, q_len, kv_len, vmem_budget_bytes, with_state=False)
@@ -121,7 +131,7 @@ def _largest(candidates, q_len, kv_len, vmem_budget_bytes):
 
 @choose_blocks.mistake(
     "every query block reads up to kv_len: the early ones of a chunk end sooner, and large KV "
-    "blocks then fetch and compute what nobody sees"
+    "blocks then fetch and compute what no query sees"
 )
 def _not_causal(candidates, q_len, kv_len, vmem_budget_bytes):
     cost = lambda bq, bkv: _cycles(q_len, kv_len, bq, bkv, causal=False)  # noqa: E731
@@ -172,6 +182,32 @@ _wrong_time(
 _wrong_time(
     "the cached tokens are forgotten: a query block ends at kv_len - q_len + min(end, q_len)",
     lambda _, q_len, kv_len, bq, bkv: _time(_steps(q_len, q_len, bq, bkv), q_len, bq, bkv),
+)
+_wrong_time(
+    "blocks are counted by rounding down: a KV block that is begun is a step, too",
+    lambda _, q_len, kv_len, bq, bkv: _time(
+        sum(end // bkv for end in _ends(q_len, kv_len, bq)), q_len, bq, bkv
+    ),
+)
+_wrong_time(
+    "HBM moves the tokens that are seen: every step reads a whole KV block",
+    lambda steps, q_len, kv_len, bq, bkv: _time(
+        steps, q_len, bq, bkv, sum(_ends(q_len, kv_len, bq))
+    ),
+)
+_wrong_time(
+    "queries or output are left out of the bytes: both cross the HBM once",
+    lambda steps, q_len, kv_len, bq, bkv: _time(steps, q_len / 2, bq, bkv),
+)
+_wrong_time(
+    "the last query block goes on behind q_len: it ends at kv_len - q_len + min(end, q_len)",
+    lambda _, q_len, kv_len, bq, bkv: _time(
+        sum(cdiv(kv_len - q_len + end, bkv) for end in range(bq, q_len + bq, bq)), q_len, bq, bkv
+    ),
+)
+_wrong_time(
+    "the steps of one query block are counted: each of them visits its KV blocks",
+    lambda _, q_len, kv_len, bq, bkv: _time(cdiv(kv_len, bkv), q_len, bq, bkv),
 )
 
 
@@ -248,7 +284,7 @@ def _no_overlap(kv_lens, block_tokens, copy_cycles, compute_cycles):
 
 
 @predict_mbu.mistake(
-    "the longer of all copies and all computations is taken: nobody can compute before the first "
+    "the longer of all copies and all computations is taken: no block is computed before the first "
     "block is there, and the last one is computed when all copies are done"
 )
 def _roofline(kv_lens, block_tokens, copy_cycles, compute_cycles):
@@ -331,6 +367,31 @@ _wrong_mbu(
     "the fraction is upside down: MBU is at most 1",
     lambda copying, time, tokens, copy_cycles, compute_cycles: time / copying,
 )
+
+
+_wrong_mbu(
+    "it is a percentage; asked is a part between 0 and 1",
+    lambda copying, time, tokens, copy_cycles, compute_cycles: 100 * copying / time,
+)
+_wrong_mbu(
+    "a block is computed as soon as it has arrived: the one before it has to be computed first",
+    lambda copying, time, tokens, *cycles: copying / _impatient(tokens, *cycles),
+)
+
+
+def _impatient(tokens, copy_cycles, compute_cycles):
+    """When the last block is computed if none waits for the computation of the one before."""
+    copied, computed = [0, 0], [0, 0]
+    for size in tokens:
+        copied.append(max(copied[-1], computed[-2]) + size * copy_cycles)
+        computed.append(copied[-1] + compute_cycles)
+    return computed[-1]
+
+
+@predict_mbu.mistake("every block has block_tokens tokens: the last of a sequence has what is left")
+def _all_full(kv_lens, block_tokens, copy_cycles, compute_cycles):
+    whole = -(-kv_lens // block_tokens) * block_tokens
+    return _mbu(whole, block_tokens, copy_cycles, compute_cycles)
 
 
 @predict_mbu.mistake("computing takes compute_cycles for each token; it does for each block")

@@ -181,7 +181,9 @@ def _new_tokens_kept(kv_cache, q_lens, kv_lens, page_table):
     return _poisoned(kv_cache, _kept(kv_cache, kv_lens, page_table)), table
 
 
-@poison.mistake("only pages of nobody are poisoned: the tail of a last page may hold anything, too")
+@poison.mistake(
+    "only pages without an owner are poisoned: the tail of a last page may hold anything, too"
+)
 def _tails_kept(kv_cache, q_lens, kv_lens, page_table):
     cache, table = _poison(kv_cache, q_lens, kv_lens, page_table)
     used = np.isfinite(cache[..., 0]).any(axis=1)  # bool[num_pages]
@@ -533,6 +535,28 @@ def _scale_of_x(sample, x, dtype):
     return _quantize(x, x, dtype)
 
 
+@quantize.mistake(
+    "the scale is taken from sample and x together: it is chosen once, before x is known, so it "
+    "comes from the sample alone"
+)
+def _scale_of_both(sample, x, dtype):
+    both = np.concatenate([np.ravel(np.asarray(a).astype(np.float32)) for a in (sample, x)])
+    return _quantize(both, x, dtype)
+
+
+@quantize.mistake("numbers are rounded to integers: float8 has fractions, and rounds by itself")
+def _to_integers(sample, x, dtype):
+    scale = _scale(sample, dtype)
+    wide = np.asarray(x).astype(np.float32) / np.float32(scale)
+    return _quantized(np.round(wide), 1.0, dtype)[0], scale
+
+
+@quantize.mistake("the scale comes from the mean absolute value: it has to hold the largest one")
+def _mean_scale(sample, x, dtype):
+    mean = float(np.abs(np.asarray(sample).astype(np.float32)).mean())
+    return _quantized(x, mean / LARGEST[dtype] if mean else 1.0, dtype)
+
+
 @quantize.mistake("the sign is not thought of: the largest *absolute* value decides")
 def _without_abs(sample, x, dtype):
     largest = max(float(np.asarray(sample).astype(np.float32).max()), 0.0)
@@ -690,7 +714,7 @@ validator.case(
     "a page that does not exist", **_step([5, 8], [[0, 10], [-1, 2]], [0, 1, 4], [1, 1, 2])
 )
 validator.case(
-    "garbage where nobody looks, idle slots: legal",
+    "garbage where no kernel looks, idle slots: legal",
     **_step(
         [5, 3, 0, 7, -G], [[0, 1], [7, -G], [G, G], [3, 4], [G, -1]], [0, 1, 3, 3, 3, -7],
         [1, 2, 4],
@@ -735,6 +759,12 @@ validator.case(
 )
 
 
+validator.case(
+    "three rules broken by one sequence: longer than its row, and shorter than its new tokens",
+    **_step([9, 3], [[0, 9], [7, 1]], [0, 10, 13], [1, 1, 2], 16),
+)
+
+
 @validator.mistake("slots from distribution[2] on are looked at: they are unused, and hold garbage")
 def _all_slots(*arguments):
     return _problems(*arguments, slots=lambda k, room: room)
@@ -752,7 +782,9 @@ def _one_page_too_many(*arguments):
     return _problems(*arguments, page_is_wrong=lambda page: not 0 <= page <= arguments[5])
 
 
-@validator.mistake("a negative page number passes: JAX counts it from the end, on somebody's page")
+@validator.mistake(
+    "a negative page number passes: JAX counts it from the end, on another sequence's page"
+)
 def _negative_passes(*arguments):
     return _problems(*arguments, page_is_wrong=lambda page: page >= arguments[5])
 
@@ -769,7 +801,7 @@ def _idle_refused(*arguments):
     return _problems(*arguments, too_short=lambda kv_len, q_len: kv_len < max(q_len, 1))
 
 
-@validator.mistake("only the first problem is reported: somebody will mend one and call again")
+@validator.mistake("only the first problem is reported: each mended one then needs another call")
 def _first_only(*arguments):
     return _problems(*arguments)[:1]
 
@@ -788,6 +820,65 @@ def _idle_no_decode(*arguments):
 def _live_rounded_down_too(*arguments):
     page_size = arguments[6]
     return _problems(*arguments, live_of=lambda kv_len, room: min(kv_len // page_size, room))
+
+
+@validator.mistake("only the first broken rule of each sequence is reported: they are four ifs")
+def _first_rule(*arguments):
+    first = {}
+    for sequence, rule in _problems(*arguments):
+        first.setdefault(sequence, rule)
+    return list(first.items())
+
+
+@validator.mistake("`room` is asked only if `kv_len` holds: both rules may be broken")
+def _room_in_elif(*arguments):
+    found = _problems(*arguments)
+    return [(s, rule) for s, rule in found if rule != "room" or (s, "kv_len") not in found]
+
+
+@validator.mistake("a range that is empty is refused: i == j means that no sequence is a chunk")
+def _empty_range_refused(*arguments):
+    i, j, k = arguments[3].tolist()
+    return _problems(*arguments) if 0 <= i < j < k else [(-1, "distribution")]
+
+
+@validator.mistake("`cu_q_lens` that begins with another number than 0 passes")
+def _any_begin(kv_lens, page_indices, cu_q_lens, *rest):
+    shifted = np.append(0, cu_q_lens[1:]) if cu_q_lens[0] > 0 else cu_q_lens
+    found = _problems(kv_lens, page_indices, shifted, *rest)
+    if shifted is cu_q_lens or found[:1] == [(-1, "cu_q_lens")]:
+        return found
+    return _problems(kv_lens, page_indices, cu_q_lens - cu_q_lens[0], *rest)
+
+
+@validator.mistake("idle slots are refused: `cu_q_lens` must not fall, and it may stay as it is")
+def _must_grow(*arguments):
+    cu, k = arguments[2], int(arguments[3][2])
+    found = _problems(*arguments)
+    if found[:1] == [(-1, "distribution")] or (np.diff(cu[: k + 1]) > 0).all():
+        return found
+    return [(-1, "cu_q_lens")]
+
+
+@validator.mistake(
+    "all of `cu_q_lens` is looked at: behind entry k it may hold anything, and entry k is the one "
+    "that must not be more than num_tokens"
+)
+def _all_of_cu(*arguments):
+    cu, num_tokens = arguments[2], arguments[4]
+    found = _problems(*arguments)
+    wrong = (np.diff(cu) < 0).any() or cu[-1] > num_tokens
+    return [(-1, "cu_q_lens")] if wrong and found[:1] != [(-1, "distribution")] else found
+
+
+@validator.mistake(
+    "the last entry of `cu_q_lens` is compared with num_tokens: it is entry k, behind which there "
+    "may be garbage"
+)
+def _last_entry_of_cu(*arguments):
+    too_many = arguments[2][-1] > arguments[4]
+    found = _problems(*arguments[:4], 10**6, *arguments[5:])
+    return [(-1, "cu_q_lens")] if too_many and found[:1] != [(-1, "distribution")] else found
 
 
 @validator.mistake("a batch whose k is larger than the number of slots passes")

@@ -529,7 +529,7 @@ def _entry_not_scaled(*arrays):
     return _attend(*arrays, sm_scale=1.0)
 
 
-@entry.mistake("the new tokens are not stored: nobody can read them in the next step")
+@entry.mistake("the new tokens are not stored: the next step cannot read them")
 def _entry_not_stored(*arrays):
     return _attend(*arrays, store=False)
 
@@ -548,7 +548,7 @@ def _entry_rounded(*arrays):
 
 
 @entry.mistake(
-    "the shared page is read for the first sequence only, and its part is merged into nobody else"
+    "the shared page is read for the first sequence only, and its part is merged into no other"
 )
 def _entry_prefix_dropped(*arrays):
     return _attend(*arrays, seen=lambda s, kv_len: PAGE_SIZE if s == 1 else 0)

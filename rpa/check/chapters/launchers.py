@@ -170,6 +170,26 @@ def run_sequences(kernel, x, block_tokens):
     )
 
 
+def run_weighted(kernel, k, v, block_tokens):
+    """Call a kernel that adds up values with weights made of keys, both streamed in blocks.
+
+    Args:
+        kernel: `kernel(k_ref, v_ref, out_ref, k_buffers_ref, v_buffers_ref, sems, *, num_blocks)`.
+        k, v: f32[num_tokens, 128], stay in HBM.
+
+    Returns:
+        f32[1, 128].
+    """
+    num_tokens, lanes = k.shape
+    buffers = pltpu.VMEM((2, block_tokens, lanes), k.dtype)
+    return _call(
+        partial(kernel, num_blocks=num_tokens // block_tokens),
+        [k, v],
+        out_shape=(1, lanes),
+        scratch_shapes=[buffers, buffers, pltpu.SemaphoreType.DMA((2, 2))],
+    )
+
+
 def _call(kernel, arrays, *, scalars=(), out_shape, out_space=pltpu.VMEM, scratch_shapes):
     """A kernel without a grid: arrays in HBM, scalars in SMEM, the result in VMEM if not said."""
     return pl.pallas_call(

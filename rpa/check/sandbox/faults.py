@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from rpa.check.sandbox.pickling import FILE_NAME
 from rpa.lab.copies.events import Copy, Event, Timeline
 
-NOBODY_SIGNALS = "waits for a semaphore that nobody signals"
+NOBODY_SIGNALS = "waits for a semaphore that no copy signals"
 READ_TOO_EARLY = "reads a buffer before its copy has arrived: a wait() is missing"
 WAIT_TOO_LATE = "reads a buffer before its copy has arrived: the wait() comes too late"
 OVERWRITTEN = "starts a copy into a buffer that is still to be read"
 DOUBTFUL = "waits for one of several copies on the same semaphore: any of them may be the one"
 WRITTEN_IN_FLIGHT = "writes to memory that a copy is still moving"
 TWO_COPIES = "starts a copy on memory that another copy is still moving"
-LEFTOVER = "starts a copy that nobody waits for"
+LEFTOVER = "starts a copy that is never waited for"
 OUTSIDE = "copies from or to a place outside of an array"
 RACE = "has a race: what it computes depends on when a copy arrives"
 
@@ -61,7 +61,7 @@ def _hangs(timeline):
     lines = [line]
     for copy in timeline.never_awaited[:1]:
         lines.append(
-            f"{line_of(copy.where)} started a copy on {copy.semaphore} that nobody has waited for: "
+            f"{line_of(copy.where)} started a copy on {copy.semaphore} that was not waited for: "
             "is that the one?"
         )
     return explain(NOBODY_SIGNALS, lines, "So it hangs.")
@@ -189,7 +189,7 @@ def _never_awaited(timeline):
         )
     lines.append(
         "Its semaphore is not back at zero when the kernel ends, and the copy may end later still: "
-        "after somebody has read what it was to bring."
+        "after what it was to bring has been read."
     )
     return explain(LEFTOVER, lines)
 

@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import io
 import json
+import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,17 @@ from typing import NamedTuple
 
 import jax
 
-from rpa import chips, ladder, traces
+from rpa import chips, interpreter, ladder, traces
 from rpa.lab import peers
 from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.compile.compiler import compile_versions
+from rpa.lab.compile.functions import load
 from rpa.lab.copies import traffic
 from rpa.lab.predict.calibration import AT_PEAK, FITTED, range_us
 from rpa.lab.schedule.cases import measure
 from rpa.lab.schedule.pallas_calls import pallas_calls
 from rpa.lab.schedule.schedule import schedule_for
+from rpa.lab.schedule.values import CannotRun
 from rpa.ragged import RaggedBatch
 from rpa.shapes import AttentionShape
 
@@ -94,6 +97,7 @@ RACERS = {
         *("8 kernel", "kernel", "rpa.kernel.api:ragged_paged_attention", "metadata"),
         *((("backend", "tpu"),), "^rpa_decode$"),
     ),
+    "yours": Racer("yours", "yours/reference.py", "rpa.yours.reference:ragged_attention"),
     "v3": Racer("v3", peers._V3, "rpa.lab.peers:v3", "metadata", kernel="^RPAd"),
     "batched": Racer(
         *("batched", "tpu_inference.kernels.experimental.batched_rpa", "rpa.lab.peers:batched"),
@@ -103,10 +107,14 @@ RACERS = {
     ),
     "jax": Racer("jax v2", peers._JAX + "kernel"),
 }
-"""By name: the rungs from the bottom, then the peers."""
+"""By name: the rungs from the bottom, what the course's learner writes, then the peers.
+
+*yours* is the kernel that grows in chapters 4 to 7, as its reference solutions have it."""
 
 DECODE_ONLY = ("streamed", "fused")
 """Rungs that refuse the challenge, which has a chunk of a prompt in it."""
+CHALLENGERS = ("plain", "kernel", "yours", "v3")
+"""Kernels whose time for the challenge is predicted: one that is faster has to beat these."""
 
 
 def challenge_step() -> RaggedBatch:
@@ -146,13 +154,16 @@ def run_row(name, chips_=CHIPS) -> dict:
     """
     racer, batch = RACERS[name], decode_step()
     row = {"name": name, "title": racer.title, "lines": lines_of_code(racer.code)}
-    row |= {"num_bytes": None, "challenge_bytes": None, "time_us": {}, "bundles": {}}
+    row |= {"num_bytes": None, "challenge_bytes": None}
+    row |= {"time_us": {}, "bundles": {}, "challenge_us": {}}
     for chip in chips_ if racer.schedule else ():
         predicted = predict(racer, chip, batch)
         row["num_bytes"] = predicted.hbm_bytes  # of its schedule; the traffic below is finer
         row["time_us"][chip], row["bundles"][chip] = predicted.time_us, predicted.bundles
-    function = _jax_v2 if name == "jax" else name
-    if name in (*traffic.RUNGS, "jax"):
+        if name in CHALLENGERS:
+            row["challenge_us"][chip] = challenge_us(racer, chip)
+    function = {"jax": _jax_v2, "yours": racer.schedule}.get(name, name)
+    if name in (*traffic.RUNGS, "jax", "yours"):
         row["num_bytes"] = traffic.count(function, batch, LAYER).num_bytes
         if name not in DECODE_ONLY:
             row["challenge_bytes"] = traffic.count(function, challenge_step(), LAYER).num_bytes
@@ -187,6 +198,36 @@ def predict(racer: Racer, chip, batch, timeout_s=1200.0) -> "Predicted":
     return predict_kernel(
         *(racer.schedule, args, kwargs, racer.kernel, chip, timeout_s), flags=racer.flags
     )
+
+
+def challenge_us(racer: Racer, chip) -> float:
+    """Microseconds of all of a racer's kernels for the challenge's step, predicted at peak."""
+    args = arguments(racer, challenge_step())
+    kwargs = dict(racer.kwargs) | {"sm_scale": LAYER.head_dim**-0.5}
+    if racer.takes == "metadata":
+        kwargs["chip"] = chip
+    if racer.schedule == "rpa.lab.peers:v3":  # or it asks the attached device while it is traced
+        kwargs["vmem_limit_bytes"] = chips.chip(chip).vmem_bytes
+    return predict_step(racer.schedule, args, kwargs, chip, flags=racer.flags)[0]
+
+
+def predict_step(function, args, kwargs, chip, *, flags="") -> tuple[float, int]:
+    """Microseconds at peak, and bundles, of all kernels of a function together.
+
+    Args:
+        function, args, kwargs, chip, flags: as `predict_kernel` takes them.
+
+    Raises:
+        CannotRun: if it calls no Pallas kernel, or as `predict_kernel`.
+        NoSchedule: as `predict_kernel`.
+    """
+    with interpreter.compiled():
+        names = kernel_names(load(function), *args, **kwargs)
+    if not names:
+        raise CannotRun("it is plain JAX, and schedules are read of Pallas kernels alone")
+    patterns = [f"^{re.escape(name)}$" for name in names] if len(names) > 1 else [""]
+    found = [predict_kernel(function, args, kwargs, p, chip, flags=flags) for p in patterns]
+    return sum(one.time_us for one in found), sum(one.bundles for one in found)
 
 
 class Predicted(NamedTuple):
