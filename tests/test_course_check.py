@@ -441,7 +441,11 @@ def test_an_odd_answer_is_refused_in_words(kind):
     assert "Exercise 9.1" in refusal(ODD_ANSWERS[kind])
 
 
-@pytest.mark.parametrize("function", [len, jnp.exp, np.exp, "x".join, lambda *_: 10**400], ids=repr)
+@pytest.mark.parametrize(
+    "function",
+    [len, jnp.exp, np.exp, "x".join, lambda *_: 10**400],
+    ids=["len", "jnp.exp", "np.exp", "str.join", "lambda"],  # an address would differ per worker
+)
 def test_the_door_refuses_what_an_answer_rarely_is(function, monkeypatch):
     monkeypatch.setenv("RPA_PROGRESS", "off")
     with pytest.raises(CheckFailed, match="Exercise 0.1"):
