@@ -148,9 +148,8 @@ def pack_kv(keys, values, *, share_lanes=False):
            [3., 4.]], dtype=float32)
     """
     num_tokens, num_kv_heads, head_dim = keys.shape
-    shape = get_kv_cache_shape(
-        num_tokens, 1, num_kv_heads, head_dim, keys.dtype, share_lanes=share_lanes
-    )
+    one_token = 1, 1, num_kv_heads, head_dim, keys.dtype
+    shape = get_kv_cache_shape(*one_token, share_lanes=share_lanes)
     if lanes_are_shared(shape, num_kv_heads, head_dim):
         combined = jnp.concatenate([keys, values], axis=2)
     else:

@@ -203,6 +203,12 @@ def _check_cache(queries, keys, values, kv_cache):
             "with rpa.get_kv_cache_shape."
         )
     num_pages, page_size = kv_cache.shape[:2]
+    if num_pages == 0 or page_size == 0 or page_size % packing_of(kv_cache.dtype):
+        raise ValueError(
+            f"kv_cache has {num_pages} pages of {page_size} tokens: there must be at least one "
+            f"page, and page_size must be a multiple of {packing_of(kv_cache.dtype)} for "
+            f"{kv_cache.dtype}."
+        )
     expected = _cache_shapes(num_pages, page_size, *keys.shape[1:], kv_cache.dtype)
     if kv_cache.shape not in expected.values():
         words = ", or ".join(f"{shape}{why}" for why, shape in expected.items())
@@ -210,12 +216,6 @@ def _check_cache(queries, keys, values, kv_cache):
             f"kv_cache has shape {kv_cache.shape}, but for {keys.shape[1]} KV heads of "
             f"{keys.shape[2]} in {kv_cache.dtype} must have {words}: make it with "
             "rpa.get_kv_cache_shape."
-        )
-    if num_pages == 0 or page_size == 0 or page_size % packing_of(kv_cache.dtype):
-        raise ValueError(
-            f"kv_cache has {num_pages} pages of {page_size} tokens: there must be at least one "
-            f"page, and page_size must be a multiple of {packing_of(kv_cache.dtype)} for "
-            f"{kv_cache.dtype}."
         )
 
 

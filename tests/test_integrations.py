@@ -94,7 +94,7 @@ def test_pages_that_follow_each_other_become_rows():
     for _ in range(100):
         page_size, kv_lens = int(rng.integers(1, 9)), rng.integers(0, 30, 5)
         counts = -(-kv_lens // page_size)
-        pages = rng.permutation(60)[: counts.sum() + 1].astype(np.int32)  # one of padding
+        pages = rng.permutation(200)[: counts.sum() + 1].astype(np.int32)  # one of padding
         cu_kv_lens = np.concatenate([[0], np.cumsum(counts * page_size)])
         width = int(counts.max()) + 1
         args = (jnp.asarray(array) for array in (pages, cu_kv_lens, kv_lens))
