@@ -29,6 +29,7 @@ _HOMES = {
     "get_kv_cache_shape": "rpa.paging",
     "ragged_paged_attention": "rpa.kernel",
     "ref_ragged_paged_attention": "rpa.ragged",
+    "rows_in_batch": "rpa.ragged",
 }
 
 _ROOMS = (

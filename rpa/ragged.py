@@ -88,7 +88,8 @@ class RaggedBatch:
 
         Returns:
             The batch (NumPy arrays), and i64[num_seqs], the order: sequence s of the batch is
-            sequence `order[s]` of the arguments. Concatenate the tokens in this order.
+            sequence `order[s]` of the arguments. Concatenate the tokens in this order, or take
+            `rows_in_batch` of arrays that are in the order of the arguments.
 
         Raises:
             ValueError: if the arguments differ in length, or do not fit the room.
@@ -205,6 +206,37 @@ tokens, 8 in all: widen the page table.
             chunk_prefill_size=as_length(chunk_prefill_size),
             update_kv_cache=update_kv_cache,
         )
+
+
+def rows_in_batch(q_lens, order) -> np.ndarray:
+    """Which of the caller's rows stands in each row of a batch, i64[num_tokens].
+
+    The caller's queries, keys and values follow the sequences as they were given to
+    `RaggedBatch.from_lengths`; those of the batch follow the `order` that it returned. So
+    `queries[rows]` is what attention takes, and `result[rows] = output` puts its output back.
+
+    Args:
+        q_lens: new tokens of each sequence, as given to `from_lengths`, int[num_seqs].
+        order: as returned by it, int[num_seqs].
+
+    Raises:
+        ValueError: if `order` does not name each sequence once.
+
+    Sequence 1 decodes, so it comes first; its one token is the caller's row 3.
+
+    >>> rows_in_batch([3, 1], order=[1, 0])
+    array([3, 0, 1, 2])
+    """
+    q_lens, order = np.asarray(q_lens, np.int64), np.asarray(order, np.int64)
+    if not np.array_equal(np.sort(order), np.arange(len(q_lens))):
+        raise ValueError(
+            f"order is {order.tolist()}, but must name each of the {len(q_lens)} sequences of "
+            "q_lens once: take the one that RaggedBatch.from_lengths returned."
+        )
+    starts = np.cumsum(q_lens) - q_lens  # the caller's first row of each sequence
+    counts = q_lens[order]
+    token = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts[order], counts) + token
 
 
 def _room(name, given, needed, what):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from rpa.kernel import blocks, ragged_paged_attention, tricks
 from rpa.kernel.cases import Case, cases_of
 from rpa.kernel.plan import BlockSizes, Plan
+from rpa.paging import get_kv_cache_shape
 from tests.batches import Shape, make_case
 from tests.kernel_plans import make_problem
 
@@ -144,3 +146,16 @@ def test_decode_stacks_heads_until_the_rows_are_full():
         sizes = BlockSizes(1, 128, 1, 128)
         plan = Plan(problem, Case.DECODE, sizes)
         assert plan.tricks.heads_per_group == heads_per_group
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 7, "soft_cap": 5.0}], ids=str)
+def test_a_caller_may_forbid_rank_promotion(options):
+    """As the engines' own tests do: every array has all of its dimensions written out."""
+    shape = jax.ShapeDtypeStruct
+    tokens = [shape((40, heads, 128), jnp.float32) for heads in (8, 4, 4)]
+    cache = shape(get_kv_cache_shape(27, 8, 4, 128, jnp.float32), jnp.float32)
+    metadata = [shape((n,), jnp.int32) for n in (6, 24, 7, 3)]
+    call = partial(ragged_paged_attention, backend="interpret", **options)
+    with jax.numpy_rank_promotion("raise"):
+        output, _ = jax.eval_shape(call, *tokens, cache, *metadata)
+    assert output.shape == (40, 8, 128)

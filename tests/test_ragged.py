@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from rpa.compat import JAX_FLOOR, JAX_VERSION
 from rpa.dense import relative_error, scaled_error
 from rpa.paging import get_kv_cache_shape, lanes_are_shared, pack_kv, unpack_kv
-from rpa.ragged import RaggedBatch, oracle_ragged, ref_ragged_paged_attention
+from rpa.ragged import (
+    RaggedBatch,
+    oracle_ragged,
+    ref_ragged_paged_attention,
+    rows_in_batch,
+)
 from tests.batches import Shape, bits, lengths, make_case
 
 pytestmark = pytest.mark.core
@@ -285,3 +290,25 @@ def test_validation_cannot_be_forced_under_jit():
     case = make_case(GQA, MIXED)
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(_run)(*case.arrays, *case.metadata)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.sampled_from([None, 3]))
+def test_rows_go_into_the_batch_and_back(q_lens, chunk_prefill_size):
+    tables = [[s] for s in range(len(q_lens))]
+    batch, order = RaggedBatch.from_lengths(
+        q_lens, [max(q, 1) for q in q_lens], tables, chunk_prefill_size=chunk_prefill_size
+    )
+    tokens = np.array([10 * s + t for s, q_len in enumerate(q_lens) for t in range(q_len)], int)
+    rows = rows_in_batch(q_lens, order)
+    in_batch = tokens[rows]
+    for s, arguments_s in enumerate(order):
+        own = in_batch[batch.cu_q_lens[s] : batch.cu_q_lens[s + 1]]
+        assert own.tolist() == [10 * arguments_s + t for t in range(q_lens[arguments_s])]
+    back = np.empty_like(tokens)
+    back[rows] = in_batch
+    np.testing.assert_array_equal(back, tokens)
+
+
+def test_an_order_that_names_a_sequence_twice_is_refused():
+    with pytest.raises(ValueError, match=r"order is \[1, 1\], but must name each of the 2"):
+        rows_in_batch([3, 1], [1, 1])
