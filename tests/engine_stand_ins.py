@@ -12,6 +12,7 @@ import types
 from unittest import mock
 
 ABSENT = (
+    "sympy",
     "PIL",
     "aiohttp",
     "cv2",
