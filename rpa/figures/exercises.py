@@ -133,7 +133,7 @@ def mask_tiles(queries, num_keys, block_q, block_kv, *, window=None, words, titl
     Figure: Two queries, two blocks of keys.
     """
     with style():
-        fig = new_figure(1.6 + 0.36 * num_keys, 1.1 + 0.36 * len(queries) + 0.3 * bool(title))
+        fig = new_figure(1.6 + 0.36 * num_keys, 1.4 + 0.36 * len(queries) + 0.3 * bool(title))
         axes = fig.subplots()
         for row, position in enumerate(queries):
             for key in range(num_keys):

@@ -153,7 +153,6 @@ class Fit:
         errors: of each timing at the best, 0.05 is 5 % too long.
         left_out: of each timing at the best of the others.
         source_left_out: of each timing at the best of those from other sources, which are of
-        source_left_out: of each timing at the best of those from other sources, which are of
             another kernel or at other shapes: what the fit is worth for one that it never saw.
         plausible: what ranges are made of: `PLAUSIBLE` if all timings are fitted.
         covered: of each timing, whether it lies in the range that the other sources predict.
