@@ -460,6 +460,7 @@ def attention_cost(
     *,
     kv_dtype=None,
     causal=True,
+    sliding_window=None,
 ):
     """Return the least FLOP and HBM bytes of attention over a batch of sequences.
 
@@ -477,6 +478,7 @@ def attention_cost(
         dtype: of queries and output.
         kv_dtype: of the cache; `dtype` when left out.
         causal: which FLOP to count.
+        sliding_window: tokens that a query sees, itself included, or None for all.
 
     Raises:
         ValueError: when lengths or heads do not fit together.
@@ -499,16 +501,28 @@ def attention_cost(
     if causal:
         # The last new token sees all kv_len keys, the one before it one less, and so on.
         pairs = pairs - q_len * (q_len - 1) // 2
-    idle = q_len == 0  # a sequence that asks nothing reads nothing
+    kv_seen = np.where(q_len == 0, 0, kv_len)  # a sequence that asks nothing reads nothing
+    if sliding_window is not None:
+        # The last new token does not see the first kv_len - window keys, the one before it sees one
+        # more of them, and so on.
+        last = kv_len - sliding_window
+        pairs = pairs - _sum_to(last) + _sum_to(last - q_len)
+        kv_seen = np.minimum(kv_seen, q_len - 1 + sliding_window)
     token_q_bytes = num_q_heads * head_dim * item_bytes
     token_kv_bytes = 2 * num_kv_heads * head_dim * kv_item_bytes  # K and V
     return AttentionCost(
         flops=int(4 * num_q_heads * head_dim * pairs.sum()),  # 2 for Q K^T, 2 for P V
         q_bytes=int(token_q_bytes * q_len.sum()),
-        kv_read_bytes=int(token_kv_bytes * np.where(idle, 0, kv_len).sum()),
+        kv_read_bytes=int(token_kv_bytes * kv_seen.sum()),
         kv_write_bytes=int(token_kv_bytes * q_len.sum()),
         out_bytes=int(token_q_bytes * q_len.sum()),
     )
+
+
+def _sum_to(n):
+    """1 + 2 + ... + n; 0 for n below 1."""
+    n = np.maximum(n, 0)
+    return n * (n + 1) // 2
 
 
 def _check_head_dim(head_dim):

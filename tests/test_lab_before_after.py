@@ -21,6 +21,11 @@ def test_ratios_name_the_worst_place():
     assert lines[-1] == "bundles now / before; worst 1.200: v6e decode, of 1,024"
 
 
+def test_a_table_without_a_common_place_says_so():
+    lines = before_after.table(ROWS, {"v5e decode": ROW}).splitlines()
+    assert lines[-1] == "none of these was saved before; saved were: v5e decode"
+
+
 @pytest.mark.parametrize("text", [None, "no json", "[1]", '{"v6e": {"chunk": 1}}'])
 def test_another_file_is_refused_before_anything_is_compiled(tmp_path, capsys, text):
     file = tmp_path / "other.json"

@@ -65,6 +65,7 @@ def main(args) -> int:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     workload = dataclasses.replace(default, **given)
     cases = args.case or on_device.CASES
+    on_device.check_cases(workload, cases)
     kernels = len(LADDER) + sum(len(on_device.PEERS[package]) for package in args.peer)
     rows = []
     with tqdm(total=len(cases) * kernels, leave=False) as bar:

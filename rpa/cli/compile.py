@@ -3,15 +3,15 @@
 import argparse
 import dataclasses
 import json
-import sys
 
 from rpa import chips
 from rpa.cli import compile_time
+from rpa.cli.call import is_call, require_own
 from rpa.cli.options import DEFAULT, SEVERAL_CHIPS, add_options, kernel_of, whole
 from rpa.lab import peers
 from rpa.lab.compile.compiler import CompileResult, compile_for
 from rpa.lab.compile.functions import is_own
-from rpa.lab.programs import PROGRAMS, Workload, own
+from rpa.lab.programs import PROGRAMS, Program, Workload, own, own_call
 
 KERNELS = PROGRAMS | peers.PROGRAMS
 FOR_A_CHIP = ("kernel", *peers.PROGRAMS)
@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     add_options(parser, "chip", chip=SEVERAL_CHIPS)
     what = parser.add_mutually_exclusive_group(required=True)
     names = f"{','.join(KERNELS)},FILE.py:FUNCTION"
-    help_text = "rung, peer, or your own with the ladder's signature"
+    help_text = "rung, peer, or your own: with the ladder's signature, or with --arg"
     what.add_argument("--kernel", type=kernel_of(KERNELS), metavar=names, help=help_text)
-    what.add_argument("--against", choices=["v3"], help="time rung 8 beside this peer, 5 models")
+    what.add_argument("--against", choices=["v3"], help="time rung 8 next to this peer, 5 models")
+    add_options(parser, "arg", "option")
     default = Workload()
     add_options(parser, "share_lanes")
     for option in dataclasses.fields(Workload):
@@ -53,19 +54,15 @@ def main(args) -> int:
     """Run the experiment; the exit code is 1 if a chip's compiler refused."""
     if args.against:
         return compile_time.main(args)
-    options = {option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)}
-    try:
-        sizes = Workload(**options)
-        program = own(args.kernel, sizes) if is_own(args.kernel) else KERNELS[args.kernel](sizes)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    program = program_of(args)
     results = [
         compile_for(
             chip,
             program.function,
             *program.args,
-            kwargs=program.kwargs | ({"chip": chip} if args.kernel in FOR_A_CHIP else {}),
+            kwargs=program.kwargs
+            | ({"chip": chip} if args.kernel in FOR_A_CHIP else {})
+            | dict(args.option),
             donate_argnums=program.donate_argnums,
             use_cache=not args.fresh,
         )
@@ -79,6 +76,21 @@ def main(args) -> int:
     return 0 if all(result.ok for result in results) else 1
 
 
+def program_of(args) -> Program:
+    """What is to be compiled.
+
+    Raises:
+        ValueError: for sizes that do not go together, or a function that cannot be found.
+    """
+    if is_call(args):
+        require_own(args)
+        return own_call(args.kernel, [argument.shape_dtype for argument in args.arg])
+    sizes = Workload(
+        **{each.name: getattr(args, each.name) for each in dataclasses.fields(Workload)}
+    )
+    return own(args.kernel, sizes) if is_own(args.kernel) else KERNELS[args.kernel](sizes)
+
+
 def describe(result: CompileResult) -> str:
     """One line about a result, for people.
 
@@ -87,6 +99,11 @@ def describe(result: CompileResult) -> str:
     """
     if not result.ok:
         return f"{result.chip:6} {result.error_kind}: {result.error}"
+    if not result.kernels:
+        return (
+            f"{result.chip:6} compiled in {result.compile_time_s:.1f} s, and there is no Pallas "
+            "kernel in it: a kernel that asks for the interpreter (interpret=...) is none"
+        )
     kept = " (kept from an earlier run)" if result.from_cache else ""
     return (
         f"{result.chip:6} compiled in {result.compile_time_s:.1f} s{kept}; "

@@ -5,10 +5,13 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rpa import chips
+from rpa.lab.arguments import parse_argument, parse_option
 from rpa.lab.batches import PAGES, parse_batch
 from rpa.lab.compile.functions import is_own
+from rpa.lab.schedule import execution
 from rpa.shapes import MODELS
 
 DEFAULT = "default: %(default)s"
@@ -57,6 +60,31 @@ def real(lowest: float, highest: float) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def in_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option whose parser raises sentences: `argparse` shows only those of its own.
+
+    >>> in_words(parse_argument)("i32[2]=3").values
+    (3,)
+    """
+
+    def parsed(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def chip_to_execute(*more: str) -> Callable[[str], str]:
+    """The type of an option that names a chip whose schedules are executed, or one of more words.
+
+    >>> chip_to_execute("all")("v6e"), chip_to_execute("all")("all")
+    ('v6e', 'all')
+    """
+    return in_words(lambda text: text if text in more else execution.chip_to_execute(text).name)
 
 
 def picture_file(text: str) -> Path:
@@ -116,6 +144,26 @@ COMMON = {
     },
     "dtype": {"choices": Q_DTYPES, "default": "bfloat16", "help": f"of queries; {DEFAULT}"},
     "kv_dtype": {"choices": KV_DTYPES, "default": "bfloat16", "help": f"of the cache; {DEFAULT}"},
+    "arg": {
+        "type": in_words(parse_argument),
+        "action": "append",
+        "metavar": "ARRAY",
+        "help": "an argument of your own function, which then may have any signature: DTYPE[SIZES] "
+        "or DTYPE[SIZES]=VALUES, like 'f32[64,128]' or 'i32[2]=5,7'; once for each, in order",
+    },
+    "option": {
+        "type": in_words(parse_option),
+        "action": "append",
+        "default": [],
+        "metavar": "NAME=VALUE",
+        "help": "a keyword argument of the kernel, like sliding_window=1024, update_kv_cache=false "
+        "or 'attention_sink=f32[32]=ones'; may be given several times",
+    },
+    "pallas_call": {
+        "default": "",
+        "metavar": "PATTERN",
+        "help": "with --arg: finds one of several Pallas kernels of the function by its name",
+    },
     "picture": {"type": picture_file, "metavar": "FILE.png", "help": "also draw it"},
     "json": {"action": "store_true", "help": "print one JSON object and nothing else"},
     "workers": {"type": whole(1, 256), "default": 2, "help": DEFAULT},

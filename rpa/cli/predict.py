@@ -8,27 +8,31 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rpa.cli.options import add_options, kernel_of, real
+from rpa.cli.call import is_call, require_own, values_of
+from rpa.cli.options import add_options, chip_to_execute, kernel_of, real
 from rpa.cli.spinner import waiting
 from rpa.lab.batches import lengths_of, make_batch
 from rpa.lab.bench import measured, published
 from rpa.lab.bench.timed_runs import CHIP, timed_runs
 from rpa.lab.peers import PeerAbsent, absence
-from rpa.lab.predict.batch import Prediction, predict_batch
+from rpa.lab.predict.batch import Prediction, predict_batch, predict_call
 from rpa.lab.predict.calibration import Fit, fit, rms, times_of
 from rpa.lab.schedule.cases import KERNELS, label
+from rpa.lab.schedule.execution import CHIPS
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    add_options(parser, "chip", chip={"default": "v5e"})
+    executed = {"default": "v5e", "choices": None, "type": chip_to_execute()}
+    add_options(parser, "chip", chip=executed | {"metavar": ",".join(CHIPS)})
     parser.add_argument(
         "--kernel",
         type=kernel_of(KERNELS),
         metavar=f"{','.join(KERNELS)},FILE.py:FUNCTION",
         default="rpa",
-        help="default: rpa",
+        help="your own with the ladder's signature, or with --arg; default: rpa",
     )
+    add_options(parser, "arg", "option", "pallas_call")
     add_options(parser, "model", "batch", "page_size", "pages", "dtype", "kv_dtype", "json")
     parser.add_argument(
         "--hbm-efficiency",
@@ -69,17 +73,32 @@ def main(args) -> int:
 
 def _predict(args) -> int:
     with waiting(f"{args.kernel} for {args.chip}: compiling, executing the schedule"):
-        prediction = predict_batch(
-            *(args.kernel, args.chip),
-            make_batch(lengths_of(args.batch), args.page_size, args.pages),
-            model=args.model,
-            page_size=args.page_size,
-            dtype=args.dtype,
-            kv_dtype=args.kv_dtype,
-            **_assumptions(args),
-        )
+        prediction = _of_call(args) if is_call(args) else _of_batch(args)
     print(json.dumps(to_json(prediction)) if args.json else describe(prediction))
     return 0
+
+
+def _of_call(args) -> Prediction:
+    require_own(args)
+    return predict_call(
+        *(args.chip, args.kernel, *values_of(args)),
+        kwargs=dict(args.option),
+        kernel=args.pallas_call,
+        **_assumptions(args),
+    )
+
+
+def _of_batch(args) -> Prediction:
+    return predict_batch(
+        *(args.kernel, args.chip),
+        make_batch(lengths_of(args.batch), args.page_size, args.pages),
+        model=args.model,
+        page_size=args.page_size,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        options=dict(args.option),
+        **_assumptions(args),
+    )
 
 
 def _calibrate(args) -> int:
@@ -188,6 +207,12 @@ def describe(p: Prediction) -> str:
       MBU 1.0 % (every array once, without padding), MFU 0.5 % (causal FLOP)
     """
     lines = [] if p.calibrated_us is None else [calibrated(p)]
+    used = []
+    if p.mbu is not None:
+        used.append(
+            f"  MBU {p.mbu:.1%} (every array once, without padding), "
+            f"MFU {p.mfu:.1%} (causal FLOP)".replace("%", " %")
+        )
     return "\n".join(
         [
             f"{label(p.kernel)} on {p.chip}: at peak {p.time_us:,.1f} us (predicted, not measured)",
@@ -195,8 +220,7 @@ def describe(p: Prediction) -> str:
             f"  {p.bundles:,} cycles issue, {p.stalled_cycles:,.0f} wait for copies",
             f"  {p.hbm_bytes:,} bytes of HBM, {p.hbm_time_us:,.1f} us at its peak: "
             f"{p.efficiency:.1%} of the time".replace("%", " %"),
-            f"  MBU {p.mbu:.1%} (every array once, without padding), "
-            f"MFU {p.mfu:.1%} (causal FLOP)".replace("%", " %"),
+            *used,
         ]
     )
 

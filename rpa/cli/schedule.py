@@ -8,26 +8,30 @@ import sys
 import jax
 
 from rpa import chips
-from rpa.cli.options import add_options, kernel_of, whole
+from rpa.cli.call import is_call, require_own, values_of
+from rpa.cli.options import add_options, chip_to_execute, kernel_of, whole
 from rpa.cli.spinner import waiting
 from rpa.lab.compile.functions import is_own
 from rpa.lab.programs import MODELS
 from rpa.lab.schedule import before_after
+from rpa.lab.schedule.call import execute_call
 from rpa.lab.schedule.cases import CASES, KERNELS, Measured, label, measure
-from rpa.lab.schedule.execution import CannotRun
+from rpa.lab.schedule.execution import CHIPS, CannotRun, Execution
 from rpa.lab.schedule.loop_tree import bound, shares
-from rpa.lab.schedule.schedule import NoSchedule
+from rpa.lab.schedule.schedule import NoSchedule, Schedule
 
 ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the options of the experiment."""
-    each = {"required": True, "choices": [*chips.CHIPS, ALL], "help": "all: one table of all"}
-    add_options(parser, "chip", chip=each)
-    parser.add_argument("--case", choices=[*CASES, ALL], required=True)
+    each = {"choices": None, "type": chip_to_execute(ALL), "metavar": ",".join([*CHIPS, ALL])}
+    add_options(parser, "chip", chip=each | {"required": True, "help": "all: one table of all"})
+    parser.add_argument("--case", choices=[*CASES, ALL], help="required without --arg")
     known = {"type": kernel_of(KERNELS), "metavar": f"{','.join(KERNELS)},FILE.py:FUNCTION"}
-    parser.add_argument("--kernel", **known, default="rpa", help="default: rpa")
+    help_text = "your own with the ladder's signature, or with --arg; default: rpa"
+    parser.add_argument("--kernel", **known, default="rpa", help=help_text)
+    add_options(parser, "arg", "option", "pallas_call")
     parser.add_argument(
         "--blocks",
         type=_four_sizes,
@@ -54,9 +58,18 @@ def main(args) -> int:
     """
     # Everything here runs on the host; a TPU that is there stays free.
     jax.config.update("jax_platforms", "cpu")
+    if is_call(args):
+        require_own(args)
+    elif args.case is None:
+        raise ValueError(
+            f"--case is missing: expected one of {', '.join([*CASES, ALL])}; or --arg, for a "
+            "function of your own with other arguments."
+        )
     is_file = args.against is not None and not (args.against in KERNELS or is_own(args.against))
     if is_file or args.save or ALL in (args.chip, args.case, args.model):
         return _tabulate(args)
+    if is_call(args):
+        return _print_call(args)
     measured = _measure(args, args.kernel, args.blocks)
     against = _measure(args, args.against, None) if args.against else None
     if args.picture:
@@ -86,12 +99,16 @@ def _tabulate(args):
     before = before_after.load(args.against) if args.against else None
     rows, missing = {}, []
     for chip, case, model in itertools.product(
-        _every(args.chip, chips.CHIPS), _every(args.case, CASES), _every(args.model, MODELS)
+        _every(args.chip, CHIPS), _every(args.case, CASES), _every(args.model, MODELS)
     ):
         place = f"{chip} {case} {model}"
         one = argparse.Namespace(**vars(args) | {"chip": chip, "case": case, "model": model})
         try:
-            rows[place] = before_after.row_of(_measure(one, args.kernel, args.blocks))
+            if is_call(args):
+                place = f"{chip} {args.kernel}"
+                rows[place] = before_after.row_of_call(_execute(one, args.kernel)[1])
+            else:
+                rows[place] = before_after.row_of(_measure(one, args.kernel, args.blocks))
         except (NoSchedule, CannotRun, ValueError) as error:
             missing.append(f"{place}: {error}")
     if args.save:
@@ -116,8 +133,43 @@ def _measure(args, kernel, blocks):
             kv_dtype=args.kv_dtype,
             share_lanes=args.share_lanes,
             blocks=blocks,
+            options=dict(args.option),
             use_cache=not args.fresh,
         )
+
+
+def _execute(args, kernel):
+    """The schedule of a function's kernel for the arguments given, and its execution."""
+    with waiting(f"{kernel} for {args.chip}: compiling and reading its schedule"):
+        return execute_call(
+            *(args.chip, kernel, *values_of(args)),
+            kwargs=dict(args.option),
+            kernel=args.pallas_call,
+            use_cache=not args.fresh,
+        )
+
+
+def _print_call(args) -> int:
+    schedule, run = _execute(args, args.kernel)
+    against = _execute(args, args.against) if args.against else None
+    if args.picture:
+        from rpa.figures.schedule import occupancy
+
+        occupancy(schedule, schedule.tile, title=f"{schedule.kernel} on {args.chip}").save(
+            args.picture
+        )
+    if args.json:
+        found = call_to_json(schedule, run)
+        if against is not None:
+            found["against"] = call_to_json(*against)
+            found["ratio"] = run.bundles / against[1].bundles
+        print(json.dumps(found))
+        return 0
+    print(describe_call(schedule, run))
+    if against is not None:
+        print("", describe_call(*against), "", sep="\n")
+        print(f"bundles, {args.kernel} / {args.against}: {run.bundles / against[1].bundles:.3f}")
+    return 0
 
 
 def _draw(measured, file):
@@ -164,6 +216,46 @@ def to_json(measured: Measured) -> dict:
     }
 
 
+def call_to_json(schedule: Schedule, run: Execution) -> dict:
+    """All numbers of one call of a function."""
+    slots = schedule.slots(run.hits)
+    share = shares(slots, schedule.capacity, run.bundles)
+    return {
+        "function": schedule.function,
+        "chip": schedule.chip,
+        "pallas_call": schedule.kernel,
+        "bundles": run.bundles,
+        "issue_us": run.bundles / chips.chip(schedule.chip).clock_hz * 1e6,
+        "hbm_bytes": run.hbm_bytes,
+        "bound": bound(share),
+        "slots": slots,
+        "capacity": schedule.capacity,
+        "share": share,
+        "bundles_in_listing": schedule.num_bundles,
+    }
+
+
+def describe_call(schedule: Schedule, run: Execution) -> str:
+    """The same for people."""
+    numbers = call_to_json(schedule, run)
+    return "\n".join(
+        [
+            f"{schedule.function.rpartition(':')[2]} on {schedule.chip}, kernel {schedule.kernel}: "
+            f"{run.bundles:,} bundles executed, {numbers['issue_us']:,.2f} us to issue (predicted, "
+            "waits for copies not counted)",
+            f"  {schedule.num_bundles:,} bundles in the listing; its copies move "
+            f"{run.hbm_bytes:,} HBM bytes",
+            f"slots, share of capacity (bound: {numbers['bound']}):",
+            *(
+                f"  {unit:8} {n:9,}  {numbers['share'][unit]:6.1%}"
+                for unit, n in numbers["slots"].items()
+            ),
+            "loops and regions: bundles, MATMULs, spills, bound",
+            *tree_lines(schedule, run.hits),
+        ]
+    )
+
+
 def describe(measured: Measured) -> str:
     """A table for people."""
     numbers = to_json(measured)
@@ -186,20 +278,19 @@ def describe(measured: Measured) -> str:
         f"  {unit:8} {n:9,.0f}  {numbers['share'][unit]:6.1%}" for unit, n in measured.slots.items()
     ]
     lines.append("loops and regions: bundles, MATMULs, spills, bound")
-    lines += tree_lines(measured)
+    lines += tree_lines(measured.schedule, measured.chunks.hits)
     return "\n".join(lines)
 
 
-def tree_lines(measured):
-    """One line a loop or region of at least 50 bundles; * marks what the counted chunks execute."""
-    schedule = measured.schedule
+def tree_lines(schedule, hits):
+    """One line per loop or region of at least 50 bundles; * marks what was executed."""
     lines = []
     for depth, span in schedule.loops.walk():
         if span.num_bundles < 50:
             continue
         told = schedule.describe(span)
         matmuls, spills = told["slots"]["MATMUL"], told["slots"]["spill"]
-        mark = "*" if measured.chunks.hits[span.start : span.end].any() else " "
+        mark = "*" if hits[span.start : span.end].any() else " "
         lines.append(
             f"{mark} {'  ' * depth}{span.kind} {span.start:#x}..{span.end:#x}: "
             f"{told['bundles']:,}, {matmuls:,}, {spills:,}, {told['bound']}"

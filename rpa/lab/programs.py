@@ -158,6 +158,17 @@ def own(path: str, w: Workload) -> Program:
     return Program(import_path(path), args, kwargs, donate_argnums=(3,))
 
 
+def own_call(path: str, args, kwargs=None) -> Program:
+    """A function of any signature.
+
+    Args:
+        path: "file.py:function" or "module:function".
+        args: arrays or shapes.
+        kwargs: keyword arguments.
+    """
+    return Program(import_path(path), tuple(args), kwargs or {})
+
+
 PROGRAMS: dict[str, Callable[[Workload], Program]] = {
     "tiled": tiled,
     "streamed": streamed,

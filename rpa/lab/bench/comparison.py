@@ -33,13 +33,13 @@ from rpa.lab.compile.functions import load
 from rpa.lab.copies import traffic
 from rpa.lab.predict.calibration import AT_PEAK, FITTED, range_us
 from rpa.lab.schedule.cases import measure
+from rpa.lab.schedule.execution import CHIPS
 from rpa.lab.schedule.pallas_calls import pallas_calls
 from rpa.lab.schedule.schedule import schedule_for
 from rpa.lab.schedule.values import CannotRun
 from rpa.ragged import RaggedBatch
 from rpa.shapes import AttentionShape
 
-CHIPS = ("v5e", "v6e", "tpu7x")
 LAYER = AttentionShape.of("llama-3-8b", page_size=128)
 PACKAGE = Path(__file__).parents[2]
 RECORD = PACKAGE / "data" / "comparison.json"

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from rpa.lab import peers, programs
 from rpa.lab.compile.compiler import CompileResult, compile_for
 from rpa.lab.programs import Program, Workload
+from rpa.lab.schedule.execution import CHIPS
 
 LIMIT, GOAL = 1.5, 1.25
 """What rung 8 may at most take of a peer's time, and what it should."""
-
-CHIPS = ("v5e", "v6e", "tpu7x")
 
 BLOCKS = {"d_block_sizes": (1, 1024, 1, 1024), "m_block_sizes": (128, 1024, 128, 512)}
 """(bq, bkv, bq_c, bkv_c) of both kernels of both sides; they fit in the VMEM of every chip."""

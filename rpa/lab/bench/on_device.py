@@ -23,7 +23,7 @@ from rpa.lab.programs import Workload
 from rpa.lab.schedule.execution import CannotRun
 from rpa.lab.schedule.schedule import NoSchedule
 from rpa.ladder import LADDER, kv_lens_of, q_lens_of
-from rpa.ragged import RaggedBatch
+from rpa.ragged import RaggedBatch, check_call
 
 INTERPRETED = "needs a TPU: the time of its interpreter says nothing"
 
@@ -133,6 +133,19 @@ def bench(w: Workload, cases=CASES, peer_packages=(), predict=True) -> Iterator[
                 row = with_utilisation(row, cost, chip, w.dtype)
                 row = with_prediction(row, w, batch, chip) if predict else row
             yield row
+
+
+def check_cases(w: Workload, cases=CASES):
+    """Refuse before anything is timed what a rung would refuse: rung 8 comes last, after minutes.
+
+    Raises:
+        ValueError: in the words of the rungs.
+    """
+    for case in cases:
+        batch = batch_of(case, w)
+        num_tokens = int(batch.cu_q_lens[-1])
+        new = w.kv(num_tokens)
+        check_call(w.queries(num_tokens), new, new, w.kv_cache, batch)
 
 
 def with_prediction(row: Row, w: Workload, batch: RaggedBatch, chip) -> Row:

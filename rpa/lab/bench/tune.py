@@ -19,6 +19,7 @@ import numpy as np
 from rpa.kernel import prepare
 from rpa.lab.bench.tables import whole
 from rpa.lab.bench.tables.whole import BATCHES, CONTEXTS, ROOM
+from rpa.lab.schedule.execution import CHIPS
 
 FILE = Path(__file__).parents[2] / "data" / "blocks.json"
 
@@ -74,7 +75,7 @@ class Place:
         return replace(ROOM, model=self.model)
 
 
-PLACES = [Place(*each) for each in itertools.product(("v5e", "v6e", "tpu7x"), MODELS, CASES)]
+PLACES = [Place(*each) for each in itertools.product(CHIPS, MODELS, CASES)]
 """All that `make tune` sweeps."""
 
 

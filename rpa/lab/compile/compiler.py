@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from rpa import chips
+from rpa.lab.arguments import static_and_arrays
 from rpa.lab.compile import words
 from rpa.lab.compile.functions import import_path
 
@@ -129,7 +130,8 @@ def compile_for(
         chip: anything that `rpa.chips.chip` knows, "v5e" or "TPU v6 lite".
         fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
-        kwargs: static keyword arguments, only what JSON can hold.
+        kwargs: keyword arguments: arrays (or shapes) are operands, all others are compiled in and
+            must be something that JSON can hold.
         donate_argnums: as in `jax.jit`.
         keep_hlo: keep the compiled program's text.
         timeout_s: end the compiler after this many seconds.
@@ -141,12 +143,12 @@ def compile_for(
     Raises:
         ValueError: if `fn` cannot be imported by its name, or `chip` is unknown.
     """
+    static, arrays = static_and_arrays(kwargs)
     spec = {
         "chip": chips.chip(chip).name,
         "topology": chips.chip(chip).topology,
         "function": import_path(fn),
-        "args": str(jax.tree.map(lambda x: f"{jnp.dtype(x.dtype).name}{list(x.shape)}", args)),
-        "kwargs": kwargs or {},
+        **described(args, static, arrays),
         "donate_argnums": list(donate_argnums),
         "keep_hlo": keep_hlo,
         "versions": compile_versions(),
@@ -161,12 +163,30 @@ def compile_for(
         return replace(cached, from_cache=True)
     if spec["versions"]["libtpu"] is None:
         return _failure(spec, words.no_libtpu(platform.system(), platform.machine()))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    answer = ask_worker(spec, shapes, timeout_s)
+    answer = ask_worker(spec, shapes_of((args, arrays)), timeout_s)
     result = _result(spec, answer)
     if result.error_kind not in words.PASSING:
         write_kept(entry, {"result": asdict(result), "files": answer.get("files", {})})
     return result
+
+
+def described(args, static, arrays) -> dict:
+    """What a call is, as an order to a worker says it: shapes, and what is compiled in.
+
+    >>> described((jax.ShapeDtypeStruct((2,), "int32"),), {"step": 1}, {})
+    {'args': "('int32[2]',)", 'kwargs': {'step': 1}}
+    """
+
+    def written(tree):
+        return str(jax.tree.map(lambda x: f"{jnp.dtype(x.dtype).name}{list(x.shape)}", tree))
+
+    said = {"args": written(args), "kwargs": static}
+    return said | ({"arrays": written(arrays)} if arrays else {})
+
+
+def shapes_of(tree):
+    """The shapes of arrays in a pytree, which another process is sent."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 FORMAT = 2

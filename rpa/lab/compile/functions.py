@@ -7,7 +7,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2]
+"""The folder `rpa`."""
 
 
 def import_path(fn) -> str:
@@ -100,6 +104,32 @@ def module_of(path: str):
     """
     where = path.rpartition(":")[0]
     return sys.modules.get(Path(where).stem if is_file(path) else where)
+
+
+def line_of(error) -> str:
+    """ "file:line, in function" of the last line of the caller's own that raised an error."""
+    frame = _own_frame(error)
+    path = Path(frame.filename)
+    # A file of rpa from its package on, which is the same on every machine.
+    name = path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else path
+    return f"{name}:{frame.lineno}, in {frame.name}"
+
+
+def is_in_package(error) -> bool:
+    """Whether that line is one of rpa's."""
+    return Path(_own_frame(error).filename).is_relative_to(PACKAGE)
+
+
+def _own_frame(error):
+    """The last frame that is the caller's or rpa's: what JAX did below it says little."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # Where rpa is installed, it lies in site-packages, too; its frames are never absent.
+    own = [
+        frame
+        for frame in frames
+        if "site-packages" not in frame.filename or frame.filename.startswith(str(PACKAGE))
+    ]
+    return own[-1]
 
 
 def _run_file(file: Path):

@@ -5,7 +5,6 @@ import json
 import pickle
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import jax
@@ -24,11 +23,13 @@ def compile_spec(spec, shapes) -> dict:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
     mesh = Mesh(np.array(topology.devices[:1]), "x")
     on_chip = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes)
+    args, arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip), shapes
+    )
     start = _clocks()
     # Inside the mesh pltpu.get_tpu_info() and Pallas itself see this chip, not the host's CPU.
     with jax.set_mesh(mesh):
-        lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args)
+        lowered = jax.jit(function, donate_argnums=spec["donate_argnums"]).lower(*args, **arrays)
     traced = _clocks()
     compiled = lowered.compile()
     trace_time_s, trace_cpu_s = (traced - start).tolist()
@@ -77,24 +78,9 @@ def write_answer(answer, work, spec):
         loaded = loaded_files(spec)
         result = work()
     except Exception as error:
-        # The last line of the caller's own: what JAX did below it says little. Where rpa is
-        # installed, it lies in site-packages, too; its frames are never absent.
-        frames = traceback.extract_tb(error.__traceback__)
-        package = str(Path(__file__).parents[2])
-        where = [
-            f for f in frames if "site-packages" not in f.filename or f.filename.startswith(package)
-        ][-1]
-        result = {
-            "message": f"{type(error).__name__}: {error}",
-            "where": f"{_short(where.filename)}:{where.lineno}, in {where.name}",
-        }
+        message = f"{type(error).__name__}: {error}"
+        result = {"message": message, "where": functions.line_of(error)}
     Path(answer).write_text(json.dumps(result | {"files": loaded_files(spec) | loaded}))
-
-
-def _short(filename) -> str:
-    """A file of rpa from its package on, which is the same on every machine."""
-    path, home = Path(filename), Path(__file__).parents[3]
-    return str(path.relative_to(home) if path.is_relative_to(home / "rpa") else path)
 
 
 if __name__ == "__main__":

@@ -8,4 +8,5 @@
 | `clock.py` | puts a timeline on the clock of a chip, predicted |
 | `dryrun.py`, `dryrun_program.py` | run a kernel's scalar code alone, to list its copies |
 | `traffic.py` | HBM bytes that a rung moves for a batch, against the least |
+| `call_traffic.py` | HBM bytes that a function of any signature moves, by array |
 """

@@ -31,6 +31,7 @@ from rpa.lab.copies.events import HBM, SMEM
 from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
 from rpa.shapes import AttentionShape
+from rpa.validation import as_window
 
 KV_READ, NEW_KV, CACHE_WRITE = "KV read", "new KV", "cache write"
 QUERIES, OUTPUTS, PAGE_TABLE, METADATA, OTHER = "q", "o", "page table", "metadata", "other"
@@ -116,7 +117,7 @@ class Traffic:
             moved = self.kinds.get(kind, Moved())
             if moved.num_bytes or self.least.get(kind):
                 least = f"{self.least[kind]:,}" if kind in self.least else ""
-                sizes = _sizes(moved.sizes)
+                sizes = common_sizes(moved.sizes)
                 numbers = f"{moved.num_bytes:>16,}{least:>16}{moved.num_copies:>9,}"
                 lines.append(f"{kind:14}{numbers}  {sizes}")
         total = f"{self.num_bytes:>16,}{self.least_bytes:>16,}{self.num_copies:>9,}"
@@ -143,7 +144,7 @@ class Traffic:
         return json.dumps(data, indent=2, default=int)
 
 
-def _sizes(sizes, most=4):
+def common_sizes(sizes, most=4) -> str:
     """The commonest sizes, as text."""
     common = Counter(sizes).most_common()
     words = [f"{count:,} x {size:,}" for size, count in common[:most]]
@@ -160,9 +161,6 @@ def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic
         batch: with NumPy values; its pages need not be owned by anybody.
         layer: sizes.
         options: for the rung's function, as `d_block_sizes` or `sliding_window`.
-
-    Returns:
-        The traffic. Its `least` is that of a layer without a sliding window.
 
     Raises:
         ValueError: if the rung cannot take the batch, or its transfers depend on computed values.
@@ -188,7 +186,8 @@ def count(rung, batch: RaggedBatch, layer: AttentionShape, **options) -> Traffic
         )
     name = rung if isinstance(rung, str) else getattr(rung, "__name__", "function")
     name = "yours" if is_own(name) else name
-    return _traffic(name, run, batch, layer, layer.cache_shape(num_pages))
+    window = as_window(options.get("sliding_window"))
+    return _traffic(name, run, batch, layer, layer.cache_shape(num_pages), window)
 
 
 def _function_of(rung, batch):
@@ -204,7 +203,7 @@ def _function_of(rung, batch):
     return RUNGS[rung](batch)
 
 
-def _traffic(name, run, batch, layer, cache_shape):
+def _traffic(name, run, batch, layer, cache_shape, window):
     kinds = {}
 
     def add(kind, num_bytes, is_copy=True):
@@ -231,11 +230,12 @@ def _traffic(name, run, batch, layer, cache_shape):
         writes = operation in ("scatter", "dynamic_update_slice")
         add(CACHE_WRITE if writes else KV_READ, num_bytes, is_copy=False)
     in_cache = sum(kinds[k].num_bytes for k in (KV_READ, NEW_KV, CACHE_WRITE) if k in kinds)
+    blocked = least(batch, layer, q_block or None, window)
     return Traffic(
         rung=name,
         kinds=kinds,
-        least=_least_of(kinds, least(batch, layer)),
-        least_blocked_bytes=sum(_least_of(kinds, least(batch, layer, q_block or None)).values()),
+        least=_least_of(kinds, least(batch, layer, sliding_window=window)),
+        least_blocked_bytes=sum(_least_of(kinds, blocked).values()),
         q_block=q_block,
         padding_bytes=round(in_cache * (1 - layer.true_token_bytes / layer.token_bytes)),
         outside=outside,
@@ -267,28 +267,39 @@ def _kind_written(target):
     return {"kv_cache": CACHE_WRITE, OUTPUT: OUTPUTS, "queries": OUTPUTS}.get(target.origin, OTHER)
 
 
-def least(batch: RaggedBatch, layer: AttentionShape, q_block: int | None = None) -> dict[str, int]:
+def least(
+    batch: RaggedBatch,
+    layer: AttentionShape,
+    q_block: int | None = None,
+    sliding_window: int | None = None,
+) -> dict[str, int]:
     """The least HBM bytes of one call, by kind.
 
     Args:
         batch, layer: as in `count`.
         q_block: None reads K and V of a sequence once; a number reads, for each block of so many
             of its queries, the keys that the block sees.
+        sliding_window: tokens that a query sees, itself included, or None for all.
 
     >>> batch, _ = RaggedBatch.from_lengths([4], [40], [[0, 1, 2]])
     >>> layer = AttentionShape(8, 2, 128)
     >>> least(batch, layer)["KV read"], least(batch, layer, 2)["KV read"]
     (36864, 73728)
+    >>> least(batch, layer, sliding_window=9)["KV read"]
+    8192
     """
+    window = np.iinfo(np.int32).max if sliding_window is None else sliding_window
     q_lens, kv_lens = ladder.q_lens_of(batch), ladder.kv_lens_of(batch)
     q_lens, kv_lens = q_lens[q_lens > 0], kv_lens[q_lens > 0]
-    cached, new = int((kv_lens - q_lens).sum()), int(q_lens.sum())
-    seen_new = new
-    if q_block is not None:
-        cached = int(((kv_lens - q_lens) * cdiv(q_lens, q_block)).sum())
-        ends = [np.minimum(np.arange(q_block, n + q_block, q_block), n).sum() for n in q_lens]
-        seen_new = int(sum(ends))
-    entries = int(cdiv(kv_lens, layer.page_size).sum())
+    new, cached, seen_new = int(q_lens.sum()), 0, 0
+    for q_len, first_query in zip(q_lens, kv_lens - q_lens, strict=True):
+        starts = np.arange(0, q_len, q_block or q_len)  # of the blocks, in new tokens
+        ends = np.minimum(starts + (q_block or q_len), q_len)
+        first_seen = np.maximum(first_query + starts - window + 1, 0)
+        cached += int(np.maximum(first_query - first_seen, 0).sum())
+        seen_new += int((ends - np.maximum(first_seen - first_query, 0)).sum())
+    first_pages = np.maximum(kv_lens - q_lens - window + 1, 0) // layer.page_size
+    entries = int((cdiv(kv_lens, layer.page_size) - first_pages).sum())
     return {
         KV_READ: cached * layer.token_bytes,
         NEW_KV: seen_new * layer.token_bytes,

@@ -2,7 +2,7 @@
 
 | file | what it holds |
 |---|---|
-| `batch.py` | the door, `predict_batch` |
+| `batch.py` | the door, `predict_batch`; `predict_call` for a function of any signature |
 | `waits.py` | how long an executed kernel takes with its waits for HBM |
 | `calibration.py` | what published timings say about HBM: the fit, and its error |
 | `roofline.py` | what bounds a batch, and the least time that it can take |

@@ -18,7 +18,6 @@ In neither of them: what XLA does before and after the kernel.
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-import numpy as np
 
 from rpa import chips
 from rpa.chips import attention_cost
@@ -26,8 +25,9 @@ from rpa.lab.batches import metadata_of
 from rpa.lab.compile.functions import is_own
 from rpa.lab.predict.calibration import FITTED, Calibration, range_us
 from rpa.lab.programs import Workload
+from rpa.lab.schedule.call import execute_call
 from rpa.lab.schedule.cases import KERNELS, check_products, compile_kernel
-from rpa.lab.schedule.execution import Execution
+from rpa.lab.schedule.execution import Execution, chip_to_execute
 from rpa.ladder import kv_lens_of, q_lens_of
 from rpa.paging import cdiv
 from rpa.ragged import RaggedBatch
@@ -42,8 +42,9 @@ class Prediction:
         bundles: cycles in which the core issues.
         stalled_cycles: cycles in which it waits for copies.
         hbm_bytes: moved by the kernel's own copies; one inside HBM counts twice.
-        least_bytes: every array once, without padding (`rpa.chips.attention_cost`).
-        flops: of both products, as causal.
+        least_bytes: every array once, without padding (`rpa.chips.attention_cost`); None where it
+            is not known what the kernel computes, see `predict_call`.
+        flops: of both products, as causal; None likewise.
         calibrated_us: microseconds with what was fitted to published timings,
             `rpa.lab.predict.calibration.FITTED`: what a chip takes most likely.
         low_us, high_us: the range that holds nine of ten chips' times, as far as published timings
@@ -55,8 +56,8 @@ class Prediction:
     bundles: int
     stalled_cycles: float
     hbm_bytes: int
-    least_bytes: int
-    flops: int
+    least_bytes: int | None
+    flops: int | None
     calibrated_us: float | None = None
     low_us: float | None = None
     high_us: float | None = None
@@ -82,13 +83,17 @@ class Prediction:
         return None if self.calibrated_us is None else self.hbm_time_us / self.calibrated_us
 
     @property
-    def mbu(self) -> float:
+    def mbu(self) -> float | None:
         """Model bandwidth utilisation: least bytes over what HBM could move in the time."""
+        if self.least_bytes is None:
+            return None
         return self.least_bytes / chips.chip(self.chip).hbm_bytes_per_s / self.time_us * 1e6
 
     @property
-    def mfu(self) -> float:
+    def mfu(self) -> float | None:
         """Model FLOP utilisation: causal FLOP over bfloat16 peak in the time."""
+        if self.flops is None:
+            return None
         return self.flops / chips.chip(self.chip).peak("bfloat16") / self.time_us * 1e6
 
 
@@ -120,7 +125,7 @@ def predict_batch(
         page_size: tokens of a page.
         dtype, kv_dtype: of queries, and of the cache.
         blocks: {"decode": sizes, "mixed": sizes} of the kernel, its own default where missing.
-        options: further keyword arguments of the kernel, only what JSON can hold.
+        options: further keyword arguments of the kernel: arrays, or what JSON can hold.
         room: a `Workload`, the sizes that the kernel is compiled for, of which the batch has
             `max_num_seqs` and `pages_per_seq`; None takes those of the batch. Batches that share a
             room share a kernel.
@@ -132,23 +137,49 @@ def predict_batch(
         rpa.lab.schedule.execution.CannotRun: if its schedule cannot be executed.
         ValueError: if hbm_efficiency is not in (0, 1], or model or chip is unknown.
     """
-    if not 0 < hbm_efficiency <= 1:
-        raise ValueError(f"hbm_efficiency is {hbm_efficiency}, but is a part of the peak: (0, 1].")
-    known = chips.chip(chip)
+    known = chip_to_execute(chip)
     sizes = room or workload_of(
         batch, model=model, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
     )
+    assumed = _assumed(hbm_efficiency, latency_us)
     runs = run_batch(kernel, known, batch, sizes, blocks=blocks, options=options)
+    cost = _cost(batch, sizes, (options or {}).get("sliding_window"))
+    return _prediction(kernel, known, runs, assumed, cost)
+
+
+def predict_call(
+    chip, fn, *args, kwargs=None, kernel="", hbm_efficiency=1.0, latency_us=0.0, use_cache=True
+) -> Prediction:
+    """Predict one call of a function of any signature with one Pallas kernel.
+
+    Args:
+        chip, hbm_efficiency, latency_us: as in `predict_batch`.
+        fn, *args, kwargs, kernel, use_cache: as in `rpa.lab.schedule.call.execute_call`.
+
+    Raises:
+        As `predict_batch`.
+    """
+    known, assumed = chip_to_execute(chip), _assumed(hbm_efficiency, latency_us)
+    options = {"kwargs": kwargs, "kernel": kernel, "use_cache": use_cache, "keep_events": True}
+    schedule, run = execute_call(known, fn, *args, **options)
+    return _prediction(schedule.function, known, [run], assumed)
+
+
+def _assumed(hbm_efficiency, latency_us) -> Calibration:
+    if not 0 < hbm_efficiency <= 1:
+        raise ValueError(f"hbm_efficiency is {hbm_efficiency}, but is a part of the peak: (0, 1].")
+    return Calibration(hbm_efficiency, latency_us)
+
+
+def _prediction(kernel, chip, runs, assumed, cost=None) -> Prediction:
     bundles = sum(run.bundles for run in runs)
-    assumed_us = Calibration(hbm_efficiency, latency_us).time_us(runs, known)
-    assumed = float(assumed_us) * 1e-6 * known.clock_hz
-    cost = _cost(batch, sizes)
-    low_us, high_us = range_us(runs, known)
+    cycles = float(assumed.time_us(runs, chip)) * 1e-6 * chip.clock_hz
+    low_us, high_us = range_us(runs, chip)
     return Prediction(
-        *(kernel, known.name, bundles, assumed - bundles, sum(run.hbm_bytes for run in runs)),
-        least_bytes=cost.hbm_bytes,
-        flops=cost.flops,
-        calibrated_us=float(FITTED.time_us(runs, known)),
+        *(kernel, chip.name, bundles, cycles - bundles, sum(run.hbm_bytes for run in runs)),
+        least_bytes=None if cost is None else cost.hbm_bytes,
+        flops=None if cost is None else cost.flops,
+        calibrated_us=float(FITTED.time_us(runs, chip)),
         low_us=low_us,
         high_us=high_us,
     )
@@ -176,20 +207,23 @@ def run_batch(
         schedule, program = compile_kernel(
             kernel, case, chip, sizes, blocks=(blocks or {}).get(case), options=options
         )
-        run = schedule.execute(*program.args[:4], *metadata_of(batch), keep_events=True)
+        run = schedule.execute(
+            *(*program.args[:4], *metadata_of(batch)), kwargs=options, keep_events=True
+        )
         flops = _least_flops(batch, case, sizes, chip, options or {})
         check_products(schedule, run, chip, flops, sizes.heads[2])
         runs.append(run)
     return runs
 
 
-def _cost(batch, sizes):
+def _cost(batch, sizes, window):
+    dtypes = {"dtype": sizes.dtype, "kv_dtype": sizes.kv_dtype}
     lengths = q_lens_of(batch), kv_lens_of(batch)
-    return attention_cost(*lengths, *sizes.heads, dtype=sizes.dtype, kv_dtype=sizes.kv_dtype)
+    return attention_cost(*lengths, *sizes.heads, sliding_window=window, **dtypes)
 
 
 def _least_flops(batch, case, sizes, chip, options):
-    """FLOP that the kernel of a case cannot do without: with a window, of its last queries only.
+    """FLOP that the kernel of a case cannot do without.
 
     In cycles of bfloat16 products: an MXU may multiply 8-bit values twice as fast.
     """
@@ -197,10 +231,11 @@ def _least_flops(batch, case, sizes, chip, options):
     slower = known.peak("bfloat16") / known.peak(sizes.kv_dtype) if eight_bits else 1.0
     num_decode = int(batch.distribution[0])
     mine = {"decode": slice(0, num_decode), "mixed": slice(num_decode, None)}.get(case, slice(None))
-    most = options.get("sliding_window") or np.iinfo(np.int64).max
-    q_lens = np.minimum(q_lens_of(batch)[mine], most)
-    kv_lens = np.where(q_lens > 0, np.minimum(kv_lens_of(batch)[mine], most), 0)
-    return slower * attention_cost(q_lens, kv_lens, *sizes.heads).flops
+    lengths, window = (
+        (q_lens_of(batch)[mine], kv_lens_of(batch)[mine]),
+        options.get("sliding_window"),
+    )
+    return slower * attention_cost(*lengths, *sizes.heads, sliding_window=window).flops
 
 
 def workload_of(batch: RaggedBatch, **options) -> Workload:

@@ -5,8 +5,8 @@
 | `schedule.py` | the door, `schedule_for`: stages, loops, units of a compiled kernel |
 | `worker.py`, `dumps.py` | compile with dumps on; parse the VLIW bundles |
 | `pallas_calls.py`, `feeds.py` | find the kernels in a function, and the integers that they read |
-| `execution.py`, `coder.py`, `machine.py`, `values.py` | run the scalar instructions, count bundles
-|
+| `execution.py`, `coder.py`, `machine.py`, `values.py` | run scalar instructions, count bundles |
+| `call.py` | one call of a function of any signature |
 | `loop_tree.py` | loops and predicated regions, and what bounds them |
 | `cases.py` | what a chunk of decode, or of prefill, costs in each kernel |
 | `steps.py` | from rung 7 to rung 8 one step at a time |

@@ -24,6 +24,11 @@ def row_of(measured) -> dict:
     return {"blocks": measured.blocks} | values
 
 
+def row_of_call(run) -> dict:
+    """What is kept of one `Execution` of a function of any signature: it has no chunks."""
+    return {"blocks": None} | dict.fromkeys(COLUMNS) | {"executed": run.bundles}
+
+
 def save(rows, file):
     """Keep rows, {place: what `row_of` returns}, in a file."""
     Path(file).write_text(json.dumps(rows, indent=1) + "\n")
@@ -70,4 +75,6 @@ def table(rows, before=None) -> str:
     if worst:
         ratio, place, name = max(worst)
         lines.append(f"bundles now / before; worst {ratio:.3f}: {place}, {name}")
+    elif before is not None:
+        lines.append(f"none of these was saved before; saved were: {', '.join(before)}")
     return "\n".join(line.rstrip() for line in lines)

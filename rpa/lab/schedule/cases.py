@@ -21,7 +21,7 @@ from rpa.kernel import prepare
 from rpa.lab import peers, programs
 from rpa.lab.batches import make_batch, metadata_of
 from rpa.lab.compile.functions import is_own
-from rpa.lab.schedule.execution import DELAY_SLOTS, Execution
+from rpa.lab.schedule.execution import DELAY_SLOTS, Execution, chip_to_execute
 from rpa.lab.schedule.schedule import Schedule, schedule_for
 from rpa.lab.schedule.values import CannotRun
 from rpa.paging import kv_token_bytes
@@ -67,7 +67,8 @@ class KernelChoice:
         program: workload to the function and its arguments.
         names: by case, the pattern of the `pallas_call`'s name.
         blocks: by case, the keyword argument for its blocks.
-        default_blocks: (program, chip, case) to the blocks that it chooses; None: it does not say.
+        default_blocks: (program, chip, case, options) to the blocks that it chooses; None: it does
+            not say.
         asks_for_chip: whether it takes the name of the chip.
         flags: further flags of the compiler.
     """
@@ -80,9 +81,9 @@ class KernelChoice:
     flags: str = ""
 
 
-def rung_8_blocks(program, chip, case) -> tuple[int, ...]:
+def rung_8_blocks(program, chip, case, options) -> tuple[int, ...]:
     """The blocks that rung 8 chooses: (bq, bkv, bq_c, bkv_c)."""
-    plans = prepare(*program.args, chip=chip, backend="tpu")
+    plans = prepare(*program.args, **options | {"chip": chip, "backend": "tpu"})
     return next(tuple(plan.blocks) for plan in plans if plan.case.label == case)
 
 
@@ -231,6 +232,7 @@ def measure(
     kv_dtype="bfloat16",
     share_lanes=False,
     blocks=None,
+    options=None,
     use_cache=True,
 ) -> Measured:
     """Compile a kernel for a chip and count what a chunk of a case costs.
@@ -244,13 +246,15 @@ def measure(
         kv_dtype: of the cache.
         share_lanes: whether K and V share the lanes of the cache, see `rpa.get_kv_cache_shape`.
         blocks: the kernel's block sizes, None for its own default.
+        options: further keyword arguments of the function: arrays, or what JSON can hold.
         use_cache: False compiles again.
 
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile.
         rpa.lab.schedule.execution.CannotRun: if it cannot be counted.
+        ValueError: if schedules cannot be executed for the chip.
     """
-    what = CASES[case]
+    what, options = CASES[case], options or {}
     sizes = programs.Workload(
         model,
         page_size=page_size,
@@ -261,20 +265,21 @@ def measure(
         share_lanes=share_lanes,
     )
     schedule, program = compile_kernel(
-        kernel, case, chip, sizes, blocks=blocks, use_cache=use_cache
+        kernel, case, chip, sizes, blocks=blocks, options=options, use_cache=use_cache
     )
 
     def run(num_seqs, kv_len):
         room = {"max_num_seqs": sizes.num_seqs, "pages_per_seq": sizes.pages_per_seq}
         batch = make_batch([(what.q_len, kv_len)] * num_seqs, page_size, **room)
-        return schedule.execute(*program.args[:4], *metadata_of(batch))
+        return schedule.execute(*program.args[:4], *metadata_of(batch), kwargs=options)
 
     short = run(what.num_seqs, SHORT)
     chunks = run(what.num_seqs, LONG) - short
     if not schedule.slots(chunks.hits)["MATMUL"]:
         raise CannotRun(
             f"{schedule.kernel} on {chips.chip(chip).name}: {LONG:,} tokens take no more products "
-            f"than {SHORT:,}, as where one block holds them all: give it a smaller block."
+            f"than {SHORT:,}, as where one block holds them all: give it a smaller block. A "
+            "sliding window never has more: lab predict counts a whole batch."
         )
     floor, floor_of = chunk_floor(chips.chip(chip), case, sizes)
     flops = 4 * what.chunk_q * what.chunk_kv * sizes.heads[0] * sizes.heads[2] * what.num_chunks
@@ -287,7 +292,9 @@ def measure(
         step = (run(2 * n, what.chunk_kv) - run(n, what.chunk_kv)).bundles / n
     known = chips.chip(chip).name
     choice = kernel_choice(kernel)
-    chosen = choice.default_blocks(program, known, case) if blocks is None else blocks
+    chosen = blocks or options.get(choice.blocks.get(case))
+    if chosen is None:
+        chosen = choice.default_blocks(program, known, case, options)
     return Measured(
         *(kernel, case, known, chosen, schedule, chunks, what.num_chunks),
         floor,
@@ -309,13 +316,14 @@ def compile_kernel(
         chip: anything that `rpa.chips.chip` knows.
         sizes: a `rpa.lab.programs.Workload`: shapes that it is compiled for.
         blocks: the kernel's block sizes, None for its own default.
-        options: further keyword arguments of the function, only what JSON can hold.
+        options: further keyword arguments of the function: arrays, or what JSON can hold.
         use_cache: False compiles again.
 
     Raises:
         rpa.lab.schedule.NoSchedule: if it does not compile.
+        ValueError: if schedules cannot be executed for the chip.
     """
-    choice, chip = kernel_choice(kernel), chips.chip(chip)
+    choice, chip = kernel_choice(kernel), chip_to_execute(chip)
     program = choice.program(sizes)
     # A kernel that compiles its scale in would save itself the work for a scale of 1.
     kwargs = program.kwargs | {"sm_scale": sizes.heads[2] ** -0.5} | (options or {})

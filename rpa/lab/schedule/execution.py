@@ -17,15 +17,42 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rpa import chips
 from rpa.lab.schedule.coder import BRANCH, Coder
 from rpa.lab.schedule.machine import Event, Machine
 from rpa.lab.schedule.values import CannotRun
+
+CHIPS = ("v5e", "v6e", "tpu7x")
+"""Chips whose schedules are executed: those that the tests and all tables cover."""
 
 DELAY_SLOTS = 4
 """Bundles behind a branch that are executed before it takes effect."""
 
 LONGEST_RUN = 50_000_000
 """Basic blocks after which a run is given up: a kernel that never ends."""
+
+
+def chip_to_execute(name) -> chips.Chip:
+    """The chip of a name, if its schedules can be executed.
+
+    Raises:
+        ValueError: with the chips that can, and why not this one.
+
+    >>> chip_to_execute("v5p")
+    Traceback (most recent call last):
+        ...
+    ValueError: chip is v5p, but schedules can be executed for v5e, v6e, tpu7x only: what libtpu \
+writes for another chip keeps scalars where the executed program does not look. lab compile takes \
+v5p.
+    """
+    chip = chips.chip(name)
+    if chip.name not in CHIPS:
+        raise ValueError(
+            f"chip is {chip.name}, but schedules can be executed for {', '.join(CHIPS)} only: what "
+            "libtpu writes for another chip keeps scalars where the executed program does not "
+            f"look. lab compile takes {chip.name}."
+        )
+    return chip
 
 
 @dataclass(frozen=True)

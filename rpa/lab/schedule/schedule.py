@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rpa import chips
+from rpa.lab.arguments import static_and_arrays
 from rpa.lab.compile import words
 from rpa.lab.compile.compiler import (
     FORMAT,
     ask_worker,
     cache_dir,
     compile_versions,
+    described,
     read_kept,
+    shapes_of,
     write_kept,
 )
 from rpa.lab.compile.functions import import_path
@@ -130,19 +132,21 @@ class Schedule:
         most = [s for s in spans if 2 * self.slots(self.once(s))["MATMUL"] > products]
         return min(most, key=lambda span: span.num_bundles, default=self.loops)
 
-    def execute(self, *args, keep_events=False) -> Execution:
+    def execute(self, *args, kwargs=None, keep_events=False) -> Execution:
         """Count the bundles that one call executes.
 
         Args:
             *args: the arguments that the schedule was made for; the integer arrays among them have
                 values, of the others nothing is used.
+            kwargs: its keyword arguments, of which the same holds.
             keep_events: also note when which copy starts, and when which is waited for.
 
         Raises:
             rpa.lab.schedule.execution.CannotRun: if the kernel decides by what only vectors know.
         """
-        leaves = jax.tree.leaves(args)
-        integers = [np.asarray(leaves[i]) for i in pallas_calls.integer_leaves(args)]
+        call = (args, static_and_arrays(kwargs)[1])
+        leaves = jax.tree.leaves(call)
+        integers = [np.asarray(leaves[i]) for i in pallas_calls.integer_leaves(call)]
         for stage in self.stages[:-1]:
             integers += stage.results(stage.execute(integers))
         return self.stages[-1].execute(integers, keep_events)
@@ -196,7 +200,8 @@ def schedule_for(
         chip: anything that `rpa.chips.chip` knows.
         fn: a function at the top level of a module, or "module:function", or "file.py:function".
         *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
-        kwargs: static keyword arguments, only what JSON can hold.
+        kwargs: keyword arguments: arrays (or shapes) are operands, all others are compiled in and
+            must be something that JSON can hold.
         kernel: regular expression that finds exactly one of the kernels by its name.
         flags: further flags of the compiler, as in `LIBTPU_INIT_ARGS`.
         timeout_s: end the compiler after this many seconds; with dumps it is slow.
@@ -207,12 +212,12 @@ def schedule_for(
         ValueError: if `fn` cannot be imported by its name, or `chip` is unknown.
     """
     known = chips.chip(chip)
+    static, arrays = static_and_arrays(kwargs)
     spec = {
         "chip": known.name,
         "topology": known.topology,
         "function": import_path(fn),
-        "args": str(jax.tree.map(lambda x: f"{jnp.dtype(x.dtype).name}{list(x.shape)}", args)),
-        "kwargs": kwargs or {},
+        **described(args, static, arrays),
         "kernel": kernel,
         "versions": compile_versions(),
         "format": FORMAT,
@@ -230,7 +235,7 @@ def schedule_for(
         except (OSError, ValueError, LookupError, TypeError, EOFError):
             pass  # half of it is gone, or it is something else: compiled anew
     order = spec | {"directory": str(directory), "fresh": not use_cache or answer is not None}
-    answer = _compile(order, args, timeout_s)
+    answer = _compile(order, shapes_of((args, arrays)), timeout_s)
     write_kept(entry, answer)
     return _schedule(spec, answer)
 
@@ -257,10 +262,9 @@ def _stage(kept):
     )
 
 
-def _compile(spec, args, timeout_s):
+def _compile(spec, shapes, timeout_s):
     if spec["versions"]["libtpu"] is None:
         raise NoSchedule(*words.no_libtpu(platform.system(), platform.machine()))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     with tempfile.TemporaryDirectory() as dump:
         flags = f"{dumps.FLAGS.format(directory=dump)} {spec.get('flags', '')}".strip()
         answer = ask_worker(

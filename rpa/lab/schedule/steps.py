@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rpa.lab.schedule import inner_loop
+from rpa.lab.schedule.execution import CHIPS
 from rpa.lab.schedule.recorded import compile_step, recorded, recorded_step
-
-CHIPS = ("v5e", "v6e", "tpu7x")
 
 
 class Step(NamedTuple):

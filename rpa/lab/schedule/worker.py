@@ -25,12 +25,12 @@ from rpa.lab.schedule import feeds, pallas_calls
 from rpa.lab.schedule.dumps import FORMAT, parse_dump, write_listing
 
 
-def compile_kernel(spec, args) -> dict:
+def compile_kernel(spec, call) -> dict:
     """Compile one kernel of a function for one chip, and those before it whose integers it reads.
 
     Args:
         spec: `rpa.lab.schedule.schedule_for` says what is in it.
-        args: pytrees of shapes.
+        call: (arguments, {name: array}), pytrees of shapes.
 
     Returns:
         {"kernel": name, "stages": a list of {"listing": file, "feed": of a `Feed`, "outputs":
@@ -40,13 +40,18 @@ def compile_kernel(spec, args) -> dict:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=spec["topology"])
     mesh = Mesh(np.array(topology.devices[:1]), "x")
     with jax.set_mesh(mesh):
-        traced = jax.make_jaxpr(function)(*args)
+        traced = jax.make_jaxpr(lambda args, arrays: function(*args, **arrays))(*call)
     calls = pallas_calls.pallas_calls(traced)
     target = choose(calls, spec["kernel"])
-    sources = feeds.sources_of(traced, args, target)
+    if calls[target].eqn.params["interpret"]:
+        raise ValueError(
+            f"the kernel {calls[target].name} asks for the interpreter (interpret=...), so there "
+            "is nothing to compile: leave it out, or pass interpret=False."
+        )
+    sources = feeds.sources_of(traced, call, target)
     stages = []
     for i, index in enumerate([*sources, target]):
-        feed = feeds.make_feed(traced, args, index, sources[:i])
+        feed = feeds.make_feed(traced, call, index, sources[:i])
         outputs = [
             (len(calls[index].eqn.invars) + k, list(var.aval.shape))
             for k, var in enumerate(calls[index].eqn.outvars)
@@ -117,8 +122,8 @@ def choose(calls, pattern) -> int:
 
 def main(order, answer):
     """Read the order, compile, write the answer; whatever goes wrong is the answer's "message"."""
-    spec, args = pickle.loads(Path(order).read_bytes())
-    worker.write_answer(answer, functools.partial(compile_kernel, spec, args), spec)
+    spec, call = pickle.loads(Path(order).read_bytes())
+    worker.write_answer(answer, functools.partial(compile_kernel, spec, call), spec)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 from rpa.lab.compile.compiler import end_workers
 from rpa.lab.peers import PeerAbsent
-from rpa.lab.schedule.execution import CannotRun
+from rpa.lab.schedule.execution import CHIPS, CannotRun
 from rpa.lab.schedule.schedule import NoSchedule
-
-CHIPS = ("v5e", "v6e", "tpu7x")
-"""The chips that the goals are set for."""
 
 NOTE = "note"
 """The column that says why a row has no numbers."""
