@@ -13,7 +13,6 @@ import json
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -21,29 +20,32 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from rpa import demo_devices
 from rpa.cli.options import output_folder, whole
+from rpa.demo_server import (
+    ANSWER_TOKENS,
+    MAX_NUM_SEQS,
+    NUM_PAGES,
+    PAGE_SIZE,
+    TOKEN_BUDGET,
+    copy_pages_of_all_layers,
+    format_answers,
+    new_scheduler,
+    read_answer,
+    read_requests,
+)
 from rpa.dense import Truth, relative_error, scaled_error
 from rpa.doctor import accelerator_is_visible
 from rpa.ladder import LADDER, decode_part, kv_tokens_needed, q_lens_of, ragged_rung
 from rpa.models import ModelNotInstalled, forward, load_smollm2
-from rpa.models.scheduler import Request, Scheduler, Step
+from rpa.models.scheduler import Request, Step
 from rpa.page_pool import PagePool
 from rpa.paging import get_kv_cache_shape, kv_token_bytes
 from rpa.ragged import RaggedBatch, oracle_ragged, store_new_tokens
 
-PAGE_SIZE = 16
 NUM_SYNTHETIC_LAYERS = 4
-NUM_PAGES = 96
-TOKEN_BUDGET = 288
-CHUNK_SIZE = 96
-MAX_NUM_SEQS = 10
-PAGES_PER_SEQ = 24
 MEASURED_STEP = 3
 """The step that every rung takes; by then the requests stand at different stages."""
-ANSWER_TOKENS = 16
-"""Tokens that the model writes at least for each prompt; the first prompts get a few more."""
-PROMPT_END = 48
-"""Characters of a prompt that are shown."""
 
 
 @dataclass
@@ -79,40 +81,7 @@ class Scene:
     answers: list[tuple[str, str, str]] = field(default_factory=list)  # see `write_answers`
 
 
-def new_scheduler(requests, pool) -> Scheduler:
-    """The server of the demo."""
-    return Scheduler(
-        requests,
-        pool,
-        token_budget=TOKEN_BUDGET,
-        chunk_size=CHUNK_SIZE,
-        max_num_seqs=MAX_NUM_SEQS,
-        pages_per_seq=PAGES_PER_SEQ,
-    )
-
-
 # --- The scene with the real model --------------------------------------------------------------
-
-
-def read_requests(tokenizer) -> list[Request]:
-    """The prompts of the demo as requests; one that shares a prefix forks the first that has it."""
-    text = resources.files("rpa").joinpath("data/demo_prompts.json").read_text("utf-8")
-    data = json.loads(text)
-    requests, first_with = [], {}
-    for entry in data["requests"]:
-        messages = [{"role": "user", "content": entry["text"]}]
-        prefix = entry.get("prefix")
-        if prefix:
-            messages.insert(0, {"role": "system", "content": data["prefixes"][prefix]})
-        token_ids = tokenizer.encode(tokenizer.chat_prompt(messages))
-        parent = first_with.setdefault(prefix, entry["name"]) if prefix else entry["name"]
-        forks = None
-        if parent != entry["name"]:
-            other = next(r for r in requests if r.name == parent)
-            same = [a == b for a, b in zip(token_ids, other.token_ids, strict=False)]
-            forks = (parent, same.index(False))
-        requests.append(Request(entry["name"], token_ids, len(token_ids), entry["arrives"], forks))
-    return requests
 
 
 def real_scene(model, progress) -> Scene:
@@ -184,17 +153,6 @@ def write_answers(model, scheduler, step, next_token_ids, serve, kv_cache):
     return [(r.name, *read_answer(model.tokenizer, r)) for r in scheduler.requests]
 
 
-def read_answer(tokenizer, request) -> tuple[str, str]:
-    """The end of the user's message, and what was generated up to the end token, as two lines."""
-    prompt = tokenizer.decode(request.token_ids[: request.prompt_len])
-    message = prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
-    written = request.token_ids[request.prompt_len :]
-    if tokenizer.end_token_id in written:
-        written = written[: written.index(tokenizer.end_token_id)]
-    message, text = (" ".join(part.split()) for part in (message, tokenizer.decode(written)))
-    return message[-PROMPT_END:], text
-
-
 def compile_model(model, attention):
     """The model with some attention, as a function (step, kv_cache) -> (logits, kv_cache)."""
 
@@ -214,14 +172,6 @@ def compile_model(model, attention):
     return lambda step, kv_cache: run(
         model.params, step.token_ids, step.positions, kv_cache, step.batch, step.logit_rows
     )
-
-
-def copy_pages_of_all_layers(kv_cache, copies, num_layers):
-    """Carry out page copies in every layer; layer l's pages start at l * NUM_PAGES."""
-    for source, target in copies:
-        layers = np.arange(num_layers) * NUM_PAGES
-        kv_cache = kv_cache.at[layers + target].set(kv_cache[layers + source])
-    return kv_cache
 
 
 def oracle_rung(queries, keys, values, kv_cache, batch, *, sm_scale, record):
@@ -459,19 +409,6 @@ def describe(scene: Scene) -> str:
     return "\n".join(lines)
 
 
-def format_answers(answers) -> str:
-    """What the model wrote, prompt by prompt.
-
-    >>> print(format_answers([("sums", "12 + 345 = ?", "It is 357.")]))
-      sums       ... 12 + 345 = ?
-                 -> It is 357.
-    """
-    lines = []
-    for name, prompt_end, text in answers:
-        lines += [f"  {name:<10} ... {prompt_end}", f"  {'':<10} -> {text}"]
-    return "\n".join(lines)
-
-
 def save_pictures(rows, scene: Scene, folder: Path) -> list[Path]:
     """The pictures beside the table: who owns which page, the batch, the waste."""
     from rpa.figures.pool import pool_map
@@ -553,8 +490,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
     """Run the demo; returns the exit code."""
     if args.devices is not None:
-        from rpa import demo_devices  # it imports this file
-
         return demo_devices.main(args)
     start = time.perf_counter()
     if jax.config.jax_platforms is None and not accelerator_is_visible():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rpa.demo import (
+from rpa.demo_server import (
     ANSWER_TOKENS,
     MAX_NUM_SEQS,
     NUM_PAGES,

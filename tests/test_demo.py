@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpa import demo
+from rpa import demo, demo_server
 from rpa.ladder import LADDER
 from rpa.models import ModelNotInstalled
 from rpa.ragged import store_new_tokens
@@ -103,7 +103,7 @@ def test_the_answers_go_on_from_the_step_and_end_at_the_end_token():
     answers = demo.write_answers(model, scheduler, step, np.full(demo.MAX_NUM_SEQS, 3), serve, None)
     assert answers[0] == ("a", "Why?", "Because Because not.")
     assert answers[1][0] == "b" and answers[1][2] == "Because Because not."
-    assert len(answers[1][1]) == demo.PROMPT_END and answers[1][1].endswith("Why? Why?")
+    assert len(answers[1][1]) == demo_server.PROMPT_END and answers[1][1].endswith("Why? Why?")
     # The chunks take the whole budget; with all requests decoding a step has a row for each.
     assert rows[:2] == [demo.TOKEN_BUDGET] * 2 and set(rows[2:]) == {demo.MAX_NUM_SEQS}
     assert len(rows) == 1 + demo.ANSWER_TOKENS

@@ -6,7 +6,7 @@ What moves sublanes moves whole words, also those of packed values: `on_words`.
 import numpy as np
 
 from rpa.lab.chip.errors import UnknownOperation
-from rpa.lab.chip.instructions import by_operation, instruction
+from rpa.lab.chip.instructions.table import by_operation, instruction
 from rpa.lab.chip.registers import LANES, SHAPE, from_words, to_words
 
 

@@ -1,6 +1,6 @@
 """The matrix units (MXU): push weights, multiply rows, take products. See `rpa.lab.chip.mxu`."""
 
-from rpa.lab.chip.instructions import by_operation
+from rpa.lab.chip.instructions.table import by_operation
 
 
 @by_operation("vmatprep.subr", form="%", attributes=["gain_latch_mode", "mxu_id"], machine=True)

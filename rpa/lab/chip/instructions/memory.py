@@ -1,7 +1,7 @@
 """Loads, stores and copies."""
 
 from rpa.lab.chip.errors import UnknownOperation
-from rpa.lab.chip.instructions import by_operation, instruction
+from rpa.lab.chip.instructions.table import by_operation, instruction
 from rpa.lab.chip.registers import LANES, SUBLANES, from_words, rows_and_dtype, to_words
 
 ROW_BYTES = 4 * LANES

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rpa.lab.chip.errors import UnknownOperation
-from rpa.lab.chip.instructions import by_operation, instruction
+from rpa.lab.chip.instructions.table import by_operation, instruction
 from rpa.lab.chip.registers import dtype_of, from_words, rows_and_dtype, to_words, widen_float8
 
 

@@ -8,7 +8,7 @@ import ast
 import numpy as np
 
 from rpa.lab.chip.errors import KernelFault, UnknownOperation
-from rpa.lab.chip.instructions import by_operation, instruction
+from rpa.lab.chip.instructions.table import by_operation, instruction
 from rpa.lab.chip.registers import DTYPES, LANES, dtype_of, rows_and_dtype
 
 

@@ -5,7 +5,7 @@ import operator
 import numpy as np
 
 from rpa.lab.chip.errors import KernelFault, UnknownOperation
-from rpa.lab.chip.instructions import by_operation, instruction
+from rpa.lab.chip.instructions.table import by_operation, instruction
 from rpa.lab.chip.registers import LANES, SHAPE, SUBLANES, rows_and_dtype
 
 
