@@ -12,6 +12,7 @@ import types
 from unittest import mock
 
 ABSENT = (
+    "datasets",
     "sympy",
     "PIL",
     "aiohttp",
